@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/base/proc.h"
+
+#include <cerrno>
+#include <cinttypes>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+namespace phos {
+namespace {
+
+using File = std::unique_ptr<FILE, int (*)(FILE*)>;
+
+// /proc files answer ENOENT (gone before open) or ESRCH (gone after); both mean the same to callers.
+Error proc_error(int pid, const char* file, int code) {
+  if (code == ENOENT) code = ESRCH;
+  return Error::from_errno(code, "reading /proc/" + std::to_string(pid) + "/" + file);
+}
+
+Result<File> open_proc(int pid, const char* name) {
+  File f(fopen(("/proc/" + std::to_string(pid) + "/" + name).c_str(), "re"), fclose);
+  if (!f) return proc_error(pid, name, errno);
+  return f;
+}
+
+}  // namespace
+
+Result<ProcStatus> read_proc_status(int pid) {
+  auto f = open_proc(pid, "status");
+  if (!f) return f.error();
+  ProcStatus s;
+  char line[512];
+  while (fgets(line, sizeof line, f->get())) {
+    char* value = strchr(line, ':');
+    if (!value) continue;
+    *value++ = '\0';
+    value += strspn(value, " \t");
+    value[strcspn(value, "\n")] = '\0';
+    if (!strcmp(line, "Name")) {
+      s.comm = value;
+    } else if (!strcmp(line, "State")) {
+      s.state = value[0];
+    } else if (!strcmp(line, "Tgid")) {
+      s.tgid = atoi(value);
+    } else if (!strcmp(line, "TracerPid")) {
+      s.tracer_pid = atoi(value);
+    } else if (!strcmp(line, "Uid")) {
+      s.uid = static_cast<unsigned>(strtoul(value, nullptr, 10));
+    } else if (!strcmp(line, "NSpid")) {
+      const char* last = strrchr(value, '\t');
+      s.vpid = atoi(last ? last + 1 : value);
+    } else if (!strcmp(line, "Seccomp")) {
+      s.seccomp_mode = atoi(value);
+    }
+  }
+  if (s.tgid == 0) return proc_error(pid, "status", ESRCH);
+  if (s.vpid == 0) s.vpid = pid;
+  return s;
+}
+
+Result<uint64_t> read_start_time(int pid) {
+  auto f = open_proc(pid, "stat");
+  if (!f) return f.error();
+  char buf[2048];
+  size_t n = fread(buf, 1, sizeof buf - 1, f->get());
+  buf[n] = '\0';
+  // Field 22; the command name (field 2) is in parentheses and may hold spaces.
+  const char* p = strrchr(buf, ')');
+  uint64_t start = 0;
+  if (!p || sscanf(p + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d "
+                          "%*d %" SCNu64,
+                   &start) != 1) {
+    return proc_error(pid, "stat", ESRCH);
+  }
+  return start;
+}
+
+Result<std::vector<ProcMapping>> read_proc_maps(int pid) {
+  auto f = open_proc(pid, "maps");
+  if (!f) return f.error();
+  std::vector<ProcMapping> maps;
+  char* line = nullptr;
+  size_t capacity = 0;
+  while (getline(&line, &capacity, f->get()) > 0) {
+    ProcMapping m;
+    int path_at = 0;
+    if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %*s %*u %n", &m.start, &m.end, m.perms,
+               &m.offset, &path_at) < 4) {
+      continue;
+    }
+    if (path_at > 0) {
+      m.path = line + path_at;
+      while (!m.path.empty() && m.path.back() == '\n') m.path.pop_back();
+    }
+    maps.push_back(std::move(m));
+  }
+  free(line);
+  return maps;
+}
+
+}  // namespace phos
