@@ -13,7 +13,7 @@ OPT      ?= -O2 -g
 
 # Headers that may come from a package or from build/ (ci/deps puts them there when missing).
 CRIU_INCLUDE ?= $(firstword $(wildcard $(B)/criu/include /usr/include/criu))
-CUDA_INCLUDE ?= $(firstword $(wildcard /usr/local/cuda/include $(B)/cuda/include))
+CUDA_INCLUDE ?= $(firstword $(wildcard $(B)/cuda/include /usr/local/cuda/include))
 
 CPPFLAGS += -I. -I$(B)/gen -D_GNU_SOURCE -DPHOS_LIBEXECDIR='"$(LIBEXECDIR)"' \
             -DPHOS_PLUGINDIR='"$(PLUGINDIR)"'
@@ -34,6 +34,8 @@ endif
 .SECONDARY:
 .PHONY: all
 all:
+
+comma := ,
 
 # obj(sources) -> object paths
 obj = $(patsubst %,$(B)/obj/%.o,$(1))

@@ -9,3 +9,6 @@ TRACKER_SRCS += gen/gpu-tracker/abi/phosd.pb-c.c gen/gpu-tracker/abi/image.pb-c.
 $(B)/obj/gpu-tracker/driver/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 
 $(eval $(call archive,lib/libphos.a,$(TRACKER_SRCS)))
+
+$(eval $(call program,libexec/phos/phosd,gpu-tracker/daemon/main.cpp,lib/libphos.a,-lprotobuf-c -lz -ldl -lpthread,))
+all: $(B)/libexec/phos/phosd

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/driver/rm_client.h"
 
 namespace phos {
 
@@ -55,6 +56,9 @@ class GpuDriver {
   virtual Result<std::string> release() = 0;
   // GPUs this process sees. Initialises the driver library (tens of milliseconds a GPU).
   virtual Result<std::vector<GpuInfo>> gpus() = 0;
+
+  // Device memory `pid` owns and has imported, as the kernel driver accounts it.
+  virtual Result<ProcessMemory> process_memory(int pid) = 0;
 
   // Thread of `pid` that serves the calls below. Error kCudaErrorNotInitialized: not a CUDA process.
   virtual Result<int> restore_thread_id(int pid) = 0;

@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * CRIU's hooks. Each turns into requests to phosd (phosd_client.h); what must happen in criu itself,
+ * as the tracer of the frozen tasks, is in restore_thread.h.
+ *
+ * Hook order on dump: init, PAUSE_DEVICES for each task (still running), CHECKPOINT_DEVICES (frozen),
+ * HANDLE_DEVICE_VMA and DUMP_EXT_FILE, exit (frozen). On restore: init, RESTORE_EXT_FILE and
+ * UPDATE_VMA_MAP in the restored tasks, RESUME_DEVICES_LATE (frozen), exit.
+ */
+#include <ctype.h>
+#include <dirent.h>
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "criu-plugin.h"
+#include "criu-plugin/criu_api.h"
+#include "criu-plugin/device_files.h"
+#include "criu-plugin/phosd_client.h"
+#include "criu-plugin/restore_thread.h"
+
+#define PLUGIN_NAME "phos"
+/* 4.0 and 4.1 know 12 hooks (CR_PLUGIN_HOOK__MAX) and refuse a plugin that announces more. */
+#define KNOWN_HOOKS (CR_PLUGIN_HOOK__CHECKPOINT_DEVICES + 1)
+/* CRIU's default --timeout, for when no alarm is pending. */
+#define DEFAULT_TIMEOUT_S 10
+#define KILL_TIMEOUT_MS	  5000
+
+struct paused {
+	struct paused *next;
+	int pid;
+	int restore_tid;
+	int found;
+};
+
+static struct paused *paused_list;
+static bool enabled;
+static bool in_inventory;
+
+/* ---- which processes ------------------------------------------------------------------------- */
+
+/* libcuda names its restore thread "cuda" and eleven hexadecimal digits (seen on 550 to 580). */
+static bool is_restore_thread_name(const char *comm)
+{
+	int i;
+
+	if (strncmp(comm, "cuda", 4))
+		return false;
+	for (i = 4; i < 15; i++) {
+		if (!isxdigit((unsigned char)comm[i]))
+			return false;
+	}
+	return comm[15] == '\n';
+}
+
+/* Does not ask the driver: processes without CUDA must cost next to nothing. */
+static bool may_use_cuda(int pid)
+{
+	char path[64 + NAME_MAX], comm[32];
+	struct dirent *entry;
+	bool found = false;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	dir = opendir(path);
+	if (!dir)
+		return false;
+	while (!found && (entry = readdir(dir))) {
+		ssize_t n;
+		int fd;
+
+		snprintf(path, sizeof(path), "/proc/%d/task/%s/comm", pid, entry->d_name);
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			continue;
+		n = read(fd, comm, sizeof(comm) - 1);
+		close(fd);
+		comm[n > 0 ? n : 0] = '\0';
+		found = is_restore_thread_name(comm);
+	}
+	closedir(dir);
+	return found;
+}
+
+static struct paused *find_paused(int pid)
+{
+	struct paused *p;
+
+	for (p = paused_list; p && p->pid != pid; p = p->next)
+		;
+	return p;
+}
+
+static int claim_inventory(void)
+{
+	if (in_inventory || !add_inventory_plugin)
+		return 0;
+	if (add_inventory_plugin(PLUGIN_NAME)) {
+		phos_err("cannot note in CRIU's inventory that this image needs phos");
+		return -1;
+	}
+	in_inventory = true;
+	return 0;
+}
+
+/* ---- NVIDIA's own plugin in the same directory ------------------------------------------------- */
+
+/*
+ * CRIU asks the first plugin of the directory that does not answer -ENOTSUP, and cuda_plugin.so
+ * answers 0 for every process: loaded before ours, it would silently bypass us. It has a switch for
+ * itself, `plugin_disabled`, which makes all its hooks answer -ENOTSUP.
+ *
+ * Returns -1 if it is loaded, comes first and has no such switch.
+ */
+static int take_over_from_cuda_plugin(bool first)
+{
+	static bool done;
+	char here[PATH_MAX], path[PATH_MAX + 32];
+	bool *disabled;
+	Dl_info info;
+	void *handle;
+
+	if (done || !dladdr(&enabled, &info) || !info.dli_fname)
+		return 0;
+	snprintf(here, sizeof(here), "%s", info.dli_fname);
+	snprintf(path, sizeof(path), "%s/cuda_plugin.so", dirname(here));
+	handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD);
+	if (!handle)
+		return 0; /* not there, or loaded after us: then we are asked first */
+	done = true;
+	disabled = dlsym(handle, "plugin_disabled");
+	if (disabled) {
+		*disabled = true;
+		phos_info("NVIDIA's %s is loaded too; phos takes over from it", path);
+	} else if (first) {
+		phos_err("NVIDIA's %s is loaded first and would bypass phos; remove it, or put "
+			 "phos_plugin.so into a directory of its own and name that with -L",
+			 path);
+		dlclose(handle);
+		return -1;
+	}
+	dlclose(handle);
+	return 0;
+}
+
+/* ---- dump ------------------------------------------------------------------------------------ */
+
+int phos_plugin_pause_devices(int pid)
+{
+	struct phosd_process process = { 0 };
+	struct paused *p;
+	unsigned int left;
+	int ret = -1;
+
+	if (!enabled)
+		return -ENOTSUP;
+	take_over_from_cuda_plugin(false);
+	if (!may_use_cuda(pid))
+		return -ENOTSUP;
+
+	/*
+	 * CRIU's --timeout runs as an alarm whose handler does not restart system calls. The time is
+	 * the driver's to use for its wait; our own work must not be cut off in the middle.
+	 */
+	left = alarm(0);
+	if (phosd_start(false))
+		goto out;
+	if (phosd_pause(pid, (left ? left : DEFAULT_TIMEOUT_S) * 1000, &process))
+		goto out;
+	if (!process.is_cuda) {
+		ret = -ENOTSUP;
+		goto out;
+	}
+	p = calloc(1, sizeof(*p));
+	if (!p || claim_inventory()) {
+		free(p);
+		phosd_undo(pid, process.found);
+		goto out;
+	}
+	p->pid = pid;
+	p->restore_tid = process.restore_tid;
+	p->found = process.found;
+	p->next = paused_list;
+	paused_list = p;
+	ret = 0;
+out:
+	if (left)
+		alarm(left);
+	return ret;
+}
+CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__PAUSE_DEVICES, phos_plugin_pause_devices)
+
+int phos_plugin_checkpoint_devices(int pid)
+{
+	struct restore_thread thread;
+	struct paused *p;
+	int ret;
+
+	if (!enabled)
+		return -ENOTSUP;
+	p = find_paused(pid);
+	if (!p) {
+		if (!may_use_cuda(pid))
+			return -ENOTSUP;
+		phos_err("process %d began to use CUDA while it was being dumped; try again", pid);
+		return -1;
+	}
+	if (restore_thread_resume(&thread, p->restore_tid))
+		return -1;
+	ret = phosd_checkpoint(pid);
+	if (restore_thread_stop(&thread))
+		ret = -1;
+	return ret ? -1 : 0;
+}
+CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__CHECKPOINT_DEVICES, phos_plugin_checkpoint_devices)
+
+int phos_plugin_handle_device_vma(int fd, const struct stat *st)
+{
+	char path[PATH_MAX];
+
+	if (!enabled || !device_files_recognise(fd, st, path))
+		return -ENOTSUP;
+	phos_info("a mapping of %s is restored without its contents: the driver has no state for this "
+		  "process",
+		  path);
+	return 0;
+}
+CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__HANDLE_DEVICE_VMA, phos_plugin_handle_device_vma)
+
+int phos_plugin_dump_ext_file(int fd, int id)
+{
+	char path[PATH_MAX];
+	struct stat st;
+	int flags;
+
+	if (!enabled || fstat(fd, &st) || !device_files_recognise(fd, &st, path))
+		return -ENOTSUP;
+	flags = fcntl(fd, F_GETFL);
+	if (flags < 0) {
+		phos_err("cannot read the flags of %s: %s", path, strerror(errno));
+		return -1;
+	}
+	if (phosd_start(false) || claim_inventory() || phosd_add_file(id, path, flags))
+		return -1;
+	phos_info("%s will be opened again (file %#x)", path, id);
+	return 0;
+}
+CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__DUMP_EXT_FILE, phos_plugin_dump_ext_file)
+
+/*
+ * What CRIU will do with the tasks. A CRIU whose options begin differently gives a number that is no
+ * state; then the tasks are taken to live, which costs a driver restore and is never wrong.
+ */
+static int final_state(void)
+{
+	int state = opts ? opts[0] : CRIU_TASK_ALIVE;
+
+	return state == CRIU_TASK_DEAD ? CRIU_TASK_DEAD : CRIU_TASK_ALIVE;
+}
+
+static void undo_all(void)
+{
+	struct restore_thread thread;
+	struct paused *p;
+
+	for (p = paused_list; p; p = p->next) {
+		int ret;
+
+		if (restore_thread_resume(&thread, p->restore_tid))
+			continue;
+		ret = phosd_undo(p->pid, p->found);
+		if (ret == -ENOTCONN || ret == -EPIPE) {
+			/* phosd died; another one can take over. */
+			if (!phosd_start(false))
+				ret = phosd_undo(p->pid, p->found);
+		}
+		if (ret)
+			phos_err("process %d is not back as it was; phosd goes on trying", p->pid);
+		restore_thread_stop(&thread);
+	}
+}
+
+static void end_dump(bool success)
+{
+	/*
+	 * On success the tasks are about to be killed - unless a post-dump script fails, which CRIU
+	 * does not tell us. phosd stays until they are gone and brings back those that are not.
+	 */
+	if (!success || final_state() != CRIU_TASK_DEAD)
+		undo_all();
+	if (phosd_started())
+		phosd_finish(success);
+	phosd_stop();
+	while (paused_list) {
+		struct paused *p = paused_list;
+
+		paused_list = p->next;
+		free(p);
+	}
+}
+
+/* ---- restore --------------------------------------------------------------------------------- */
+
+int phos_plugin_restore_ext_file(int id)
+{
+	return enabled ? device_files_reopen(id) : -ENOTSUP;
+}
+CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__RESTORE_EXT_FILE, phos_plugin_restore_ext_file)
+
+/*
+ * Where a child that never used CUDA had its parent's device mapped, there must be memory again, but
+ * nothing will ever read it: shared zero pages take its place.
+ */
+int phos_plugin_update_vma_map(const char *path, const uint64_t addr, const uint64_t old_pgoff,
+			       uint64_t *new_pgoff, int *plugin_fd)
+{
+	if (!enabled || strncmp(path, "/dev/nvidia", 11))
+		return -ENOTSUP;
+	*plugin_fd = open("/dev/zero", O_RDWR | O_CLOEXEC);
+	if (*plugin_fd < 0) {
+		phos_err("cannot open /dev/zero: %s", strerror(errno));
+		return -1;
+	}
+	*new_pgoff = 0;
+	return 1;
+}
+CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__UPDATE_VMA_MAP, phos_plugin_update_vma_map)
+
+/*
+ * CRIU swallows errors of RESUME_DEVICES_LATE and would let the task go on without its GPU. It does
+ * notice a task that is gone when it detaches from it, and then fails and kills the rest.
+ */
+static void kill_task(int pid)
+{
+	struct pollfd p = { .fd = (int)syscall(SYS_pidfd_open, pid, 0), .events = POLLIN };
+
+	kill(pid, SIGKILL);
+	if (p.fd >= 0) {
+		poll(&p, 1, KILL_TIMEOUT_MS);
+		close(p.fd);
+	}
+}
+
+int phos_plugin_resume_devices_late(int pid)
+{
+	struct phosd_process process = { 0 };
+	struct restore_thread thread;
+	int ret;
+
+	if (!enabled)
+		return -ENOTSUP;
+	if (!phosd_started() && !may_use_cuda(pid))
+		return -ENOTSUP;
+	ret = phosd_find_restored(pid, &process);
+	if (!ret && !process.is_cuda)
+		return -ENOTSUP;
+	if (!ret)
+		ret = restore_thread_resume(&thread, process.restore_tid);
+	if (!ret) {
+		ret = phosd_resume(pid);
+		if (restore_thread_stop(&thread))
+			ret = -1;
+	}
+	if (ret) {
+		phos_err("process %d cannot go on without its GPU; it is killed and the restore fails",
+			 pid);
+		kill_task(pid);
+		return -1;
+	}
+	return 0;
+}
+CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__RESUME_DEVICES_LATE, phos_plugin_resume_devices_late)
+
+/* Are there images of ours? -1: cannot tell. */
+static int have_images(void)
+{
+	int fd = openat(criu_get_image_dir(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+	struct dirent *entry;
+	int found = 0;
+
+	if (!dir) {
+		phos_err("cannot read the image directory: %s", strerror(errno));
+		if (fd >= 0)
+			close(fd);
+		return -1;
+	}
+	while (!found && (entry = readdir(dir))) {
+		size_t n = strlen(entry->d_name);
+
+		found = n > 9 && !strncmp(entry->d_name, "phos-", 5) &&
+			!strcmp(entry->d_name + n - 4, ".img");
+	}
+	closedir(dir);
+	return found;
+}
+
+static int begin_restore(void)
+{
+	bool claimed = false;
+	int present;
+
+	if (check_and_remove_inventory_plugin)
+		claimed = check_and_remove_inventory_plugin(PLUGIN_NAME, strlen(PLUGIN_NAME));
+	present = have_images();
+	if (present < 0)
+		return -1;
+	if (claimed && !present) {
+		phos_err("CRIU's inventory says that this image needs phos, but there is no phos-*.img: "
+			 "the image directory is incomplete; copy all of it");
+		return -1;
+	}
+	/* Images that CRIU's inventory does not mention are left over from another dump. */
+	if (check_and_remove_inventory_plugin && !claimed)
+		present = 0;
+	if (!present) {
+		enabled = false;
+		return 0;
+	}
+	return phosd_start(true) ? -1 : 0;
+}
+
+/* ---- life cycle ------------------------------------------------------------------------------ */
+
+static int phos_plugin_init(int stage)
+{
+	/* Live pre-dump is not there yet: CRIU dumps host memory, the GPU goes with the final dump. */
+	enabled = stage == CR_PLUGIN_STAGE__DUMP || stage == CR_PLUGIN_STAGE__RESTORE;
+	if (!enabled)
+		return 0;
+	if (take_over_from_cuda_plugin(true))
+		return -1;
+	if (set_compel_interrupt_only_mode)
+		set_compel_interrupt_only_mode();
+	return stage == CR_PLUGIN_STAGE__RESTORE ? begin_restore() : 0;
+}
+
+static void phos_plugin_exit(int stage, int ret)
+{
+	if (enabled && stage == CR_PLUGIN_STAGE__DUMP)
+		end_dump(ret == 0);
+	phosd_stop();
+}
+
+__attribute__((visibility("default"))) cr_plugin_desc_t CR_PLUGIN_DESC = {
+	.name = PLUGIN_NAME,
+	.init = phos_plugin_init,
+	.exit = phos_plugin_exit,
+	.version = CRIU_PLUGIN_GEN_VERSION(0, 2, 0),
+	.max_hooks = KNOWN_HOOKS,
+};

@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "criu-plugin/phosd_client.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "criu-plugin.h"
+#include "criu-plugin/criu_api.h"
+#include "criu-plugin/device_files.h"
+
+/* As in gpu-tracker/daemon/wire.h. */
+#define PROTOCOL_VERSION 1
+#define MAX_PACKET	 (256 * 1024)
+
+/* phosd initialises the driver library in hello: a tenth of a second, seconds on a cold machine. */
+#define HELLO_TIMEOUT_MS 60000
+/* The driver moves device memory at about 2 GB/s; a machine that swaps is slower. */
+#define MOVE_TIMEOUT_MS (15 * 60 * 1000)
+/* What phosd needs beyond the time the driver is given. */
+#define GRACE_MS 5000
+
+static int sock = -1;
+
+static bool find_phosd(char *path, size_t size)
+{
+	const char *from_env = getenv("PHOS_PHOSD");
+	char plugin[PATH_MAX];
+	Dl_info info;
+
+	if (from_env) {
+		snprintf(path, size, "%s", from_env);
+		return access(path, X_OK) == 0;
+	}
+	/* Beside the plugin: <prefix>/lib/criu/phos_plugin.so, <prefix>/libexec/phos/phosd. */
+	if (dladdr(&sock, &info) && info.dli_fname && realpath(info.dli_fname, plugin)) {
+		snprintf(path, size, "%s/../../libexec/phos/phosd", dirname(plugin));
+		if (access(path, X_OK) == 0)
+			return true;
+	}
+	snprintf(path, size, "%s/phosd", PHOS_LIBEXECDIR);
+	return access(path, X_OK) == 0;
+}
+
+/* In a fresh child of criu: nothing of criu's may stay open or blocked in phosd. */
+static void exec_phosd(const char *path, int fd)
+{
+	char arg[16];
+	sigset_t none;
+	int null;
+
+	setsid();
+	if (fork() != 0) /* phosd is no child of criu, which waits for children it does not know */
+		_exit(0);
+	null = open("/dev/null", O_RDWR);
+	if (dup2(fd, 3) < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
+		_exit(1);
+	syscall(SYS_close_range, 4U, ~0U, 0U);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	snprintf(arg, sizeof(arg), "%d", 3);
+	execl(path, "phosd", "--session", arg, (char *)NULL);
+	_exit(1);
+}
+
+static int spawn(void)
+{
+	char path[PATH_MAX];
+	int pair[2], status;
+	pid_t child;
+
+	if (!find_phosd(path, sizeof(path))) {
+		phos_err("phosd is not where it should be (%s); install phos again, or name phosd in "
+			 "the environment variable PHOS_PHOSD",
+			 path);
+		return -ENOENT;
+	}
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
+		phos_err("socketpair: %s", strerror(errno));
+		return -errno;
+	}
+	child = fork();
+	if (child < 0) {
+		phos_err("fork: %s", strerror(errno));
+		close(pair[0]);
+		close(pair[1]);
+		return -ENOMEM;
+	}
+	if (child == 0)
+		exec_phosd(path, pair[1]);
+	close(pair[1]);
+	while (waitpid(child, &status, 0) < 0 && errno == EINTR)
+		;
+	sock = pair[0];
+	return 0;
+}
+
+static int send_request(const Phos__Wire__Request *request, int fd)
+{
+	uint8_t packet[PATH_MAX + 256];
+	struct iovec io = { packet, phos__wire__request__get_packed_size(request) };
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control;
+	struct msghdr msg = { .msg_iov = &io, .msg_iovlen = 1 };
+	struct cmsghdr *c;
+
+	if (io.iov_len > sizeof(packet))
+		return -EMSGSIZE;
+	phos__wire__request__pack(request, packet);
+	if (fd >= 0) {
+		memset(&control, 0, sizeof(control));
+		msg.msg_control = control.bytes;
+		msg.msg_controllen = sizeof(control.bytes);
+		c = CMSG_FIRSTHDR(&msg);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(c), &fd, sizeof(int));
+	}
+	while (sendmsg(sock, &msg, MSG_NOSIGNAL) < 0) {
+		if (errno != EINTR)
+			return -errno;
+	}
+	return 0;
+}
+
+static int64_t now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
+}
+
+static Phos__Wire__Reply *receive_reply(int timeout_ms, int *error)
+{
+	int64_t deadline = now_ms() + timeout_ms;
+	Phos__Wire__Reply *reply;
+	struct pollfd p = { .fd = sock, .events = POLLIN };
+	uint8_t *packet;
+	ssize_t n;
+	int r;
+
+	do {
+		int64_t left = deadline - now_ms();
+
+		r = poll(&p, 1, left > 0 ? (int)left : 0);
+	} while (r < 0 && errno == EINTR);
+	if (r <= 0) {
+		*error = r ? -errno : -ETIMEDOUT;
+		return NULL;
+	}
+	packet = malloc(MAX_PACKET);
+	if (!packet) {
+		*error = -ENOMEM;
+		return NULL;
+	}
+	n = recv(sock, packet, MAX_PACKET, 0);
+	*error = n < 0 ? -errno : -EPIPE;
+	reply = n > 0 ? phos__wire__reply__unpack(NULL, n, packet) : NULL;
+	free(packet);
+	return reply;
+}
+
+/* Sends, waits, logs. Returns NULL when there is no answer or the answer is no. */
+static Phos__Wire__Reply *call(const Phos__Wire__Request *request, int fd, int timeout_ms, int *error)
+{
+	Phos__Wire__Reply *reply;
+	size_t i;
+
+	if (sock < 0) {
+		*error = -ENOTCONN;
+		return NULL;
+	}
+	*error = send_request(request, fd);
+	reply = *error ? NULL : receive_reply(timeout_ms, error);
+	if (!reply) {
+		phos_err("phosd does not answer: %s", strerror(-*error));
+		phosd_stop();
+		return NULL;
+	}
+	for (i = 0; i < reply->n_log; i++) {
+		unsigned int level = reply->log[i]->level;
+
+		if (level <= 1)
+			phos_err("%s", reply->log[i]->text);
+		else if (level == 2)
+			phos_warn("%s", reply->log[i]->text);
+		else
+			print_on_level(level, "phos: %s\n", reply->log[i]->text);
+	}
+	if (reply->ok)
+		return reply;
+	phos_err("%s", reply->error ? reply->error : "phosd failed without a reason");
+	phos__wire__reply__free_unpacked(reply, NULL);
+	*error = -EIO;
+	return NULL;
+}
+
+static int call_done(const Phos__Wire__Request *request, int timeout_ms)
+{
+	int error = 0;
+	Phos__Wire__Reply *reply = call(request, -1, timeout_ms, &error);
+
+	if (!reply)
+		return error;
+	phos__wire__reply__free_unpacked(reply, NULL);
+	return 0;
+}
+
+static int call_process(const Phos__Wire__Request *request, int timeout_ms,
+			struct phosd_process *process)
+{
+	int error = 0;
+	Phos__Wire__Reply *reply = call(request, -1, timeout_ms, &error);
+
+	if (!reply)
+		return error;
+	process->is_cuda = reply->has_is_cuda && reply->is_cuda;
+	process->restore_tid = reply->has_restore_tid ? reply->restore_tid : -1;
+	process->found = reply->has_found ? (int)reply->found : PHOS__WIRE__CUDA_STATE__RUNNING;
+	phos__wire__reply__free_unpacked(reply, NULL);
+	return 0;
+}
+
+int phosd_start(bool restore)
+{
+	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
+	Phos__Wire__Hello hello = PHOS__WIRE__HELLO__INIT;
+	Phos__Wire__Reply *reply;
+	int error = 0;
+	size_t i;
+
+	if (sock >= 0)
+		return 0;
+	error = spawn();
+	if (error)
+		return error;
+	hello.protocol = PROTOCOL_VERSION;
+	hello.stage = restore ? PHOS__WIRE__STAGE__RESTORE : PHOS__WIRE__STAGE__DUMP;
+	request.op_case = PHOS__WIRE__REQUEST__OP_HELLO;
+	request.hello = &hello;
+	reply = call(&request, criu_get_image_dir(), HELLO_TIMEOUT_MS, &error);
+	if (!reply) {
+		phosd_stop();
+		return error;
+	}
+	for (i = 0; i < reply->n_files && !error; i++)
+		error = device_files_remember(reply->files[i]->id, reply->files[i]->path,
+					      reply->files[i]->flags);
+	phos__wire__reply__free_unpacked(reply, NULL);
+	return error;
+}
+
+bool phosd_started(void)
+{
+	return sock >= 0;
+}
+
+void phosd_stop(void)
+{
+	if (sock >= 0)
+		close(sock);
+	sock = -1;
+}
+
+/* `op` must be one whose argument is a Process: the members of the oneof share their storage. */
+static Phos__Wire__Request process_request(Phos__Wire__Request__OpCase op, Phos__Wire__Process *p)
+{
+	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
+
+	request.op_case = op;
+	request.pause = p;
+	return request;
+}
+
+int phosd_pause(int pid, unsigned int timeout_ms, struct phosd_process *process)
+{
+	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
+	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_PAUSE, &p);
+
+	p.pid = pid;
+	p.has_timeout_ms = true;
+	p.timeout_ms = timeout_ms;
+	return call_process(&request, (int)timeout_ms + HELLO_TIMEOUT_MS, process);
+}
+
+int phosd_find_restored(int pid, struct phosd_process *process)
+{
+	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
+	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_FIND_RESTORED, &p);
+
+	p.pid = pid;
+	return call_process(&request, GRACE_MS, process);
+}
+
+int phosd_checkpoint(int pid)
+{
+	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
+	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_CHECKPOINT, &p);
+
+	p.pid = pid;
+	return call_done(&request, MOVE_TIMEOUT_MS);
+}
+
+int phosd_undo(int pid, int found)
+{
+	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
+	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_UNDO, &p);
+
+	p.pid = pid;
+	p.has_found = true;
+	p.found = found;
+	return call_done(&request, MOVE_TIMEOUT_MS);
+}
+
+int phosd_resume(int pid)
+{
+	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
+	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_RESUME, &p);
+
+	p.pid = pid;
+	return call_done(&request, MOVE_TIMEOUT_MS);
+}
+
+int phosd_add_file(uint32_t id, const char *path, uint32_t flags)
+{
+	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
+	Phos__Wire__DeviceFile file = PHOS__WIRE__DEVICE_FILE__INIT;
+
+	file.id = id;
+	file.path = (char *)path; /* protobuf-c packs from mutable strings, it does not write */
+	file.flags = flags;
+	request.op_case = PHOS__WIRE__REQUEST__OP_ADD_FILE;
+	request.add_file = &file;
+	return call_done(&request, HELLO_TIMEOUT_MS);
+}
+
+int phosd_finish(bool success)
+{
+	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
+	Phos__Wire__Finish finish = PHOS__WIRE__FINISH__INIT;
+
+	finish.success = success;
+	request.op_case = PHOS__WIRE__REQUEST__OP_FINISH;
+	request.finish = &finish;
+	return call_done(&request, HELLO_TIMEOUT_MS);
+}

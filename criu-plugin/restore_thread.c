@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "criu-plugin/restore_thread.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "criu-plugin/criu_api.h"
+
+/* A kernel sigset (PTRACE_GETSIGMASK); glibc's sigset_t is larger. */
+static const uint64_t all_signals_but_sigtrap = ~(1ULL << (SIGTRAP - 1));
+
+int tracer_of(int tid)
+{
+	char path[64], line[256];
+	int tracer = -1;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/%d/status", tid);
+	f = fopen(path, "re");
+	if (!f)
+		return -1;
+	while (fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "TracerPid: %d", &tracer) == 1)
+			break;
+	}
+	fclose(f);
+	return tracer;
+}
+
+int restore_thread_resume(struct restore_thread *thread, int tid)
+{
+	uint64_t mask = all_signals_but_sigtrap;
+
+	memset(thread, 0, sizeof(*thread));
+	thread->tid = tid;
+	if (tracer_of(tid) != getpid())
+		return 0;
+	if (ptrace(PTRACE_GETSIGMASK, tid, (void *)sizeof(thread->sigmask), &thread->sigmask)) {
+		phos_err("cannot read the signal mask of CUDA's restore thread %d: %s", tid,
+			 strerror(errno));
+		return -1;
+	}
+	if (ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(mask), &mask)) {
+		phos_err("cannot block signals of CUDA's restore thread %d: %s", tid,
+			 strerror(errno));
+		return -1;
+	}
+	/* CRIU sets PTRACE_O_SUSPEND_SECCOMP, under which the driver must not run code for the task. */
+	if (ptrace(PTRACE_SETOPTIONS, tid, NULL, NULL) || ptrace(PTRACE_CONT, tid, NULL, NULL)) {
+		phos_err("cannot let CUDA's restore thread %d run: %s", tid, strerror(errno));
+		ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(thread->sigmask), &thread->sigmask);
+		return -1;
+	}
+	thread->resumed = true;
+	return 0;
+}
+
+int restore_thread_stop(struct restore_thread *thread)
+{
+	int tid = thread->tid, status;
+	pid_t got;
+
+	if (!thread->resumed)
+		return 0;
+	thread->resumed = false;
+	if (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL)) {
+		phos_err("cannot stop CUDA's restore thread %d again: %s", tid, strerror(errno));
+		return -1;
+	}
+	do {
+		got = waitpid(tid, &status, __WALL);
+	} while (got < 0 && errno == EINTR);
+	if (got != tid || !WIFSTOPPED(status)) {
+		phos_err("CUDA's restore thread %d has ended", tid);
+		return -1;
+	}
+	/* As compel had it; without CAP_SYS_ADMIN seccomp cannot be suspended and was not. */
+	if (ptrace(PTRACE_SETOPTIONS, tid, NULL,
+		   (void *)(long)(PTRACE_O_SUSPEND_SECCOMP | PTRACE_O_TRACESYSGOOD)) &&
+	    ptrace(PTRACE_SETOPTIONS, tid, NULL, (void *)(long)PTRACE_O_TRACESYSGOOD)) {
+		phos_err("cannot set ptrace options of CUDA's restore thread %d: %s", tid,
+			 strerror(errno));
+		return -1;
+	}
+	if (ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(thread->sigmask), &thread->sigmask)) {
+		phos_err("cannot put back the signal mask of CUDA's restore thread %d: %s", tid,
+			 strerror(errno));
+		return -1;
+	}
+	return 0;
+}

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/daemon/wire.h"
+
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <cstring>
+
+namespace phos {
+namespace {
+
+Error protocol_error(const std::string& what) { return Error(Domain::kProtocol, EPROTO, what); }
+
+// Protobuf-c wants mutable strings; it does not write to them when packing.
+char* mutable_string(const std::string& s) { return const_cast<char*>(s.c_str()); }
+
+}  // namespace
+
+Result<std::optional<ReceivedRequest>> receive_request(int socket) {
+  std::vector<uint8_t> buffer(kMaxPacket);
+  iovec io = {buffer.data(), buffer.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+  msghdr msg = {};
+  msg.msg_iov = &io;
+  msg.msg_iovlen = 1;
+  msg.msg_control = control;
+  msg.msg_controllen = sizeof control;
+  ssize_t n;
+  do {
+    n = recvmsg(socket, &msg, MSG_CMSG_CLOEXEC);
+  } while (n < 0 && errno == EINTR);
+  if (n < 0) return Error::from_errno(errno, "receiving from criu");
+  ReceivedRequest received;
+  for (cmsghdr* c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
+    if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+    int fd;
+    memcpy(&fd, CMSG_DATA(c), sizeof fd);
+    received.fd.reset(fd);
+  }
+  if (n == 0) return std::optional<ReceivedRequest>();
+  if (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) return protocol_error("request too large");
+  received.request.reset(
+      phos__wire__request__unpack(nullptr, static_cast<size_t>(n), buffer.data()));
+  if (!received.request) return protocol_error("malformed request");
+  return std::optional<ReceivedRequest>(std::move(received));
+}
+
+Result<void> send_reply(int socket, const ReplyData& data) {
+  Phos__Wire__Reply reply = PHOS__WIRE__REPLY__INIT;
+  reply.ok = data.error.empty();
+  if (!reply.ok) reply.error = mutable_string(data.error);
+  reply.has_is_cuda = data.is_cuda.has_value();
+  reply.is_cuda = data.is_cuda.value_or(false);
+  reply.has_restore_tid = data.restore_tid.has_value();
+  reply.restore_tid = data.restore_tid.value_or(-1);
+
+  reply.has_found = data.found.has_value();
+  // The wire's states are numbered as the driver's.
+  reply.found = static_cast<Phos__Wire__CudaState>(data.found.value_or(CudaState::kRunning));
+
+  std::vector<Phos__Wire__DeviceFile> files(data.files.size());
+  std::vector<Phos__Wire__DeviceFile*> file_pointers;
+  for (size_t i = 0; i < files.size(); i++) {
+    phos__wire__device_file__init(&files[i]);
+    files[i].id = data.files[i].id;
+    files[i].path = mutable_string(data.files[i].path);
+    files[i].flags = data.files[i].flags;
+    file_pointers.push_back(&files[i]);
+  }
+  reply.n_files = files.size();
+  reply.files = file_pointers.data();
+
+  std::vector<Phos__Wire__LogLine> lines(data.log.size());
+  std::vector<Phos__Wire__LogLine*> line_pointers;
+  for (size_t i = 0; i < lines.size(); i++) {
+    phos__wire__log_line__init(&lines[i]);
+    lines[i].level = static_cast<uint32_t>(data.log[i].first);
+    lines[i].text = mutable_string(data.log[i].second);
+    line_pointers.push_back(&lines[i]);
+  }
+  reply.n_log = lines.size();
+  reply.log = line_pointers.data();
+
+  std::vector<uint8_t> packet(phos__wire__reply__get_packed_size(&reply));
+  if (packet.size() > kMaxPacket) return protocol_error("reply too large");
+  phos__wire__reply__pack(&reply, packet.data());
+  ssize_t n;
+  do {
+    n = send(socket, packet.data(), packet.size(), MSG_NOSIGNAL);
+  } while (n < 0 && errno == EINTR);
+  if (n < 0) return Error::from_errno(errno, "replying to criu");
+  return {};
+}
+
+}  // namespace phos

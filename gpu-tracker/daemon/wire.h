@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// The daemon's end of the protocol of gpu-tracker/abi/phosd.proto over a SOCK_SEQPACKET socket.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "gpu-tracker/abi/phosd.pb-c.h"
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/base/result.h"
+#include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/image/image.h"
+
+namespace phos {
+
+// Raised when a message changes meaning; both ends refuse any other.
+inline constexpr uint32_t kProtocolVersion = 1;
+// The largest packet either end sends.
+inline constexpr size_t kMaxPacket = 256 * 1024;
+
+struct RequestDeleter {
+  void operator()(Phos__Wire__Request* r) const { phos__wire__request__free_unpacked(r, nullptr); }
+};
+
+struct ReceivedRequest {
+  std::unique_ptr<Phos__Wire__Request, RequestDeleter> request;
+  UniqueFd fd;  // what came along, if anything
+};
+
+// The next request; nullopt when the peer has closed the socket.
+Result<std::optional<ReceivedRequest>> receive_request(int socket);
+
+struct ReplyData {
+  std::string error;  // empty: ok
+  std::optional<bool> is_cuda;
+  std::optional<int> restore_tid;
+  std::optional<CudaState> found;
+  std::vector<DeviceFile> files;
+  std::vector<std::pair<LogLevel, std::string>> log;
+};
+
+Result<void> send_reply(int socket, const ReplyData& reply);
+
+}  // namespace phos

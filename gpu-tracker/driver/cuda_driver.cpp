@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/driver/cuda_driver.h"
+
+#include <cuda.h>
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstring>
+
+namespace phos {
+namespace {
+
+// Every libcuda function phos calls from outside a target; a missing one names its driver.
+#define PHOS_CUDA_ENTRY_POINTS(X)                                  \
+  X(cuInit, "any")                                                 \
+  X(cuDriverGetVersion, "any")                                     \
+  X(cuGetErrorName, "any")                                         \
+  X(cuDeviceGetCount, "any")                                       \
+  X(cuDeviceGet, "any")                                            \
+  X(cuDeviceGetName, "any")                                        \
+  X(cuDeviceGetUuid_v2, "11.4")                                    \
+  X(cuDeviceTotalMem_v2, "any")                                    \
+  X(cuCheckpointProcessGetRestoreThreadId, "570 (CUDA 12.8)")      \
+  X(cuCheckpointProcessGetState, "570 (CUDA 12.8)")                \
+  X(cuCheckpointProcessLock, "570 (CUDA 12.8)")                    \
+  X(cuCheckpointProcessCheckpoint, "570 (CUDA 12.8)")              \
+  X(cuCheckpointProcessRestore, "570 (CUDA 12.8)")                 \
+  X(cuCheckpointProcessUnlock, "570 (CUDA 12.8)")
+
+struct EntryPoints {
+#define X(name, since) decltype(&::name) name = nullptr;
+  PHOS_CUDA_ENTRY_POINTS(X)
+#undef X
+};
+
+// gpuPairs appeared in CUDA 13.0 (driver 580).
+constexpr int kFirstApiWithGpuPairs = 13000;
+
+class CudaDriver final : public GpuDriver {
+ public:
+  // `simulated_memory`: the simulated driver's stand-in for rm_client.h; null on a real driver.
+  using SimulatedMemory = int (*)(int pid, uint64_t* own, uint64_t* imported);
+
+  CudaDriver(const EntryPoints& cu, SimulatedMemory simulated_memory)
+      : cu_(cu), simulated_memory_(simulated_memory) {}
+
+  Result<int> api_version() override {
+    int version = 0;
+    if (CUresult r = cu_.cuDriverGetVersion(&version)) return error("cuDriverGetVersion", 0, r);
+    return version;
+  }
+
+  Result<std::string> release() override {
+    if (simulated_memory_) return std::string("simulated");
+    // "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build ..."
+    FILE* f = fopen("/proc/driver/nvidia/version", "re");
+    if (!f) {
+      return Error(Domain::kUsage, ENOENT,
+                   "no NVIDIA kernel driver is loaded (/proc/driver/nvidia/version is missing)");
+    }
+    char line[512] = "";
+    const char* got = fgets(line, sizeof line, f);
+    fclose(f);
+    for (char* word = got ? strtok(line, " \t\n") : nullptr; word; word = strtok(nullptr, " \t\n")) {
+      int major = 0, minor = 0;
+      if (sscanf(word, "%d.%d", &major, &minor) == 2) return std::string(word);
+    }
+    return Error(Domain::kFormat, EINVAL, "/proc/driver/nvidia/version: no release number in it");
+  }
+
+  Result<std::vector<GpuInfo>> gpus() override {
+    if (CUresult r = cu_.cuInit(0)) return error("cuInit", 0, r);
+    int count = 0;
+    if (CUresult r = cu_.cuDeviceGetCount(&count)) return error("cuDeviceGetCount", 0, r);
+    std::vector<GpuInfo> gpus;
+    for (int i = 0; i < count; i++) {
+      CUdevice device;
+      CUuuid uuid;
+      char name[256] = "";
+      size_t bytes = 0;
+      CUresult r = cu_.cuDeviceGet(&device, i);
+      if (!r) r = cu_.cuDeviceGetName(name, sizeof name, device);
+      if (!r) r = cu_.cuDeviceGetUuid_v2(&uuid, device);
+      if (!r) r = cu_.cuDeviceTotalMem_v2(&bytes, device);
+      if (r) return error("asking GPU " + std::to_string(i) + " for its name", 0, r);
+      GpuInfo info;
+      static_assert(sizeof uuid.bytes == sizeof(GpuUuid));
+      memcpy(info.uuid.data(), uuid.bytes, info.uuid.size());
+      info.name = name;
+      info.total_bytes = bytes;
+      gpus.push_back(std::move(info));
+    }
+    return gpus;
+  }
+
+  Result<ProcessMemory> process_memory(int pid) override {
+    if (!simulated_memory_) return query_process_memory(pid);
+    ProcessMemory memory;
+    int r = simulated_memory_(pid, &memory.own, &memory.imported);
+    if (r) return error("phos_sim_memory", pid, static_cast<CUresult>(r));
+    return memory;
+  }
+
+  Result<int> restore_thread_id(int pid) override {
+    int tid = -1;
+    CUresult r = cu_.cuCheckpointProcessGetRestoreThreadId(pid, &tid);
+    if (r) return error("cuCheckpointProcessGetRestoreThreadId", pid, r);
+    return tid;
+  }
+
+  Result<CudaState> state(int pid) override {
+    CUprocessState s = CU_PROCESS_STATE_RUNNING;
+    CUresult r = cu_.cuCheckpointProcessGetState(pid, &s);
+    if (r) return error("cuCheckpointProcessGetState", pid, r);
+    switch (s) {
+      case CU_PROCESS_STATE_RUNNING:
+        return CudaState::kRunning;
+      case CU_PROCESS_STATE_LOCKED:
+        return CudaState::kLocked;
+      case CU_PROCESS_STATE_CHECKPOINTED:
+        return CudaState::kCheckpointed;
+      case CU_PROCESS_STATE_FAILED:
+        return CudaState::kFailed;
+    }
+    return Error(Domain::kCuda, CUDA_ERROR_UNKNOWN,
+                 "process " + std::to_string(pid) + " is in CUDA state " + std::to_string(s) +
+                     ", which this version of phos does not know");
+  }
+
+  Result<void> lock(int pid, unsigned timeout_ms) override {
+    CUcheckpointLockArgs args = {};
+    args.timeoutMs = timeout_ms;
+    return done("cuCheckpointProcessLock", pid, cu_.cuCheckpointProcessLock(pid, &args));
+  }
+
+  Result<void> checkpoint(int pid) override {
+    return done("cuCheckpointProcessCheckpoint", pid,
+                cu_.cuCheckpointProcessCheckpoint(pid, nullptr));
+  }
+
+  Result<void> restore(int pid, const std::vector<GpuPair>& pairs) override {
+    std::vector<CUcheckpointGpuPair> cu_pairs(pairs.size());
+    for (size_t i = 0; i < pairs.size(); i++) {
+      memcpy(cu_pairs[i].oldUuid.bytes, pairs[i].from.data(), pairs[i].from.size());
+      memcpy(cu_pairs[i].newUuid.bytes, pairs[i].to.data(), pairs[i].to.size());
+    }
+    CUcheckpointRestoreArgs args = {};
+    args.gpuPairs = cu_pairs.data();
+    args.gpuPairsCount = static_cast<unsigned>(cu_pairs.size());
+    if (!pairs.empty()) {
+      auto version = api_version();
+      if (!version) return version.error();
+      if (*version < kFirstApiWithGpuPairs) {
+        return Error(Domain::kCuda, kCudaErrorNotSupported,
+                     "restoring onto other GPUs needs NVIDIA driver 580 (CUDA 13.0) or newer; this "
+                     "machine's driver speaks CUDA " +
+                         std::to_string(*version / 1000) + "." +
+                         std::to_string(*version % 1000 / 10));
+      }
+    }
+    return done("cuCheckpointProcessRestore", pid,
+                cu_.cuCheckpointProcessRestore(pid, pairs.empty() ? nullptr : &args));
+  }
+
+  Result<void> unlock(int pid) override {
+    return done("cuCheckpointProcessUnlock", pid, cu_.cuCheckpointProcessUnlock(pid, nullptr));
+  }
+
+ private:
+  // pid 0: the call concerns no process.
+  Error error(const std::string& call, int pid, CUresult r) const {
+    const char* name = nullptr;
+    cu_.cuGetErrorName(r, &name);
+    std::string on = pid ? " on process " + std::to_string(pid) : "";
+    return Error(Domain::kCuda, r,
+                 call + on + " failed: " + (name ? name : "unknown error") + " (" +
+                     std::to_string(r) + ")");
+  }
+
+  Result<void> done(const char* call, int pid, CUresult r) const {
+    if (r) return error(call, pid, r);
+    return {};
+  }
+
+  const EntryPoints cu_;
+  const SimulatedMemory simulated_memory_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<GpuDriver>> open_cuda_driver(const std::string& path) {
+  void* lib = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!lib) {
+    return Error(Domain::kUsage, ENOENT,
+                 std::string("NVIDIA's driver library cannot be opened (") + dlerror() +
+                     "); install NVIDIA driver 570 or newer");
+  }
+  EntryPoints cu;
+#define X(name, since)                                                                             \
+  cu.name = reinterpret_cast<decltype(cu.name)>(dlsym(lib, #name));                                \
+  if (!cu.name) {                                                                                  \
+    return Error(Domain::kUsage, ENOSYS,                                                           \
+                 path + " has no " #name "; install NVIDIA driver " since " or newer");            \
+  }
+  PHOS_CUDA_ENTRY_POINTS(X)
+#undef X
+  auto simulated = reinterpret_cast<CudaDriver::SimulatedMemory>(dlsym(lib, "phos_sim_memory"));
+  return std::unique_ptr<GpuDriver>(std::make_unique<CudaDriver>(cu, simulated));
+}
+
+}  // namespace phos
