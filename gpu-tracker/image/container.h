@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// The container around an image's payload: a checked header, and the file system rules (who may own
+// an image, how one is replaced). Internal to this room.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "gpu-tracker/base/result.h"
+#include "gpu-tracker/image/image.h"
+
+namespace phos {
+
+inline constexpr uint32_t kImageVersion = 1;
+inline constexpr char kImageMagic[8] = {'P', 'H', 'O', 'S', 'I', 'M', 'G', '\0'};
+// Two million allocations fit; more than that is not a process but a broken file.
+inline constexpr uint64_t kMaxPayload = 64u << 20;
+
+enum class FileKind : uint32_t { kProcess = 1, kFiles = 2 };
+
+// On disk, little-endian. This layout and the header's checksum stay the same in every version, so
+// that an old reader can tell a newer file from a damaged one.
+struct FileHeader {
+  char magic[8];
+  uint32_t version;
+  uint32_t kind;            // FileKind
+  uint64_t payload_length;  // bytes after the header; the file ends there
+  uint32_t payload_crc;     // CRC-32C of the payload
+  uint32_t header_crc;      // CRC-32C of the 28 bytes before it
+};
+static_assert(std::endian::native == std::endian::little);
+static_assert(sizeof(FileHeader) == 32);
+static_assert(offsetof(FileHeader, version) == 8);
+static_assert(offsetof(FileHeader, kind) == 12);
+static_assert(offsetof(FileHeader, payload_length) == 16);
+static_assert(offsetof(FileHeader, payload_crc) == 24);
+static_assert(offsetof(FileHeader, header_crc) == 28);
+
+// CRC-32C (Castagnoli), as in iSCSI: of "123456789" it is 0xe3069283.
+uint32_t crc32c(const void* data, size_t size);
+
+// "<directory>/<name>" for messages; just the name if the directory's path cannot be had.
+std::string describe_file(int dir_fd, const std::string& name);
+
+// Text from a file or a process, fit for a one-line message on a terminal.
+std::string printable(const std::string& text);
+
+Error image_error(ImageError code, const std::string& message);
+
+Result<void> write_container(int dir_fd, const std::string& name, FileKind kind,
+                             const std::vector<uint8_t>& payload);
+
+// The payload, checksum verified. Reads at most the file's size.
+Result<std::vector<uint8_t>> read_container(int dir_fd, const std::string& name, FileKind kind);
+
+// Makes a rename or unlink in the directory durable.
+Result<void> sync_directory(int dir_fd);
+
+}  // namespace phos

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/image/image.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <memory>
+#include <optional>
+#include <string_view>
+
+#include "gpu-tracker/image/codec.h"
+#include "gpu-tracker/image/container.h"
+
+namespace phos {
+namespace {
+
+constexpr const char kFilesName[] = "phos-files.img";
+
+std::string process_name(int pid) {
+  return "phos-" + std::to_string(pid) + ".img";
+}
+
+// The pid in "phos-<pid>.img", written as we write it (no sign, no leading zero); 0 otherwise.
+int pid_in_name(const std::string& name) {
+  std::string_view digits = name;
+  if (!digits.starts_with("phos-") || !digits.ends_with(".img")) return 0;
+  digits.remove_prefix(5);
+  digits.remove_suffix(4);
+  int pid = 0;
+  std::from_chars(digits.data(), digits.data() + digits.size(), pid);
+  return pid > 0 && process_name(pid) == name ? pid : 0;
+}
+
+bool is_image_name(const std::string& name) {
+  return pid_in_name(name) || name == kFilesName;
+}
+
+// Sorted, so that messages and removals do not depend on the file system's order.
+Result<std::vector<std::string>> list_names(int dir_fd) {
+  int fd = openat(dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  std::unique_ptr<DIR, int (*)(DIR*)> dir(fd >= 0 ? fdopendir(fd) : nullptr, closedir);
+  if (!dir) {
+    int code = errno;
+    if (fd >= 0) close(fd);
+    return Error::from_errno(code, "cannot open the image directory");
+  }
+  std::vector<std::string> names;
+  errno = 0;
+  while (dirent* entry = readdir(dir.get())) names.emplace_back(entry->d_name);
+  if (errno) return Error::from_errno(errno, "cannot list " + describe_file(dir_fd, "."));
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+Result<void> remove_file(int dir_fd, const std::string& name) {
+  if (unlinkat(dir_fd, name.c_str(), 0) == 0 || errno == ENOENT) return {};
+  return Error::from_errno(errno, "cannot remove " + describe_file(dir_fd, name));
+}
+
+// nullopt: the file is not a sound image, so it is nobody's. Error: it could not be read at all.
+Result<std::optional<DumpId>> dump_id_of(int dir_fd, const std::string& name) {
+  auto id_or_error = [](const auto& image) -> Result<std::optional<DumpId>> {
+    if (image) return std::optional<DumpId>(image->dump_id);
+    if (image.error().domain() == Domain::kFormat) return std::optional<DumpId>();
+    return image.error();
+  };
+  int pid = pid_in_name(name);
+  return pid ? id_or_error(read_process_image(dir_fd, pid)) : id_or_error(read_files_image(dir_fd));
+}
+
+}  // namespace
+
+std::string format_dump_id(const DumpId& id) {
+  static const char kDigits[] = "0123456789abcdef";
+  std::string text;
+  for (uint8_t byte : id) {
+    text += kDigits[byte >> 4];
+    text += kDigits[byte & 15];
+  }
+  return text;
+}
+
+const char* to_string(MemoryKind kind) {
+  static const char* const kNames[] = {"unknown", "device", "virtual", "pool", "managed", "host"};
+  size_t i = static_cast<size_t>(kind);
+  return i < std::size(kNames) ? kNames[i] : "unknown";
+}
+
+const char* to_string(MemoryPath path) {
+  static const char* const kNames[] = {"driver", "released", "shared"};
+  size_t i = static_cast<size_t>(path);
+  return i < std::size(kNames) ? kNames[i] : "unknown";
+}
+
+Result<void> write_process_image(int dir_fd, const ProcessImage& image) {
+  std::string name = process_name(image.pid);
+  auto payload = encode(image);
+  if (!payload) return payload.error().wrap("cannot write " + describe_file(dir_fd, name));
+  return write_container(dir_fd, name, FileKind::kProcess, *payload);
+}
+
+Result<void> write_files_image(int dir_fd, const FilesImage& image) {
+  auto payload = encode(image);
+  if (!payload) return payload.error().wrap("cannot write " + describe_file(dir_fd, kFilesName));
+  return write_container(dir_fd, kFilesName, FileKind::kFiles, *payload);
+}
+
+Result<ProcessImage> read_process_image(int dir_fd, int pid) {
+  std::string name = process_name(pid);
+  auto payload = read_container(dir_fd, name, FileKind::kProcess);
+  if (!payload) return payload.error();
+  auto image = decode_process(*payload);
+  if (!image) return image.error().wrap(describe_file(dir_fd, name));
+  if (image->pid != pid) {
+    return image_error(ImageError::kWrongName,
+                       describe_file(dir_fd, name) + " is the image of process " +
+                           std::to_string(image->pid) + ": was it renamed?");
+  }
+  return image;
+}
+
+Result<FilesImage> read_files_image(int dir_fd) {
+  auto payload = read_container(dir_fd, kFilesName, FileKind::kFiles);
+  if (!payload) return payload.error();
+  auto image = decode_files(*payload);
+  if (!image) return image.error().wrap(describe_file(dir_fd, kFilesName));
+  return image;
+}
+
+Result<ImageSet> read_image_set(int dir_fd) {
+  auto names = list_names(dir_fd);
+  if (!names) return names.error();
+  ImageSet set;
+  std::string first_name;
+  DumpId first_id{};
+  auto same_dump = [&](const std::string& name, const DumpId& id) -> Result<void> {
+    if (first_name.empty()) {
+      first_name = name;
+      first_id = id;
+    }
+    if (id == first_id) return {};
+    return image_error(ImageError::kMixedDumps,
+                       "images of two different dumps are mixed in this directory: " +
+                           describe_file(dir_fd, first_name) + " is from dump " +
+                           format_dump_id(first_id) + ", " + name + " from dump " +
+                           format_dump_id(id) + "; remove those of the older dump");
+  };
+  for (const std::string& name : *names) {
+    if (int pid = pid_in_name(name)) {
+      auto image = read_process_image(dir_fd, pid);
+      if (!image) return image.error();
+      if (auto ok = same_dump(name, image->dump_id); !ok) return ok.error();
+      set.processes.push_back(std::move(*image));
+    } else if (name == kFilesName) {
+      auto image = read_files_image(dir_fd);
+      if (!image) return image.error();
+      if (auto ok = same_dump(name, image->dump_id); !ok) return ok.error();
+      set.files = std::move(*image);
+    }
+  }
+  set.files.dump_id = first_id;
+  std::sort(set.processes.begin(), set.processes.end(),
+            [](const auto& a, const auto& b) { return a.pid < b.pid; });
+  return set;
+}
+
+Result<void> remove_images(int dir_fd, const DumpId& id) {
+  auto names = list_names(dir_fd);
+  if (!names) return names.error();
+  Result<void> result;
+  auto note = [&](const Error& error) {
+    if (result) result = error;  // the first one; go on with the other files
+  };
+  for (const std::string& name : *names) {
+    if (!is_image_name(name)) continue;
+    auto found = dump_id_of(dir_fd, name);
+    if (!found) {
+      note(found.error());
+    } else if (*found == id) {
+      if (auto removed = remove_file(dir_fd, name); !removed) note(removed.error());
+    }
+  }
+  if (auto synced = sync_directory(dir_fd); !synced) note(synced.error());
+  return result;
+}
+
+Result<void> remove_all_images(int dir_fd) {
+  auto names = list_names(dir_fd);
+  if (!names) return names.error();
+  Result<void> result;
+  for (const std::string& name : *names) {
+    // ".tmp": what a killed writer left (see write_container).
+    bool temp = name.ends_with(".tmp") && is_image_name(name.substr(0, name.size() - 4));
+    if (!temp && !is_image_name(name)) continue;
+    auto removed = remove_file(dir_fd, name);
+    if (!removed && result) result = removed;
+  }
+  auto synced = sync_directory(dir_fd);
+  return result ? synced : result;
+}
+
+}  // namespace phos

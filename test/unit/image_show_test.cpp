@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// What `phos show` prints.
+#include "test/unit/image_fixture.h"
+
+namespace phos::image_test {
+namespace {
+
+ImageSet small_set() {
+  ImageSet set;
+  ProcessImage p = golden_process();
+  p.gpus.resize(1);
+  p.allocations.resize(1);
+  set.processes = {p};
+  set.files = golden_files();
+  set.files.files.resize(1);
+  return set;
+}
+
+TEST(ImageShow, Json) {
+  EXPECT_EQ(to_json(small_set()), R"({
+  "dump_id": "00112233445566778899aabbccddeeff",
+  "processes": [
+    {
+      "pid": 4242,
+      "comm": "py)"
+                                  "\xef\xbf\xbd"
+                                  R"(t) (3",
+      "state": "locked",
+      "driver_release": "580.159.04",
+      "driver_api": 13000,
+      "created_us": 1767225600123456,
+      "phos_version": "0.1.0",
+      "gpus": [
+        {
+          "uuid": "GPU-155e866b-9144-3f4c-ec25-f1c3d492b8c2",
+          "name": "NVIDIA H200",
+          "total_bytes": 150119120896
+        }
+      ],
+      "allocations": [
+        {
+          "address": "0x7f2000000000",
+          "size": 8589934592,
+          "gpu": 0,
+          "kind": "device",
+          "path": "driver"
+        }
+      ],
+      "timings": {
+        "scan_us": 10250,
+        "checkpoint_us": 1400000
+      }
+    }
+  ],
+  "files": [
+    {
+      "id": 7,
+      "path": "/dev/nvidiactl",
+      "flags": 524290
+    }
+  ]
+}
+)");
+}
+
+TEST(ImageShow, EmptySet) {
+  EXPECT_EQ(to_json({}), "{\n  \"dump_id\": null,\n  \"processes\": [],\n  \"files\": []\n}\n");
+  EXPECT_EQ(to_table({}), "no phos images\n");
+}
+
+TEST(ImageShow, Table) {
+  ImageSet set = small_set();
+  set.processes[0].allocations = golden_process().allocations;
+  for (AllocationInfo& a : set.processes[0].allocations) {
+    if (a.gpu == 1) a.gpu = 0;
+  }
+  // 8 GiB + 2 MiB of device memory are 8.002 GiB; all together 8592 MiB + 33 MiB + 8 KiB.
+  EXPECT_EQ(to_table(set), R"(dump 00112233445566778899aabbccddeeff
+
+process 4242  py?t) (3  locked
+  dumped   2026-01-01 00:00:00 UTC by phos 0.1.0, driver 580.159.04, CUDA 13.0
+  GPU 0    NVIDIA H200, 139.8 GiB, GPU-155e866b-9144-3f4c-ec25-f1c3d492b8c2
+  path      kind      allocations          size
+  driver    unknown             1       4.0 KiB
+  driver    device              2       8.0 GiB
+  driver    pool                1      32.0 MiB
+  driver    host                1       4.0 KiB
+  released  virtual             1      64.0 MiB
+  shared    managed             1       1.0 MiB
+  total                         7       8.1 GiB
+  timings  scan 10.2 ms, lock -, checkpoint 1.40 s
+
+  file id  flags       path
+        7  0x80002     /dev/nvidiactl
+)");
+}
+
+TEST(ImageShow, TableKeepsTerminalControlOut) {
+  ImageSet set = small_set();
+  set.processes[0].comm = "\x1b[2J";
+  set.files.files[0].path =
+      "/dev/\n\x9b"
+      "x";
+  std::string table = to_table(set);
+  for (char c : table) EXPECT_TRUE(c == '\n' || (c >= 0x20 && c < 0x7f));
+  EXPECT_NE(table.find("/dev/??x\n"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace phos::image_test

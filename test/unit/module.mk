@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: GPL-2.0-only
+# Unit tests: every *_test.cpp here goes into one GoogleTest binary. No root, no GPU needed.
+
+$(B)/obj/test/unit/%.cpp.o: CPPFLAGS += -DPHOS_GOLDEN_DIR='"$(CURDIR)/test/golden"'
+
+$(eval $(call program,test/unit,$(wildcard test/unit/*.cpp),lib/libphos.a,\
+        -lprotobuf-c -lgtest_main -lgtest -lpthread -ldl))
+
+all: $(B)/test/unit
+
+.PHONY: check-unit
+check-unit: $(B)/test/unit
+	$(Q)$<
