@@ -227,6 +227,7 @@ Result<void> Session::write_image(int pid, const Held& held, microseconds checkp
       duration_cast<microseconds>(std::chrono::system_clock::now().time_since_epoch()).count());
   image.phos_version = PHOS_VERSION;
   image.gpus = gpus_;
+  image.device_bytes = held.memory.own;
   image.timings.lock_us = static_cast<uint64_t>(held.lock_time.count());
   image.timings.checkpoint_us = static_cast<uint64_t>(checkpoint_time.count());
   return write_process_image(image_dir_.get(), image);

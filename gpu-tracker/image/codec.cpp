@@ -271,6 +271,8 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   m.n_allocations = allocation_pointers.size();
   m.allocations = allocation_pointers.data();
   m.timings = &timings;
+  m.device_bytes = image.device_bytes;
+  m.has_device_bytes = image.device_bytes != 0;
   return pack(m.base);
 }
 
@@ -319,6 +321,7 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
     image.allocations.push_back({a.address, a.size, a.gpu, static_cast<MemoryKind>(a.kind),
                                  static_cast<MemoryPath>(a.path)});
   }
+  if (m->has_device_bytes) image.device_bytes = m->device_bytes;
   if (const Phos__Image__Timings* t = m->timings) {
     if (t->has_scan_us) image.timings.scan_us = t->scan_us;
     if (t->has_lock_us) image.timings.lock_us = t->lock_us;

@@ -71,6 +71,7 @@ struct ProcessImage {
   std::vector<GpuInfo> gpus;                // distinct UUIDs
   std::vector<AllocationInfo> allocations;  // any order, no two may overlap
   Timings timings;
+  uint64_t device_bytes = 0;  // GPU memory owned, as the kernel driver accounts it; 0: not known
 };
 
 // A /dev/nvidia* file to reopen.

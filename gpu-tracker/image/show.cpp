@@ -70,6 +70,7 @@ void write_process(JsonWriter& json, const ProcessImage& p) {
   json.member("pid", p.pid).member("comm", p.comm).member("state", to_string(p.state));
   json.member("driver_release", p.driver_release).member("driver_api", p.driver_api);
   json.member("created_us", p.created_us).member("phos_version", p.phos_version);
+  if (p.device_bytes) json.member("device_bytes", p.device_bytes);
   json.key("gpus").begin_array();
   for (const GpuInfo& gpu : p.gpus) {
     json.begin_object().member("uuid", format_gpu_uuid(gpu.uuid)).member("name", gpu.name);
@@ -100,6 +101,9 @@ std::string process_table(const ProcessImage& p) {
   for (size_t i = 0; i < p.gpus.size(); i++) {
     out += format("  GPU %-3zu  ", i) + printable(p.gpus[i].name) + ", " +
            human_bytes(p.gpus[i].total_bytes) + ", " + format_gpu_uuid(p.gpus[i].uuid) + "\n";
+  }
+  if (p.device_bytes) {
+    out += "  memory   " + human_bytes(p.device_bytes) + " on the GPUs, saved by the driver\n";
   }
   struct Sum {
     uint64_t count = 0, bytes = 0;

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// checkpoint PID ACTION...: the driver's checkpoint calls by hand, as a user's own tool makes them.
+// Actions: lock, checkpoint, restore, unlock; `state` prints the state.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "gpu-tracker/driver/cuda_driver.h"
+
+int main(int argc, char** argv) {
+  if (argc < 3) {
+    fprintf(stderr, "usage: checkpoint PID lock|checkpoint|restore|unlock|state...\n");
+    return 2;
+  }
+  auto driver = phos::open_cuda_driver();
+  if (!driver) {
+    fprintf(stderr, "%s\n", driver.error().message().c_str());
+    return 1;
+  }
+  const int pid = atoi(argv[1]);
+  for (int i = 2; i < argc; i++) {
+    phos::Result<void> r;
+    if (!strcmp(argv[i], "lock")) {
+      r = (*driver)->lock(pid, 10000);
+    } else if (!strcmp(argv[i], "checkpoint")) {
+      r = (*driver)->checkpoint(pid);
+    } else if (!strcmp(argv[i], "restore")) {
+      r = (*driver)->restore(pid, {});
+    } else if (!strcmp(argv[i], "unlock")) {
+      r = (*driver)->unlock(pid);
+    } else if (!strcmp(argv[i], "state")) {
+      auto state = (*driver)->state(pid);
+      if (!state) {
+        r = state.error();
+      } else {
+        puts(phos::to_string(*state));
+      }
+    } else {
+      fprintf(stderr, "checkpoint: unknown action %s\n", argv[i]);
+      return 2;
+    }
+    if (!r) {
+      fprintf(stderr, "%s\n", r.error().message().c_str());
+      return 1;
+    }
+  }
+  return 0;
+}

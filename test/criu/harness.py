@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What the CRIU tests share: targets that count on the GPU, and runs of stock criu on them.
+
+The same tests run on the simulated GPU and, with PHOS_GPU=real, on a real one. A target prints one
+line a tick to a file; a test compares what it printed before and after with what an undisturbed
+counter would have printed.
+"""
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import unittest
+
+REPO = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+BUILD = os.path.abspath(os.environ.get('PHOS_BUILD', os.path.join(REPO, 'build')))
+REAL_GPU = os.environ.get('PHOS_GPU', 'sim') == 'real'
+PLUGIN_DIR = os.path.join(BUILD, 'lib', 'criu')
+TICK = re.compile(r'^tick (\d+) .*\bok$')
+LIMIT = 30  # seconds; only ever reached by a failure
+
+
+def stock_criu():
+    for path in (os.environ.get('PHOS_CRIU'), os.path.join(BUILD, 'criu', 'criu'),
+                 os.path.join(BUILD, 'libexec', 'phos', 'criu'), shutil.which('criu')):
+        if path and os.access(path, os.X_OK):
+            return os.path.abspath(path)
+    return None
+
+
+def wait_until(condition, what, limit=LIMIT):
+    """Polls until condition() is true and returns its value; fails after `limit` seconds."""
+    end = time.monotonic() + limit
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f'waited {limit} s for: {what}')
+        time.sleep(0.005)
+
+
+def status_field(pid, field):
+    try:
+        with open(f'/proc/{pid}/status') as f:
+            for line in f:
+                if line.startswith(field + ':'):
+                    return line.split(':', 1)[1].strip()
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return None
+
+
+def alive(pid):
+    state = status_field(pid, 'State')
+    return state is not None and state[0] not in 'ZX'
+
+
+class Target:
+    """A counting program. Its output goes to a file, so that a restored process writes on."""
+
+    def __init__(self, directory, argv, env=None, pass_fds=()):
+        self.output = os.path.join(directory, f'output-{time.monotonic_ns()}')
+        out = open(self.output, 'w')
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out,
+                                        stderr=subprocess.STDOUT, env=env, start_new_session=True,
+                                        pass_fds=pass_fds)
+        out.close()
+        self.pid = self.process.pid
+
+    def other(self, pid, output):
+        """A further process of this target's tree, which prints to its own file."""
+        target = Target.__new__(Target)
+        target.process, target.pid, target.output = self.process, pid, output
+        return target
+
+    def text(self):
+        with open(self.output, errors='replace') as f:
+            return f.read()
+
+    def lines(self):
+        # Without the line being written now.
+        return self.text().split('\n')[:-1]
+
+    def ticks(self):
+        return [int(m.group(1)) for m in map(TICK.match, self.lines()) if m]
+
+    def last_tick(self):
+        ticks = self.ticks()
+        return ticks[-1] if ticks else 0
+
+    def wait_tick(self, n):
+        def reached():
+            if not alive(self.pid) and self.last_tick() < n:
+                raise AssertionError(f'target {self.pid} has ended:\n{self.text()[-2000:]}')
+            return self.last_tick() >= n
+        wait_until(reached, f'tick {n} of target {self.pid}; it printed:\n{self.text()[-500:]}')
+
+    def wait_more(self, n=3):
+        self.wait_tick(self.last_tick() + n)
+
+    def check_output(self, test):
+        """Every tick in order, once, and every one right."""
+        wrong = [line for line in self.lines() if line.startswith('tick') and not TICK.match(line)]
+        test.assertEqual(wrong, [])
+        ticks = self.ticks()
+        test.assertEqual(ticks, list(range(1, len(ticks) + 1)))
+
+    def gone(self):
+        # A killed target is a zombie until its parent, this test, has waited for it.
+        return self.process.poll() is not None or not alive(self.pid)
+
+    def kill(self):
+        for pid in [self.pid] + children(self.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        reap()
+        wait_until(lambda: self.gone() or reap(), f'target {self.pid} to die')
+
+
+def children(pid):
+    """All descendants."""
+    found = []
+    try:
+        for task in os.listdir(f'/proc/{pid}/task'):
+            with open(f'/proc/{pid}/task/{task}/children') as f:
+                for child in f.read().split():
+                    found += [int(child)] + children(int(child))
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return found
+
+
+def reap():
+    """Restored targets are children of a criu that has ended, and so become ours (subreaper)."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def env_for_gpu(extra=None):
+    env = dict(os.environ)
+    if not REAL_GPU:
+        env['LD_LIBRARY_PATH'] = os.path.join(BUILD, 'sim') + ':' + env.get('LD_LIBRARY_PATH', '')
+    env.update(extra or {})
+    return env
+
+
+class CriuTest(unittest.TestCase):
+    def setUp(self):
+        if os.geteuid() != 0:
+            self.skipTest('needs root')
+        self.criu = stock_criu()
+        if not self.criu:
+            self.skipTest('no stock criu: run `make criu`')
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        self.directory = tempfile.mkdtemp(prefix='phos-test-')
+        self.images = os.path.join(self.directory, 'images')
+        os.mkdir(self.images, 0o700)
+        self.faults = os.path.join(self.directory, 'faults')
+        self.targets = []
+        self.addCleanup(self.clean_up)
+
+    def clean_up(self):
+        for target in self.targets:
+            target.kill()
+        reap()
+        wait_until(lambda: not self.phosd_pids(), 'phosd to end')
+        failed = any(error for _, error in getattr(self._outcome, 'errors', [])) if \
+            hasattr(self._outcome, 'errors') else bool(self._outcome.result.failures
+                                                       or self._outcome.result.errors)
+        if failed:
+            print(f'kept: {self.directory}')
+        else:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def phosd_pids(self):
+        """phosd processes started by this test: they inherit its environment."""
+        found = []
+        for pid in filter(str.isdigit, os.listdir('/proc')):
+            try:
+                with open(f'/proc/{pid}/comm') as f:
+                    if f.read().strip() != 'phosd':
+                        continue
+                with open(f'/proc/{pid}/environ') as f:
+                    if f'PHOS_TEST_DIRECTORY={self.directory}\0' in f.read():
+                        found.append(int(pid))
+            except OSError:
+                pass
+        return found
+
+    def env(self, extra=None):
+        env = env_for_gpu({'PHOS_TEST_DIRECTORY': self.directory, 'PHOS_SIM_FAULTS': self.faults})
+        env.update(extra or {})
+        return env
+
+    def fail_in_driver(self, *lines):
+        """Faults of the simulated driver, for targets started afterwards (test/sim/README.md)."""
+        if REAL_GPU:
+            self.skipTest('a real driver does not fail on request')
+        with open(self.faults, 'w') as f:
+            f.write(''.join(line + '\n' for line in lines))
+
+    def counter(self, *args, env=None, pass_fds=()):
+        program = os.path.join(BUILD, 'test', 'counter')
+        target = Target(self.directory, [program, '--mib', '16', '--interval-ms', '20', *args],
+                        env=self.env(env), pass_fds=pass_fds)
+        self.targets.append(target)
+        target.wait_tick(3)
+        return target
+
+    def run_criu(self, *args, plugin_dir=PLUGIN_DIR, env=None, wait=True):
+        argv = [self.criu, *args, '-v4', '-D', self.images]
+        if plugin_dir:
+            argv += ['-L', plugin_dir]
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, env=self.env(env), text=True,
+                                   errors='replace')
+        if not wait:
+            self.addCleanup(process.stdout.close)
+            return process
+        output, _ = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(argv, process.returncode, output)
+
+    def log(self, name):
+        with open(os.path.join(self.images, name), errors='replace') as f:
+            return f.read()
+
+    def log_tail(self, name):
+        try:
+            return '\n'.join(self.log(name).split('\n')[-25:])
+        except FileNotFoundError:
+            return f'({name} is missing)'
+
+    def dump(self, target, *args, **kwargs):
+        return self.run_criu('dump', '-t', str(target.pid), '-o', 'dump.log', *args, **kwargs)
+
+    def restore(self, *args, **kwargs):
+        return self.run_criu('restore', '-d', '-o', 'restore.log', *args, **kwargs)
+
+    def dump_ok(self, target, *args, **kwargs):
+        result = self.dump(target, *args, **kwargs)
+        self.assertEqual(result.returncode, 0, self.log_tail('dump.log'))
+        return result
+
+    def restore_ok(self, *args, **kwargs):
+        result = self.restore(*args, **kwargs)
+        self.assertEqual(result.returncode, 0, self.log_tail('restore.log'))
+        return result
+
+    def errors(self, name='dump.log'):
+        """What phos said went wrong, without CRIU's prefixes."""
+        return [line.split('Error (phos): phos: ', 1)[1] for line in self.log(name).split('\n')
+                if 'Error (phos): phos: ' in line]
+
+    def assert_runs_on(self, target):
+        """Alive, not stopped, not locked: it ticks; and every tick was right."""
+        target.wait_more()
+        target.check_output(self)
+        self.assertEqual(status_field(target.pid, 'TracerPid'), '0')
+
+    def assert_no_phos_images(self):
+        self.assertEqual([n for n in os.listdir(self.images) if n.startswith('phos-')], [])

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Dump and restore of CUDA processes by stock criu, and every way in which they end early."""
+import os
+import signal
+import socket
+import subprocess
+import unittest
+
+from harness import (BUILD, PLUGIN_DIR, REAL_GPU, CriuTest, Target, alive, children,
+                     status_field, wait_until)
+
+
+class DumpAndRestore(CriuTest):
+    def test_goes_on_where_it_was(self):
+        target = self.counter()
+        self.dump_ok(target)
+        wait_until(target.gone, 'the dumped process to be gone')
+        ticks = target.last_tick()
+        self.assertIn(f'phos-{target.pid}.img', os.listdir(self.images))
+        self.restore_ok()
+        target.wait_tick(ticks + 5)
+        target.check_output(self)
+
+    def test_leave_running(self):
+        target = self.counter()
+        self.dump_ok(target, '--leave-running')
+        self.assert_runs_on(target)
+
+    def test_leave_stopped(self):
+        target = self.counter()
+        self.dump_ok(target, '--leave-stopped')
+        wait_until(lambda: status_field(target.pid, 'State')[0] == 'T', 'the target to be stopped')
+        os.kill(target.pid, signal.SIGCONT)
+        self.assert_runs_on(target)
+
+    def test_ten_times_in_a_row(self):
+        target = self.counter()
+        for _ in range(10):
+            self.dump_ok(target)
+            wait_until(target.gone, 'the dumped process to be gone')
+            ticks = target.last_tick()
+            self.restore_ok()
+            target.wait_tick(ticks + 2)
+        target.check_output(self)
+
+    def test_tree_of_cuda_processes(self):
+        program = os.path.join(BUILD, 'test', 'counter')
+        script = (f'{program} --mib 4 --interval-ms 20 > {self.directory}/child & '
+                  f'exec {program} --mib 4 --interval-ms 20')
+        parent = Target(self.directory, ['/bin/sh', '-c', script], env=self.env())
+        self.targets.append(parent)
+        parent.wait_tick(3)
+        child = parent.other(children(parent.pid)[0], os.path.join(self.directory, 'child'))
+        child.wait_tick(3)
+        self.dump_ok(parent)
+        wait_until(parent.gone, 'the dumped tree to be gone')
+        ticks = parent.last_tick(), child.last_tick()
+        self.restore_ok()
+        parent.wait_tick(ticks[0] + 3)
+        child.wait_tick(ticks[1] + 3)
+        parent.check_output(self)
+        child.check_output(self)
+
+    def test_process_without_cuda_never_starts_phosd(self):
+        marker = os.path.join(self.directory, 'phosd-was-started')
+        fake = os.path.join(self.directory, 'phosd')
+        with open(fake, 'w') as f:
+            f.write(f'#!/bin/sh\ntouch {marker}\n')
+        os.chmod(fake, 0o755)
+        sleeper = subprocess.Popen(['sleep', '1000'], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, start_new_session=True)
+        self.addCleanup(sleeper.kill)
+        result = self.run_criu('dump', '-t', str(sleeper.pid), '-o', 'dump.log',
+                               env={'PHOS_PHOSD': fake})
+        self.assertEqual(result.returncode, 0, self.log_tail('dump.log'))
+        self.assertFalse(os.path.exists(marker))
+        self.assert_no_phos_images()
+        sleeper.wait()
+
+    def test_quiet_without_a_driver(self):
+        sleeper = subprocess.Popen(['sleep', '1000'], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, start_new_session=True)
+        self.addCleanup(sleeper.kill)
+        result = self.run_criu('dump', '-t', str(sleeper.pid), '-o', 'dump.log',
+                               env={'LD_LIBRARY_PATH': '/nonexistent'} if not REAL_GPU else None)
+        self.assertEqual(result.returncode, 0, self.log_tail('dump.log'))
+        self.assertEqual([line for line in self.log('dump.log').split('\n')
+                          if 'phos:' in line and 'Error' in line], [])
+        sleeper.wait()
+
+
+class FailedDump(CriuTest):
+    """The target runs on, unlocked, and nothing is left that a restore would accept."""
+
+    def post_dump_script(self, code):
+        path = os.path.join(self.directory, 'script')
+        with open(path, 'w') as f:
+            f.write(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != post-dump ] || exit {code}\n')
+        os.chmod(path, 0o755)
+        return path
+
+    def test_criu_fails_after_the_gpu_is_checkpointed(self):
+        # CRIU refuses an established TCP connection without --tcp-established, late in the dump.
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            client = socket.create_connection(server.getsockname())
+            peer, _ = server.accept()
+            with client, peer:
+                target = self.counter(pass_fds=[client.fileno()])
+                result = self.dump(target)
+                self.assertNotEqual(result.returncode, 0)
+                self.assertIn('GPU memory moved to host memory', self.log('dump.log'))
+                self.assert_runs_on(target)
+                self.assert_no_phos_images()
+
+    def test_failing_post_dump_script(self):
+        target = self.counter()
+        result = self.dump(target, '--action-script', self.post_dump_script(3))
+        self.assertNotEqual(result.returncode, 0)
+        self.assert_runs_on(target)
+
+    def test_driver_refuses_checkpoint(self):
+        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 801')
+        target = self.counter()
+        result = self.dump(target)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertTrue(any('managed memory' in e for e in self.errors()), self.errors())
+        self.assert_runs_on(target)
+        self.assert_no_phos_images()
+
+    def test_gpu_work_that_does_not_end_in_time(self):
+        target = self.counter('--spin-ms', '600000')
+        result = self.dump(target, '--timeout', '1')
+        self.assertNotEqual(result.returncode, 0)
+        self.assertTrue(any('did not finish within 1000 ms' in e for e in self.errors()),
+                        self.errors())
+        self.assertTrue(alive(target.pid))
+        self.assertEqual(status_field(target.pid, 'TracerPid'), '0')
+
+    def test_stopped_target_is_refused_with_the_remedy(self):
+        target = self.counter()
+        os.kill(target.pid, signal.SIGSTOP)
+        result = self.dump(target)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertTrue(any('SIGCONT' in e for e in self.errors()), self.errors())
+        self.assertEqual(status_field(target.pid, 'State')[0], 'T')
+        os.kill(target.pid, signal.SIGCONT)
+        self.assert_runs_on(target)
+
+    def test_image_directory_full(self):
+        if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'phos', self.images]).returncode:
+            self.skipTest('cannot mount a tmpfs')
+        self.addCleanup(subprocess.run, ['umount', '-l', self.images])
+        target = self.counter()
+        result = self.dump(target)
+        self.assertNotEqual(result.returncode, 0)
+        self.assert_runs_on(target)
+        self.assert_no_phos_images()
+
+    def killed_when(self, target, text, who):
+        """Starts a dump, kills criu or phosd by SIGKILL once its log holds `text`."""
+        criu = self.dump(target, wait=False)
+
+        def logged():
+            try:
+                return text in self.log('dump.log') or criu.poll() is not None
+            except FileNotFoundError:
+                return False
+        wait_until(logged, f'"{text}" in the log')
+        self.assertIsNone(criu.poll(), 'criu ended before it could be killed')
+        for pid in [criu.pid] if who == 'criu' else self.phosd_pids():
+            os.kill(pid, signal.SIGKILL)
+        return criu
+
+    def test_criu_killed_while_it_waits_for_the_gpu(self):
+        self.fail_in_driver('cuCheckpointProcessLock 1 slow:500')
+        target = self.counter()
+        criu = self.killed_when(target, "hook 10", 'criu')
+        criu.wait()
+        self.assert_runs_on(target)
+        self.assert_no_phos_images()
+
+    def test_criu_killed_after_the_gpu_is_checkpointed(self):
+        # The frozen time is stretched by a driver that is slow to answer the next question.
+        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 slow:500')
+        target = self.counter()
+        criu = self.killed_when(target, 'hook 11', 'criu')
+        criu.wait()
+        self.assert_runs_on(target)
+        self.assert_no_phos_images()
+
+    def test_phosd_killed_during_checkpoint(self):
+        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 slow:500')
+        target = self.counter()
+        criu = self.killed_when(target, 'hook 11', 'phosd')
+        criu.communicate(timeout=60)
+        self.assertNotEqual(criu.returncode, 0)
+        self.assert_runs_on(target)
+
+    def test_target_dies_during_the_dump(self):
+        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 exit')
+        target = self.counter()
+        result = self.dump(target)
+        self.assertNotEqual(result.returncode, 0)
+        wait_until(target.gone, 'the target to be gone')
+        self.assert_no_phos_images()
+
+    def test_second_dump_at_once_is_refused(self):
+        self.fail_in_driver('cuCheckpointProcessLock 1 slow:1500')
+        target = self.counter()
+        first = self.dump(target, wait=False)
+        wait_until(lambda: self.phosd_pids(), 'the first dump to be under way')
+        images, self.images = self.images, os.path.join(self.directory, 'second')
+        os.mkdir(self.images)
+        wait_until(lambda: 'hook 10' in open(os.path.join(images, 'dump.log'),
+                                             errors='replace').read(), 'the first to pause')
+        second = self.dump(target)
+        self.assertNotEqual(second.returncode, 0)
+        self.assertTrue(any('another dump' in e for e in self.errors()), self.errors())
+        first.communicate(timeout=60)
+        self.assertEqual(first.returncode, 0)
+
+
+class FailedRestore(CriuTest):
+    """A failing restore is a failure the user sees, and leaves no process without its GPU."""
+
+    def dumped(self, *faults):
+        if faults:
+            self.fail_in_driver(*faults)
+        target = self.counter()
+        self.dump_ok(target)
+        wait_until(target.gone, 'the dumped process to be gone')
+        return target
+
+    def restore_fails(self, target, *words):
+        result = self.restore()
+        self.assertNotEqual(result.returncode, 0, self.log_tail('restore.log'))
+        self.assertTrue(any(all(w in e for w in words) for e in self.errors('restore.log')),
+                        self.errors('restore.log'))
+        wait_until(target.gone, 'no process to be left')
+
+    def test_driver_fails(self):
+        target = self.dumped('cuCheckpointProcessRestore 1 999')
+        self.restore_fails(target, 'cuCheckpointProcessRestore', '999')
+
+    def test_image_missing(self):
+        target = self.dumped()
+        os.unlink(os.path.join(self.images, f'phos-{target.pid}.img'))
+        self.restore_fails(target, 'incomplete')
+
+    def test_image_truncated(self):
+        target = self.dumped()
+        path = os.path.join(self.images, f'phos-{target.pid}.img')
+        os.truncate(path, os.path.getsize(path) - 1)
+        self.restore_fails(target, f'phos-{target.pid}.img')
+
+    def test_image_of_another_dump(self):
+        target = self.dumped()
+        with open(os.path.join(self.images, f'phos-{target.pid}.img'), 'rb') as f:
+            first = f.read()
+        other = self.counter()
+        images, self.images = self.images, os.path.join(self.directory, 'other')
+        os.mkdir(self.images, 0o700)
+        self.dump_ok(other)
+        path = os.path.join(self.images, f'phos-{target.pid}.img')
+        with open(path, 'wb') as f:
+            f.write(first)
+        os.chmod(path, 0o600)
+        self.restore_fails(other, 'two different dumps')
+        self.images = images
+
+
+class InitialState(CriuTest):
+    """A process that its user has locked or checkpointed stays so."""
+
+    def checkpoint_tool(self, target, *actions):
+        subprocess.run([os.path.join(BUILD, 'test', 'checkpoint'), str(target.pid), *actions],
+                       env=self.env(), check=True, capture_output=True)
+
+    def state(self, target):
+        result = subprocess.run([os.path.join(BUILD, 'test', 'checkpoint'), str(target.pid), 'state'],
+                                env=self.env(), check=True, capture_output=True, text=True)
+        return result.stdout.strip()
+
+    def stays(self, state, *actions):
+        back = {'locked': ['unlock'], 'checkpointed': ['restore', 'unlock']}[state]
+        target = self.counter()
+        self.checkpoint_tool(target, *actions)
+        self.dump_ok(target, '--leave-running')
+        self.assertEqual(self.state(target), state)
+        self.dump_ok(target)
+        wait_until(target.gone, 'the dumped process to be gone')
+        self.restore_ok()
+        self.assertEqual(self.state(target), state)
+        self.checkpoint_tool(target, *back)
+        self.assert_runs_on(target)
+
+    def test_locked_stays_locked(self):
+        self.stays('locked', 'lock')
+
+    def test_checkpointed_stays_checkpointed(self):
+        self.stays('checkpointed', 'lock', 'checkpoint')
+
+
+class BesideNvidiasPlugin(CriuTest):
+    """CRIU asks the first plugin that does not decline, and NVIDIA's never declines."""
+
+    def directory_with(self, fake):
+        path = os.path.join(self.directory, 'plugins')
+        os.mkdir(path)
+        order = [('cuda_plugin.so', os.path.join(BUILD, 'test', fake)),
+                 ('phos_plugin.so', os.path.join(PLUGIN_DIR, 'phos_plugin.so'))]
+        for name, source in order:
+            os.symlink(source, os.path.join(path, name))
+        return path
+
+    def test_takes_over(self):
+        target = self.counter()
+        self.dump_ok(target, plugin_dir=self.directory_with('fake_cuda_plugin.so'),
+                     env={'PHOS_PHOSD': os.path.join(BUILD, 'libexec', 'phos', 'phosd')})
+        self.assertNotIn('fake cuda plugin: asked', self.log('dump.log'))
+        wait_until(target.gone, 'the dumped process to be gone')
+        self.restore_ok()
+        self.assert_runs_on(target)
+
+    def test_never_silently_bypassed(self):
+        # A cuda_plugin.so without the known switch: asked after phos, or the dump is refused.
+        target = self.counter()
+        result = self.dump(target, plugin_dir=self.directory_with('fake_cuda_plugin_other.so'))
+        if result.returncode:
+            self.assertTrue(any('would bypass phos' in e for e in self.errors()), self.errors())
+            self.assert_runs_on(target)
+        else:
+            self.assertIn('GPU memory moved to host memory', self.log('dump.log'))
+
+
+if __name__ == '__main__':
+    unittest.main()
