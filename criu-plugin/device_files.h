@@ -11,8 +11,8 @@
 #include <stdint.h>
 #include <sys/stat.h>
 
-/* Is `fd`, whose status is `st`, a device file of NVIDIA's driver? Fills `path`, as the kernel names
- * it for us. */
+/* Is `fd`, whose status is `st`, a device file of NVIDIA's driver? Fills `path`, as the kernel
+ * names it for us. */
 bool device_files_recognise(int fd, const struct stat *st, char path[PATH_MAX]);
 
 /* Restore: what the image holds. Kept in this process's memory, which the restored tasks inherit

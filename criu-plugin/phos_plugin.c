@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * CRIU's hooks. Each turns into requests to phosd (phosd_client.h); what must happen in criu itself,
- * as the tracer of the frozen tasks, is in restore_thread.h.
+ * CRIU's hooks. Each turns into requests to phosd (phosd_client.h); what must happen in criu
+ * itself, as the tracer of the frozen tasks, is in restore_thread.h.
  *
- * Hook order on dump: init, PAUSE_DEVICES for each task (still running), CHECKPOINT_DEVICES (frozen),
- * HANDLE_DEVICE_VMA and DUMP_EXT_FILE, exit (frozen). On restore: init, RESTORE_EXT_FILE and
- * UPDATE_VMA_MAP in the restored tasks, RESUME_DEVICES_LATE (frozen), exit.
+ * Hook order on dump: init, PAUSE_DEVICES for each task (still running), CHECKPOINT_DEVICES
+ * (frozen), HANDLE_DEVICE_VMA and DUMP_EXT_FILE, exit (frozen). On restore: init, RESTORE_EXT_FILE
+ * and UPDATE_VMA_MAP in the restored tasks, RESUME_DEVICES_LATE (frozen), exit.
  */
 #include <ctype.h>
 #include <dirent.h>
@@ -33,7 +33,7 @@
 #define KNOWN_HOOKS (CR_PLUGIN_HOOK__CHECKPOINT_DEVICES + 1)
 /* CRIU's default --timeout, for when no alarm is pending. */
 #define DEFAULT_TIMEOUT_S 10
-#define KILL_TIMEOUT_MS	  5000
+#define KILL_TIMEOUT_MS   5000
 
 struct paused {
 	struct paused *next;
@@ -46,7 +46,7 @@ static struct paused *paused_list;
 static bool enabled;
 static bool in_inventory;
 
-/* ---- which processes ------------------------------------------------------------------------- */
+/* ---- which processes ---- */
 
 /* libcuda names its restore thread "cuda" and eleven hexadecimal digits (seen on 550 to 580). */
 static bool is_restore_thread_name(const char *comm)
@@ -112,7 +112,7 @@ static int claim_inventory(void)
 	return 0;
 }
 
-/* ---- NVIDIA's own plugin in the same directory ------------------------------------------------- */
+/* ---- beside NVIDIA's own plugin ---- */
 
 /*
  * CRIU asks the first plugin of the directory that does not answer -ENOTSUP, and cuda_plugin.so
@@ -152,7 +152,7 @@ static int take_over_from_cuda_plugin(bool first)
 	return 0;
 }
 
-/* ---- dump ------------------------------------------------------------------------------------ */
+/* ---- dump ---- */
 
 int phos_plugin_pause_devices(int pid)
 {
@@ -168,8 +168,8 @@ int phos_plugin_pause_devices(int pid)
 		return -ENOTSUP;
 
 	/*
-	 * CRIU's --timeout runs as an alarm whose handler does not restart system calls. The time is
-	 * the driver's to use for its wait; our own work must not be cut off in the middle.
+	 * CRIU's --timeout runs as an alarm whose handler does not restart system calls. The time
+	 * is the driver's to use for its wait; our own work must not be cut off in the middle.
 	 */
 	left = alarm(0);
 	if (phosd_start(false))
@@ -229,7 +229,8 @@ int phos_plugin_handle_device_vma(int fd, const struct stat *st)
 
 	if (!enabled || !device_files_recognise(fd, st, path))
 		return -ENOTSUP;
-	phos_info("a mapping of %s is restored without its contents: the driver has no state for this "
+	phos_info("a mapping of %s is restored without its contents: the driver has no state for "
+		  "this "
 		  "process",
 		  path);
 	return 0;
@@ -257,8 +258,8 @@ int phos_plugin_dump_ext_file(int fd, int id)
 CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__DUMP_EXT_FILE, phos_plugin_dump_ext_file)
 
 /*
- * What CRIU will do with the tasks. A CRIU whose options begin differently gives a number that is no
- * state; then the tasks are taken to live, which costs a driver restore and is never wrong.
+ * What CRIU will do with the tasks. A CRIU whose options begin differently gives a number that is
+ * no state; then the tasks are taken to live, which costs a driver restore and is never wrong.
  */
 static int final_state(void)
 {
@@ -308,7 +309,7 @@ static void end_dump(bool success)
 	}
 }
 
-/* ---- restore --------------------------------------------------------------------------------- */
+/* ---- restore ---- */
 
 int phos_plugin_restore_ext_file(int id)
 {
@@ -317,8 +318,8 @@ int phos_plugin_restore_ext_file(int id)
 CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__RESTORE_EXT_FILE, phos_plugin_restore_ext_file)
 
 /*
- * Where a child that never used CUDA had its parent's device mapped, there must be memory again, but
- * nothing will ever read it: shared zero pages take its place.
+ * Where a child that never used CUDA had its parent's device mapped, there must be memory again,
+ * but nothing will ever read it: shared zero pages take its place.
  */
 int phos_plugin_update_vma_map(const char *path, const uint64_t addr, const uint64_t old_pgoff,
 			       uint64_t *new_pgoff, int *plugin_fd)
@@ -371,7 +372,8 @@ int phos_plugin_resume_devices_late(int pid)
 			ret = -1;
 	}
 	if (ret) {
-		phos_err("process %d cannot go on without its GPU; it is killed and the restore fails",
+		phos_err("process %d cannot go on without its GPU; it is killed and the restore "
+			 "fails",
 			 pid);
 		kill_task(pid);
 		return -1;
@@ -415,7 +417,8 @@ static int begin_restore(void)
 	if (present < 0)
 		return -1;
 	if (claimed && !present) {
-		phos_err("CRIU's inventory says that this image needs phos, but there is no phos-*.img: "
+		phos_err("CRIU's inventory says that this image needs phos, but there is no "
+			 "phos-*.img: "
 			 "the image directory is incomplete; copy all of it");
 		return -1;
 	}
@@ -429,11 +432,12 @@ static int begin_restore(void)
 	return phosd_start(true) ? -1 : 0;
 }
 
-/* ---- life cycle ------------------------------------------------------------------------------ */
+/* ---- life cycle ---- */
 
 static int phos_plugin_init(int stage)
 {
-	/* Live pre-dump is not there yet: CRIU dumps host memory, the GPU goes with the final dump. */
+	/* Live pre-dump is not there yet: CRIU dumps host memory, the GPU goes with the final dump.
+	 */
 	enabled = stage == CR_PLUGIN_STAGE__DUMP || stage == CR_PLUGIN_STAGE__RESTORE;
 	if (!enabled)
 		return 0;

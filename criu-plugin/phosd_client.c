@@ -23,7 +23,7 @@
 
 /* As in gpu-tracker/daemon/wire.h. */
 #define PROTOCOL_VERSION 1
-#define MAX_PACKET	 (256 * 1024)
+#define MAX_PACKET       (256 * 1024)
 
 /* phosd initialises the driver library in hello: a tenth of a second, seconds on a cold machine. */
 #define HELLO_TIMEOUT_MS 60000
@@ -82,7 +82,8 @@ static int spawn(void)
 	pid_t child;
 
 	if (!find_phosd(path, sizeof(path))) {
-		phos_err("phosd is not where it should be (%s); install phos again, or name phosd in "
+		phos_err("phosd is not where it should be (%s); install phos again, or name phosd "
+			 "in "
 			 "the environment variable PHOS_PHOSD",
 			 path);
 		return -ENOENT;
@@ -170,14 +171,15 @@ static Phos__Wire__Reply *receive_reply(int timeout_ms, int *error)
 		return NULL;
 	}
 	n = recv(sock, packet, MAX_PACKET, 0);
-	*error = n < 0 ? -errno : -EPIPE;
 	reply = n > 0 ? phos__wire__reply__unpack(NULL, n, packet) : NULL;
+	*error = reply ? 0 : n < 0 ? -errno : n == 0 ? -EPIPE : -EPROTO;
 	free(packet);
 	return reply;
 }
 
 /* Sends, waits, logs. Returns NULL when there is no answer or the answer is no. */
-static Phos__Wire__Reply *call(const Phos__Wire__Request *request, int fd, int timeout_ms, int *error)
+static Phos__Wire__Reply *call(const Phos__Wire__Request *request, int fd, int timeout_ms,
+			       int *error)
 {
 	Phos__Wire__Reply *reply;
 	size_t i;

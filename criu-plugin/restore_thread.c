@@ -51,7 +51,8 @@ int restore_thread_resume(struct restore_thread *thread, int tid)
 			 strerror(errno));
 		return -1;
 	}
-	/* CRIU sets PTRACE_O_SUSPEND_SECCOMP, under which the driver must not run code for the task. */
+	/* CRIU sets PTRACE_O_SUSPEND_SECCOMP, under which the driver must not run code for the
+	 * task. */
 	if (ptrace(PTRACE_SETOPTIONS, tid, NULL, NULL) || ptrace(PTRACE_CONT, tid, NULL, NULL)) {
 		phos_err("cannot let CUDA's restore thread %d run: %s", tid, strerror(errno));
 		ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(thread->sigmask), &thread->sigmask);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Lets one thread of a task that CRIU has frozen run for a while: the driver's restore thread, which
- * serves the checkpoint calls. All other threads stay stopped.
+ * Lets one thread of a task that CRIU has frozen run for a while: the driver's restore thread,
+ * which serves the checkpoint calls. All other threads stay stopped.
  */
 #ifndef PHOS_RESTORE_THREAD_H
 #define PHOS_RESTORE_THREAD_H

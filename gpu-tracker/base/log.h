@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// The one log sink. Each process chooses where its lines go (stderr, syslog, a reply to CRIU's log).
+// The one log sink. Each process chooses where its lines go (stderr, syslog, a reply to CRIU's
+// log).
 #pragma once
 
 #include <functional>

@@ -12,7 +12,8 @@ namespace {
 
 using File = std::unique_ptr<FILE, int (*)(FILE*)>;
 
-// /proc files answer ENOENT (gone before open) or ESRCH (gone after); both mean the same to callers.
+// /proc files answer ENOENT (gone before open) or ESRCH (gone after); both mean the same to
+// callers.
 Error proc_error(int pid, const char* file, int code) {
   if (code == ENOENT) code = ESRCH;
   return Error::from_errno(code, "reading /proc/" + std::to_string(pid) + "/" + file);
@@ -68,8 +69,9 @@ Result<uint64_t> read_start_time(int pid) {
   // Field 22; the command name (field 2) is in parentheses and may hold spaces.
   const char* p = strrchr(buf, ')');
   uint64_t start = 0;
-  if (!p || sscanf(p + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d "
-                          "%*d %" SCNu64,
+  if (!p || sscanf(p + 1,
+                   " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d "
+                   "%*d %" SCNu64,
                    &start) != 1) {
     return proc_error(pid, "stat", ESRCH);
   }
@@ -85,8 +87,8 @@ Result<std::vector<ProcMapping>> read_proc_maps(int pid) {
   while (getline(&line, &capacity, f->get()) > 0) {
     ProcMapping m;
     int path_at = 0;
-    if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %*s %*u %n", &m.start, &m.end, m.perms,
-               &m.offset, &path_at) < 4) {
+    if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %*s %*u %n", &m.start, &m.end,
+               m.perms, &m.offset, &path_at) < 4) {
       continue;
     }
     if (path_at > 0) {

@@ -11,7 +11,7 @@
 namespace phos {
 
 struct ProcStatus {
-  char state = '?';      // R S D T t Z X, as in /proc/PID/status
+  char state = '?';  // R S D T t Z X, as in /proc/PID/status
   int tgid = 0;
   int tracer_pid = 0;    // 0: not traced
   int seccomp_mode = 0;  // 0 none, 1 strict, 2 filter

@@ -29,7 +29,9 @@ microseconds since(steady_clock::time_point start) {
   return duration_cast<microseconds>(steady_clock::now() - start);
 }
 
-std::string process(int pid) { return "process " + std::to_string(pid); }
+std::string process(int pid) {
+  return "process " + std::to_string(pid);
+}
 
 bool is_cuda_error(const Error& e, int code) {
   return e.domain() == Domain::kCuda && e.code() == code;
@@ -39,7 +41,9 @@ Error refuse(int pid, const std::string& why) {
   return Error(Domain::kUsage, EBUSY, "cannot checkpoint " + process(pid) + ": " + why);
 }
 
-std::string megabytes(uint64_t bytes) { return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB"; }
+std::string megabytes(uint64_t bytes) {
+  return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
+}
 
 // Memory that another process exported: the driver (580) checkpoints such a process and then
 // cannot restore it (errors 1 and 801).
@@ -87,8 +91,7 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
 }
 
 Result<UniqueFd> Session::lock_process(int pid, uint64_t start_time) const {
-  const std::string path =
-      lock_dir_ + "/" + std::to_string(pid) + "-" + std::to_string(start_time);
+  const std::string path = lock_dir_ + "/" + std::to_string(pid) + "-" + std::to_string(start_time);
   UniqueFd fd(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (!fd) return Error::from_errno(errno, "creating the lock file " + path);
   if (flock(fd.get(), LOCK_EX | LOCK_NB) < 0) {
@@ -196,9 +199,10 @@ Result<void> Session::checkpoint(int pid) {
   if (held.found != CudaState::kCheckpointed) {
     if (auto r = driver_.checkpoint(pid); !r) {
       if (is_cuda_error(r.error(), kCudaErrorNotSupported)) {
-        return refuse(pid,
-                      "NVIDIA's driver refuses it (CUDA_ERROR_NOT_SUPPORTED): it uses managed memory "
-                      "(cudaMallocManaged) or another feature the driver cannot checkpoint");
+        return refuse(
+            pid,
+            "NVIDIA's driver refuses it (CUDA_ERROR_NOT_SUPPORTED): it uses managed memory "
+            "(cudaMallocManaged) or another feature the driver cannot checkpoint");
       }
       return refuse(pid, r.error().message());
     }
@@ -265,8 +269,7 @@ Result<PauseResult> Session::find_restored(int pid) {
   if (!tid && !in_images) return PauseResult{};
   if (tid) {
     return Error(Domain::kFormat, ENOENT,
-                 process(pid) + " uses CUDA, but there is no phos-" +
-                     std::to_string(status->vpid) +
+                 process(pid) + " uses CUDA, but there is no phos-" + std::to_string(status->vpid) +
                      ".img: the image directory is incomplete");
   }
   return tid.error();
@@ -283,8 +286,8 @@ Result<PauseResult> Session::resume(int pid) {
   if (auto r = bring_back(pid, image->state); !r) {
     return r.error().wrap("GPU state of " + process(pid) + " cannot be restored");
   }
-  log(LogLevel::kInfo, "daemon", "%s: GPU memory restored in %.1f ms, now %s",
-      process(pid).c_str(), since(start).count() / 1000.0, to_string(image->state));
+  log(LogLevel::kInfo, "daemon", "%s: GPU memory restored in %.1f ms, now %s", process(pid).c_str(),
+      since(start).count() / 1000.0, to_string(image->state));
   return found;
 }
 

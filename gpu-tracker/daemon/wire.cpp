@@ -9,10 +9,14 @@
 namespace phos {
 namespace {
 
-Error protocol_error(const std::string& what) { return Error(Domain::kProtocol, EPROTO, what); }
+Error protocol_error(const std::string& what) {
+  return Error(Domain::kProtocol, EPROTO, what);
+}
 
 // Protobuf-c wants mutable strings; it does not write to them when packing.
-char* mutable_string(const std::string& s) { return const_cast<char*>(s.c_str()); }
+char* mutable_string(const std::string& s) {
+  return const_cast<char*>(s.c_str());
+}
 
 }  // namespace
 

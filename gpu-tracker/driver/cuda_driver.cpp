@@ -11,20 +11,20 @@ namespace phos {
 namespace {
 
 // Every libcuda function phos calls from outside a target; a missing one names its driver.
-#define PHOS_CUDA_ENTRY_POINTS(X)                                  \
-  X(cuInit, "any")                                                 \
-  X(cuDriverGetVersion, "any")                                     \
-  X(cuGetErrorName, "any")                                         \
-  X(cuDeviceGetCount, "any")                                       \
-  X(cuDeviceGet, "any")                                            \
-  X(cuDeviceGetName, "any")                                        \
-  X(cuDeviceGetUuid_v2, "11.4")                                    \
-  X(cuDeviceTotalMem_v2, "any")                                    \
-  X(cuCheckpointProcessGetRestoreThreadId, "570 (CUDA 12.8)")      \
-  X(cuCheckpointProcessGetState, "570 (CUDA 12.8)")                \
-  X(cuCheckpointProcessLock, "570 (CUDA 12.8)")                    \
-  X(cuCheckpointProcessCheckpoint, "570 (CUDA 12.8)")              \
-  X(cuCheckpointProcessRestore, "570 (CUDA 12.8)")                 \
+#define PHOS_CUDA_ENTRY_POINTS(X)                             \
+  X(cuInit, "any")                                            \
+  X(cuDriverGetVersion, "any")                                \
+  X(cuGetErrorName, "any")                                    \
+  X(cuDeviceGetCount, "any")                                  \
+  X(cuDeviceGet, "any")                                       \
+  X(cuDeviceGetName, "any")                                   \
+  X(cuDeviceGetUuid_v2, "11.4")                               \
+  X(cuDeviceTotalMem_v2, "any")                               \
+  X(cuCheckpointProcessGetRestoreThreadId, "570 (CUDA 12.8)") \
+  X(cuCheckpointProcessGetState, "570 (CUDA 12.8)")           \
+  X(cuCheckpointProcessLock, "570 (CUDA 12.8)")               \
+  X(cuCheckpointProcessCheckpoint, "570 (CUDA 12.8)")         \
+  X(cuCheckpointProcessRestore, "570 (CUDA 12.8)")            \
   X(cuCheckpointProcessUnlock, "570 (CUDA 12.8)")
 
 struct EntryPoints {
@@ -61,7 +61,8 @@ class CudaDriver final : public GpuDriver {
     char line[512] = "";
     const char* got = fgets(line, sizeof line, f);
     fclose(f);
-    for (char* word = got ? strtok(line, " \t\n") : nullptr; word; word = strtok(nullptr, " \t\n")) {
+    for (char* word = got ? strtok(line, " \t\n") : nullptr; word;
+         word = strtok(nullptr, " \t\n")) {
       int major = 0, minor = 0;
       if (sscanf(word, "%d.%d", &major, &minor) == 2) return std::string(word);
     }
@@ -121,6 +122,8 @@ class CudaDriver final : public GpuDriver {
         return CudaState::kCheckpointed;
       case CU_PROCESS_STATE_FAILED:
         return CudaState::kFailed;
+      default:  // newer drivers have more (13.1: checkpointing, restoring)
+        break;
     }
     return Error(Domain::kCuda, CUDA_ERROR_UNKNOWN,
                  "process " + std::to_string(pid) + " is in CUDA state " + std::to_string(s) +
@@ -172,9 +175,9 @@ class CudaDriver final : public GpuDriver {
     const char* name = nullptr;
     cu_.cuGetErrorName(r, &name);
     std::string on = pid ? " on process " + std::to_string(pid) : "";
-    return Error(Domain::kCuda, r,
-                 call + on + " failed: " + (name ? name : "unknown error") + " (" +
-                     std::to_string(r) + ")");
+    return Error(
+        Domain::kCuda, r,
+        call + on + " failed: " + (name ? name : "unknown error") + " (" + std::to_string(r) + ")");
   }
 
   Result<void> done(const char* call, int pid, CUresult r) const {
@@ -196,11 +199,11 @@ Result<std::unique_ptr<GpuDriver>> open_cuda_driver(const std::string& path) {
                      "); install NVIDIA driver 570 or newer");
   }
   EntryPoints cu;
-#define X(name, since)                                                                             \
-  cu.name = reinterpret_cast<decltype(cu.name)>(dlsym(lib, #name));                                \
-  if (!cu.name) {                                                                                  \
-    return Error(Domain::kUsage, ENOSYS,                                                           \
-                 path + " has no " #name "; install NVIDIA driver " since " or newer");            \
+#define X(name, since)                                                                  \
+  cu.name = reinterpret_cast<decltype(cu.name)>(dlsym(lib, #name));                     \
+  if (!cu.name) {                                                                       \
+    return Error(Domain::kUsage, ENOSYS,                                                \
+                 path + " has no " #name "; install NVIDIA driver " since " or newer"); \
   }
   PHOS_CUDA_ENTRY_POINTS(X)
 #undef X

@@ -22,8 +22,8 @@ std::string format_gpu_uuid(const GpuUuid& uuid);
 
 struct GpuInfo {
   GpuUuid uuid{};
-  std::string name;           // as cuDeviceGetName says
-  uint64_t total_bytes = 0;   // device memory
+  std::string name;          // as cuDeviceGetName says
+  uint64_t total_bytes = 0;  // device memory
 };
 
 // CUprocessState (cuda.h, CUDA 12.8+).
@@ -36,10 +36,10 @@ struct GpuPair {
 };
 
 // Codes of Domain::kCuda that callers tell apart; the numbers are CUresult's.
-inline constexpr int kCudaErrorNotInitialized = 3;    // pid has no CUDA (no restore thread)
-inline constexpr int kCudaErrorOperatingSystem = 304; // no such pid, or no permission
+inline constexpr int kCudaErrorNotInitialized = 3;     // pid has no CUDA (no restore thread)
+inline constexpr int kCudaErrorOperatingSystem = 304;  // no such pid, or no permission
 inline constexpr int kCudaErrorIllegalState = 401;
-inline constexpr int kCudaErrorNotReady = 600;        // lock: timed out
+inline constexpr int kCudaErrorNotReady = 600;  // lock: timed out
 inline constexpr int kCudaErrorNotSupported = 801;
 
 // All calls may be made from any thread of any sufficiently privileged process and need no CUDA
@@ -60,7 +60,8 @@ class GpuDriver {
   // Device memory `pid` owns and has imported, as the kernel driver accounts it.
   virtual Result<ProcessMemory> process_memory(int pid) = 0;
 
-  // Thread of `pid` that serves the calls below. Error kCudaErrorNotInitialized: not a CUDA process.
+  // Thread of `pid` that serves the calls below. Error kCudaErrorNotInitialized: not a CUDA
+  // process.
   virtual Result<int> restore_thread_id(int pid) = 0;
   virtual Result<CudaState> state(int pid) = 0;
   // Waits for submitted work and calls in progress, then blocks new calls. timeout_ms 0: no limit.

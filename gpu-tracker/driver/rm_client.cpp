@@ -112,7 +112,8 @@ class RmClient {
     a.params = reinterpret_cast<uint64_t>(params);
     a.params_size = size;
     if (ioctl(ctl_.get(), _IOWR('F', kEscRmAlloc, RmAlloc), &a) < 0) {
-      return Error::from_errno(errno, "NVIDIA kernel driver: allocating class " + hex(object_class));
+      return Error::from_errno(errno,
+                               "NVIDIA kernel driver: allocating class " + hex(object_class));
     }
     if (a.status) return rm_error("allocating class " + hex(object_class), a.status);
     *out = a.object;
@@ -179,8 +180,8 @@ Result<ProcessMemory> query_process_memory(int pid) {
       return r.error();
     }
     uint32_t subdevice_id = info.subdevice_instance;
-    if (auto r = rm.alloc(device, 0, kClassSubdevice, &subdevice_id, sizeof subdevice_id,
-                          &subdevice);
+    if (auto r =
+            rm.alloc(device, 0, kClassSubdevice, &subdevice_id, sizeof subdevice_id, &subdevice);
         !r) {
       return r.error();
     }
@@ -191,9 +192,9 @@ Result<ProcessMemory> query_process_memory(int pid) {
       return r.error();
     }
     if (list->list[0].result) {
-      return Error(Domain::kCuda, static_cast<int>(list->list[0].result),
-                   "NVIDIA kernel driver: no memory information for process " +
-                       std::to_string(pid));
+      return Error(
+          Domain::kCuda, static_cast<int>(list->list[0].result),
+          "NVIDIA kernel driver: no memory information for process " + std::to_string(pid));
     }
     total.own += list->list[0].mem_private + list->list[0].mem_shared_owned;
     total.imported += list->list[0].mem_shared_duped;

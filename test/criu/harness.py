@@ -110,8 +110,10 @@ class Target:
         test.assertEqual(ticks, list(range(1, len(ticks) + 1)))
 
     def gone(self):
-        # A killed target is a zombie until its parent, this test, has waited for it.
-        return self.process.poll() is not None or not alive(self.pid)
+        """Dead and reaped, so that its pid is free; also every other process of its session."""
+        reap()
+        return not any(session_of(pid) == self.pid or int(pid) == self.pid
+                       for pid in filter(str.isdigit, os.listdir('/proc')))
 
     def kill(self):
         for pid in [self.pid] + children(self.pid):
@@ -119,8 +121,16 @@ class Target:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        reap()
-        wait_until(lambda: self.gone() or reap(), f'target {self.pid} to die')
+        wait_until(lambda: not os.path.exists(f'/proc/{self.pid}') or reap(),
+                   f'target {self.pid} to die')
+        self.process.poll()
+
+
+def session_of(pid):
+    try:
+        return os.getsid(int(pid))
+    except ProcessLookupError:
+        return None
 
 
 def children(pid):
@@ -166,16 +176,19 @@ class CriuTest(unittest.TestCase):
         os.mkdir(self.images, 0o700)
         self.faults = os.path.join(self.directory, 'faults')
         self.targets = []
+        self.failures_before = self.failures()
         self.addCleanup(self.clean_up)
+
+    def failures(self):
+        result = self._outcome.result
+        return len(result.failures) + len(result.errors)
 
     def clean_up(self):
         for target in self.targets:
             target.kill()
         reap()
         wait_until(lambda: not self.phosd_pids(), 'phosd to end')
-        failed = any(error for _, error in getattr(self._outcome, 'errors', [])) if \
-            hasattr(self._outcome, 'errors') else bool(self._outcome.result.failures
-                                                       or self._outcome.result.errors)
+        failed = self.failures() > self.failures_before
         if failed:
             print(f'kept: {self.directory}')
         else:

@@ -209,10 +209,9 @@ class FailedDump(CriuTest):
         target = self.counter()
         first = self.dump(target, wait=False)
         wait_until(lambda: self.phosd_pids(), 'the first dump to be under way')
-        images, self.images = self.images, os.path.join(self.directory, 'second')
+        wait_until(lambda: 'hook 10' in self.log('dump.log'), 'the first dump to pause the target')
+        self.images = os.path.join(self.directory, 'second')
         os.mkdir(self.images)
-        wait_until(lambda: 'hook 10' in open(os.path.join(images, 'dump.log'),
-                                             errors='replace').read(), 'the first to pause')
         second = self.dump(target)
         self.assertNotEqual(second.returncode, 0)
         self.assertTrue(any('another dump' in e for e in self.errors()), self.errors())
