@@ -227,7 +227,7 @@ def make_tiers(options):
         Tier("tools", [program("tools"), scripts("tools")]),
         Tier("sim", [program("contract")], sim),
         Tier("criu", [scripts("criu")], sim, no_root),
-        Tier("gpu", [program("contract"), scripts("gpu")], {"PHOS_GPU": "real"},
+        Tier("gpu", [program("contract"), scripts("criu"), scripts("gpu")], {"PHOS_GPU": "real"},
              gpu_missing() or no_root, os.environ.get("REQUIRE_GPU") == "1"),
     ]
 

@@ -1,1 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
+# The criu front end and the phos command.
+
+# What both need to find stock criu and the plugins.
+CRIU_FRONT_SRCS := $(filter-out tools/criu/main.cpp,$(wildcard tools/criu/*.cpp))
+$(eval $(call archive,lib/libcriufront.a,$(CRIU_FRONT_SRCS)))
+
+# Started in containers and bundles that may lack the C++ runtime.
+$(eval $(call program,bin/criu,tools/criu/main.cpp,lib/libcriufront.a lib/libphos.a,,-static-libstdc++ -static-libgcc))
+
+PHOS_SRCS := $(filter-out tools/phos/main.cpp,$(wildcard tools/phos/*.cpp))
+$(eval $(call archive,lib/libphoscli.a,$(PHOS_SRCS)))
+$(eval $(call program,bin/phos,tools/phos/main.cpp,lib/libphoscli.a lib/libcriufront.a lib/libphos.a,\
+        -lboost_program_options -lprotobuf-c -ldl -lpthread))
+
+all: $(B)/bin/criu $(B)/bin/phos

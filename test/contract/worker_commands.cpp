@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// What a worker can do. Every command is a line; addresses and handles travel as hex.
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+#include <sstream>
+
+#include "test/contract/cuda_helpers.h"
+#include "test/contract/worker.h"
+
+namespace contract {
+namespace {
+
+struct State {
+  CUcontext context = nullptr;
+  Kernels kernels;
+  void* pinned = nullptr;
+};
+
+using Command = CUresult (*)(State& s, std::istream& in, std::ostream& out);
+
+CUdeviceptr read_address(std::istream& in) {
+  CUdeviceptr p = 0;
+  in >> std::hex >> p >> std::dec;
+  return p;
+}
+
+CUresult alloc(State&, std::istream& in, std::ostream& out) {
+  size_t bytes = 0;
+  in >> bytes;
+  CUdeviceptr p = 0;
+  CUresult r = cuMemAlloc(&p, bytes);
+  out << std::hex << p;
+  return r;
+}
+
+CUresult free_memory(State&, std::istream& in, std::ostream&) {
+  return cuMemFree(read_address(in));
+}
+
+CUresult fill(State& s, std::istream& in, std::ostream&) {
+  CUdeviceptr p = read_address(in);
+  uint32_t n = 0, seed = 0;
+  in >> n >> seed;
+  if (CUresult r = s.kernels.fill(p, n, seed)) return r;
+  return cuCtxSynchronize();
+}
+
+CUresult increment(State& s, std::istream& in, std::ostream&) {
+  CUdeviceptr p = read_address(in);
+  uint32_t n = 0;
+  in >> n;
+  if (CUresult r = s.kernels.increment(p, n)) return r;
+  return cuCtxSynchronize();
+}
+
+// check ADDRESS N SEED ADDED: replies the number of wrong elements
+CUresult check(State&, std::istream& in, std::ostream& out) {
+  CUdeviceptr p = read_address(in);
+  uint32_t n = 0, seed = 0, added = 0;
+  in >> n >> seed >> added;
+  std::vector<uint32_t> values(n);
+  CUresult r = cuMemcpyDtoH(values.data(), p, uint64_t{n} * 4);
+  out << count_wrong(values, seed, added);
+  return r;
+}
+
+CUresult spin(State& s, std::istream& in, std::ostream&) {
+  uint64_t ms = 0;
+  in >> ms;
+  return s.kernels.spin(ms);  // asynchronous
+}
+
+CUresult sync(State&, std::istream&, std::ostream&) {
+  return cuCtxSynchronize();
+}
+
+CUresult ping(State&, std::istream&, std::ostream&) {
+  return CUDA_SUCCESS;
+}
+
+CUresult managed(State&, std::istream& in, std::ostream& out) {
+  size_t bytes = 0;
+  in >> bytes;
+  CUdeviceptr p = 0;
+  CUresult r = cuMemAllocManaged(&p, bytes, CU_MEM_ATTACH_GLOBAL);
+  out << std::hex << p;
+  return r;
+}
+
+CUresult pin(State& s, std::istream& in, std::ostream&) {
+  size_t bytes = 0;
+  in >> bytes;
+  if (CUresult r = cuMemHostAlloc(&s.pinned, bytes, 0)) return r;
+  memset(s.pinned, 7, bytes);
+  return CUDA_SUCCESS;
+}
+
+// Adds one to the first pinned byte, on the CPU, and replies the result.
+CUresult touch_pinned(State& s, std::istream&, std::ostream& out) {
+  auto* byte = static_cast<unsigned char*>(s.pinned);
+  out << static_cast<int>(++*byte);
+  return CUDA_SUCCESS;
+}
+
+CUresult ipc_export(State&, std::istream& in, std::ostream& out) {
+  CUipcMemHandle handle;
+  CUresult r = cuIpcGetMemHandle(&handle, read_address(in));
+  for (unsigned char byte : handle.reserved) {
+    char hex[3];
+    snprintf(hex, sizeof hex, "%02x", byte);
+    out << hex;
+  }
+  return r;
+}
+
+CUresult ipc_import(State&, std::istream& in, std::ostream& out) {
+  std::string text;
+  in >> text;
+  CUipcMemHandle handle = {};
+  for (size_t i = 0; i < sizeof handle.reserved && i * 2 + 1 < text.size(); i++) {
+    handle.reserved[i] = static_cast<char>(std::stoi(text.substr(i * 2, 2), nullptr, 16));
+  }
+  CUdeviceptr p = 0;
+  CUresult r = cuIpcOpenMemHandle(&p, handle, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
+  out << std::hex << p;
+  return r;
+}
+
+CUresult ipc_close(State&, std::istream& in, std::ostream&) {
+  return cuIpcCloseMemHandle(read_address(in));
+}
+
+// vmm BYTES: replies "ADDRESS FD", an exported descriptor that stays open
+CUresult vmm(State&, std::istream& in, std::ostream& out) {
+  size_t bytes = 0;
+  in >> bytes;
+  CUmemAllocationProp prop = device_memory_prop(0, true);
+  CUmemGenericAllocationHandle handle = 0;
+  CUdeviceptr p = 0;
+  int fd = -1;
+  CUresult r = cuMemCreate(&handle, bytes, &prop, 0);
+  if (!r) r = map_handle(handle, bytes, 0, &p);
+  if (!r) {
+    r = cuMemExportToShareableHandle(&fd, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+  }
+  out << std::hex << p << " " << std::dec << fd;
+  return r;
+}
+
+// vmm-import PID FD BYTES: takes the descriptor out of the exporter
+CUresult vmm_import(State&, std::istream& in, std::ostream& out) {
+  int pid = 0, fd = 0;
+  size_t bytes = 0;
+  in >> pid >> fd >> bytes;
+  int pid_fd = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
+  int mine = static_cast<int>(syscall(SYS_pidfd_getfd, pid_fd, fd, 0));
+  close(pid_fd);
+  CUmemGenericAllocationHandle handle = 0;
+  CUdeviceptr p = 0;
+  CUresult r =
+      cuMemImportFromShareableHandle(&handle, reinterpret_cast<void*>(static_cast<intptr_t>(mine)),
+                                     CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+  close(mine);
+  if (!r) r = map_handle(handle, bytes, 0, &p);
+  out << std::hex << p;
+  return r;
+}
+
+// fork: replies "PID CODE", the CUresult of a driver call in the forked child; the child lives on
+// until the worker dies
+CUresult fork_child(State&, std::istream&, std::ostream& out) {
+  int pipe_fds[2];
+  if (pipe(pipe_fds)) return CUDA_ERROR_OPERATING_SYSTEM;
+  pid_t pid = fork();
+  if (pid == 0) {
+    size_t free_bytes, total;
+    CUresult r = cuMemGetInfo(&free_bytes, &total);
+    if (write(pipe_fds[1], &r, sizeof r) != sizeof r) _exit(1);
+    char byte;
+    while (read(0, &byte, 1) > 0) {
+    }
+    _exit(0);
+  }
+  CUresult r = CUDA_ERROR_UNKNOWN;
+  if (read(pipe_fds[0], &r, sizeof r) != sizeof r) return CUDA_ERROR_UNKNOWN;
+  out << pid << " " << r;
+  return CUDA_SUCCESS;
+}
+
+// ask-as-nobody PID: replies the six functions' codes, called without privileges
+CUresult ask_as_nobody(State&, std::istream& in, std::ostream& out) {
+  constexpr uid_t kNobody = 65534;
+  int pid = 0, tid = 0;
+  in >> pid;
+  if (setgid(kNobody) || setuid(kNobody)) return CUDA_ERROR_OPERATING_SYSTEM;
+  CUprocessState state;
+  out << cuCheckpointProcessGetState(pid, &state) << " "
+      << cuCheckpointProcessGetRestoreThreadId(pid, &tid) << " "
+      << cuCheckpointProcessLock(pid, nullptr);
+  return CUDA_SUCCESS;
+}
+
+constexpr struct {
+  const char* name;
+  Command run;
+} kCommands[] = {
+    {"alloc", alloc},
+    {"free", free_memory},
+    {"fill", fill},
+    {"increment", increment},
+    {"check", check},
+    {"spin", spin},
+    {"sync", sync},
+    {"ping", ping},
+    {"managed", managed},
+    {"pin", pin},
+    {"touch-pinned", touch_pinned},
+    {"ipc-export", ipc_export},
+    {"ipc-import", ipc_import},
+    {"ipc-close", ipc_close},
+    {"vmm", vmm},
+    {"vmm-import", vmm_import},
+    {"fork", fork_child},
+    {"ask-as-nobody", ask_as_nobody},
+};
+
+CUresult start_cuda(State* s) {
+  CUdevice device;
+  CUresult r = cuInit(0);
+  if (!r) r = cuDeviceGet(&device, 0);
+  if (!r) r = cuDevicePrimaryCtxRetain(&s->context, device);
+  if (!r) r = cuCtxSetCurrent(s->context);
+  if (!r) r = s->kernels.load();
+  return r;
+}
+
+}  // namespace
+
+int run_worker(const std::string& mode) {
+  State state;
+  if (mode == "cuda") {
+    if (CUresult r = start_cuda(&state)) {
+      std::cout << "error " << r << std::endl;
+      return 1;
+    }
+  }
+  std::cout << "ok" << std::endl;
+  std::string line;
+  while (std::getline(std::cin, line)) {
+    std::istringstream in(line);
+    std::ostringstream out;
+    std::string name;
+    in >> name;
+    CUresult r = CUDA_ERROR_NOT_FOUND;
+    for (auto& command : kCommands) {
+      if (name == command.name) r = command.run(state, in, out);
+    }
+    if (r)
+      std::cout << "error " << r << std::endl;
+    else
+      std::cout << "ok" << (out.str().empty() ? "" : " ") << out.str() << std::endl;
+  }
+  return 0;
+}
+
+}  // namespace contract

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// counter: a CUDA program to checkpoint. Fills a big buffer once, increments a small one at each
+// tick and checks both. One line a tick on stdout; any wrong value or CUDA error ends it with
+// status 1. SIGUSR1: check the big buffer at the next tick. SIGTERM: print "done N" and exit 0.
+#include <cuda.h>
+
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <vector>
+
+#include "test/sim/test_kernels.h"
+
+namespace {
+
+constexpr uint32_t kSeed = 20240229;
+constexpr uint32_t kCounters = 1024;
+constexpr unsigned kBlock = 256;
+
+volatile sig_atomic_t g_stop = 0;
+volatile sig_atomic_t g_check_now = 0;
+
+struct Options {
+  uint64_t mib = 64;
+  unsigned interval_ms = 100;
+  uint64_t check_every = 10;  // ticks
+  uint64_t ticks = 0;         // 0: until SIGTERM
+};
+
+bool parse(int argc, char** argv, Options* o) {
+  for (int i = 1; i + 1 < argc; i += 2) {
+    uint64_t value = strtoull(argv[i + 1], nullptr, 10);
+    if (!strcmp(argv[i], "--mib") && value)
+      o->mib = value;
+    else if (!strcmp(argv[i], "--interval-ms"))
+      o->interval_ms = static_cast<unsigned>(value);
+    else if (!strcmp(argv[i], "--check-every") && value)
+      o->check_every = value;
+    else if (!strcmp(argv[i], "--ticks"))
+      o->ticks = value;
+    else
+      return false;
+  }
+  return argc % 2 == 1;
+}
+
+// Reports a failed call; true if all is well.
+bool ok(CUresult result, const char* call) {
+  if (result == CUDA_SUCCESS) return true;
+  const char* name = nullptr;
+  cuGetErrorName(result, &name);
+  fprintf(stderr, "counter: %s failed: %s (%d)\n", call, name ? name : "?", result);
+  return false;
+}
+#define TRY(call) \
+  if (!ok(call, #call)) return false
+
+// Order matters: a swapped page changes it.
+uint32_t mix(uint32_t sum, uint32_t value) {
+  return (sum << 5 | sum >> 27) ^ value;
+}
+
+class Counter {
+ public:
+  explicit Counter(const Options& options)
+      : elements_(static_cast<uint32_t>(options.mib << 18)), big_(elements_), small_(kCounters) {}
+
+  bool start() {
+    CUdevice device;
+    TRY(cuInit(0));
+    TRY(cuDeviceGet(&device, 0));
+    TRY(cuDevicePrimaryCtxRetain(&context_, device));
+    TRY(cuCtxSetCurrent(context_));
+    TRY(cuModuleLoadData(&module_, phos_test::kTestPtx));
+    TRY(cuModuleGetFunction(&fill_, module_, "phos_fill"));
+    TRY(cuModuleGetFunction(&increment_, module_, "phos_increment"));
+    TRY(cuMemAlloc(&device_big_, uint64_t{elements_} * 4));
+    TRY(cuMemAlloc(&device_small_, kCounters * 4));
+    TRY(cuMemsetD32(device_small_, 0, kCounters));
+    uint32_t seed = kSeed;
+    void* arguments[] = {&device_big_, &elements_, &seed};
+    TRY(launch(fill_, elements_, arguments));
+    for (uint32_t i = 0; i < elements_; i++) {
+      expected_ = mix(expected_, phos_test::fill_value(kSeed, i));
+    }
+    return check_big();
+  }
+
+  bool tick() {
+    uint32_t n = kCounters;
+    void* arguments[] = {&device_small_, &n};
+    TRY(launch(increment_, n, arguments));
+    TRY(cuMemcpyDtoH(small_.data(), device_small_, kCounters * 4));
+    ticks_++;
+    for (uint32_t i = 0; i < kCounters; i++) {
+      if (small_[i] == static_cast<uint32_t>(ticks_)) continue;
+      fprintf(stderr, "counter: counter %u is %u at tick %lu\n", i, small_[i], ticks_);
+      return false;
+    }
+    return true;
+  }
+
+  bool check_big() {
+    TRY(cuMemcpyDtoH(big_.data(), device_big_, uint64_t{elements_} * 4));
+    uint32_t sum = 0;
+    for (uint32_t value : big_) sum = mix(sum, value);
+    if (sum == expected_) return true;
+    fprintf(stderr, "counter: checksum is %08x at tick %lu, expected %08x\n", sum, ticks_,
+            expected_);
+    return false;
+  }
+
+  uint64_t ticks() const { return ticks_; }
+  uint32_t checksum() const { return expected_; }
+
+ private:
+  CUresult launch(CUfunction kernel, uint32_t threads, void** arguments) {
+    return cuLaunchKernel(kernel, (threads + kBlock - 1) / kBlock, 1, 1, kBlock, 1, 1, 0, nullptr,
+                          arguments, nullptr);
+  }
+
+  uint32_t elements_;
+  std::vector<uint32_t> big_, small_;
+  CUcontext context_ = nullptr;
+  CUmodule module_ = nullptr;
+  CUfunction fill_ = nullptr, increment_ = nullptr;
+  CUdeviceptr device_big_ = 0, device_small_ = 0;
+  uint64_t ticks_ = 0;
+  uint32_t expected_ = 0;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  if (!parse(argc, argv, &options)) {
+    fprintf(stderr,
+            "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n");
+    return 2;
+  }
+  struct sigaction action = {};
+  action.sa_handler = [](int) { g_stop = 1; };
+  sigaction(SIGTERM, &action, nullptr);
+  action.sa_handler = [](int) { g_check_now = 1; };
+  sigaction(SIGUSR1, &action, nullptr);
+
+  Counter counter(options);
+  if (!counter.start()) return 1;
+  while (!g_stop && (!options.ticks || counter.ticks() < options.ticks)) {
+    if (!counter.tick()) return 1;
+    if (g_check_now || counter.ticks() % options.check_every == 0) {
+      g_check_now = 0;
+      if (!counter.check_big()) return 1;
+    }
+    printf("tick %lu checksum %08x ok\n", counter.ticks(), counter.checksum());
+    fflush(stdout);
+    timespec interval = {options.interval_ms / 1000, options.interval_ms % 1000 * 1000000L};
+    if (!g_stop) nanosleep(&interval, nullptr);
+  }
+  if (!counter.check_big()) return 1;
+  printf("done %lu\n", counter.ticks());
+  return 0;
+}

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Failures on request. The file named by PHOS_SIM_FAULTS when the process called cuInit (default
+// /run/phos-sim/faults) is read at every call, so a test can change it at any time:
+//
+//   FUNCTION N RESULT
+//
+// FUNCTION  as in cuda.h, without a version suffix: cuMemAlloc, cuCheckpointProcessRestore, ...
+// N         the Nth call in this process, counted from 1 since cuInit; * is every call
+// RESULT    a CUresult number: returned instead of working
+//           hang: the call never ends (a cuCheckpointProcess* request is never answered, and the
+//                 restore thread serves no other)
+//           slow:MS: sleeps that long first, then works
+//           exit: the process dies by SIGKILL
+//
+// cuCheckpointProcess* faults belong to the target: its restore thread reads its file and counts.
+// cuCheckpointProcessGetRestoreThreadId never asks the target, so it has none.
+#include <time.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "test/sim/sim.h"
+
+namespace phos_sim {
+namespace {
+
+// Call counts by function, in a fixed table: the restore thread must not need malloc.
+struct Counter {
+  char name[64];
+  std::atomic<int> calls;
+};
+constexpr int kCounters = 256;
+Counter g_counters[kCounters];
+std::atomic<int> g_used{0};
+std::atomic_flag g_adding = ATOMIC_FLAG_INIT;
+
+int count_call(const char* name) {
+  for (int i = 0; i < g_used.load(std::memory_order_acquire); i++) {
+    if (!strcmp(g_counters[i].name, name)) return ++g_counters[i].calls;
+  }
+  while (g_adding.test_and_set(std::memory_order_acquire)) {
+  }
+  int found = -1;
+  int used = g_used.load(std::memory_order_relaxed);
+  for (int i = 0; i < used; i++) {
+    if (!strcmp(g_counters[i].name, name)) found = i;
+  }
+  if (found < 0 && used < kCounters) {
+    found = used;
+    snprintf(g_counters[found].name, sizeof g_counters[found].name, "%s", name);
+    g_used.store(used + 1, std::memory_order_release);
+  }
+  int n = found < 0 ? 0 : ++g_counters[found].calls;
+  g_adding.clear(std::memory_order_release);
+  return n;
+}
+
+// "cuMemAlloc_v2" -> "cuMemAlloc"
+void plain_name(const char* function, char* out, size_t size) {
+  snprintf(out, size, "%s", function);
+  char* suffix = strrchr(out, '_');
+  if (suffix && suffix[1] == 'v' && suffix[2] >= '0' && suffix[2] <= '9') *suffix = 0;
+}
+
+CUresult act(const char* what) {
+  if (!strcmp(what, "hang")) {
+    for (;;) pause();
+  }
+  if (!strcmp(what, "exit")) {
+    kill(getpid(), SIGKILL);
+    for (;;) pause();
+  }
+  if (!strncmp(what, "slow:", 5)) {
+    long ms = strtol(what + 5, nullptr, 10);
+    timespec left = {ms / 1000, ms % 1000 * 1000000};
+    while (nanosleep(&left, &left)) {
+    }
+    return CUDA_SUCCESS;
+  }
+  return static_cast<CUresult>(strtol(what, nullptr, 10));
+}
+
+}  // namespace
+
+CUresult act_out_fault(const char* function) {
+  char name[64];
+  plain_name(function, name, sizeof name);
+  int nth = count_call(name);
+  char text[4096];
+  if (read_small_file(process().faults_path, text, sizeof text) <= 0) return CUDA_SUCCESS;
+  char* next = nullptr;
+  for (char* line = strtok_r(text, "\n", &next); line; line = strtok_r(nullptr, "\n", &next)) {
+    char which[64], when[16], what[32];
+    if (sscanf(line, "%63s %15s %31s", which, when, what) != 3 || strcmp(which, name)) continue;
+    if (strcmp(when, "*") && strtol(when, nullptr, 10) != nth) continue;
+    if (CUresult r = act(what)) return r;
+  }
+  return CUDA_SUCCESS;
+}
+
+}  // namespace phos_sim

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// cuGetProcAddress, from the one table of entry points.
+#include <cstring>
+
+#include "test/sim/entry_points.h"
+#include "test/sim/sim.h"
+
+extern "C" CUresult cuCtxCreate_v2(CUcontext*, unsigned int, CUdevice);
+
+namespace phos_sim {
+namespace {
+
+struct EntryPoint {
+  const char* name;
+  int since;
+  void* address;
+};
+
+EntryPoint entry(const char* name, int since, void* address) {
+  return {name, since, address};
+}
+
+// The cast checks that cuda.h declares each function.
+#define X(name, since) \
+  entry(#name, since, reinterpret_cast<void*>(static_cast<decltype(&::name)>(&::name))),
+const EntryPoint kEntryPoints[] = {
+    entry("cuCtxCreate", 3020, reinterpret_cast<void*>(&cuCtxCreate_v2)), PHOS_SIM_ENTRY_POINTS(X)};
+#undef X
+
+CUresult find(const char* name, void** out, int version, CUdriverProcAddressQueryResult* status) {
+  if (!name || !out) return CUDA_ERROR_INVALID_VALUE;
+  *out = nullptr;
+  bool known = false;
+  int best = 0;
+  for (const EntryPoint& e : kEntryPoints) {
+    if (strcmp(e.name, name)) continue;
+    known = true;
+    if (e.since > version || e.since < best) continue;
+    best = e.since;
+    *out = e.address;
+  }
+  if (status) {
+    *status = *out    ? CU_GET_PROC_ADDRESS_SUCCESS
+              : known ? CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT
+                      : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+  }
+  return *out ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
+
+}  // namespace
+}  // namespace phos_sim
+
+using namespace phos_sim;
+
+CUresult cuGetProcAddress(const char* name, void** out, int version, cuuint64_t,
+                          CUdriverProcAddressQueryResult* status) {
+  return find(name, out, version, status);
+}
+
+// The form before CUDA 12: no status.
+PHOS_SIM_EXPORT CUresult phos_sim_get_proc_address_v1(const char* name, void** out, int version,
+                                                      cuuint64_t) {
+  return find(name, out, version, nullptr);
+}
+PHOS_SIM_ALIAS(cuGetProcAddress, phos_sim_get_proc_address_v1);

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// phos restore: finds out before criu starts whether this machine can take the GPU state, then runs
+// criu restore with the phos plugin and looks whether the process is really there.
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+
+#include "gpu-tracker/base/json.h"
+#include "gpu-tracker/driver/cuda_driver.h"
+#include "tools/phos/command.h"
+#include "tools/phos/criu_run.h"
+#include "tools/phos/gpu_images.h"
+#include "tools/phos/image_dir.h"
+#include "tools/phos/processes.h"
+
+namespace phos::cli {
+namespace {
+
+namespace po = boost::program_options;
+
+constexpr char kName[] = "restore";
+
+Syntax syntax() {
+  Syntax s;
+  s.command = kName;
+  s.usage = "-D DIR [options] [-- CRIU-OPTION...]";
+  s.about =
+      "Brings back the process tree that `phos dump` or `criu dump` saved to DIR, after\n"
+      "checking that this machine's driver and GPUs can take its GPU state. Words after\n"
+      "-- go to `criu restore` as they are.\n";
+  s.takes_criu_options = true;
+  s.options.add_options()("images-dir,D", po::value<std::string>()->value_name("DIR")->required(),
+                          "where the images are")("detach,d",
+                                                  "return once the processes run (the default)")(
+      "foreground,F", "stay until the root process ends")(
+      "shell-job,j", "give the processes this terminal")("verbose,v", "print what the plugin does")(
+      "json", "print the summary as JSON");
+  return s;
+}
+
+// Can the driver and GPUs of this machine take what `images` hold?
+Result<void> check_machine(const ImageSet& images) {
+  if (images.processes.empty()) return {};
+  auto driver = open_cuda_driver();
+  if (!driver) return driver.error().wrap("the dump holds CUDA processes");
+  auto api = (*driver)->api_version();
+  if (!api) return api.error();
+  auto present = (*driver)->gpus();
+  if (!present) return present.error();
+  for (const ProcessImage& process : images.processes) {
+    if (auto ok = check_driver(process, *api); !ok) return ok.error();
+    if (auto plan = plan_gpu_mapping(process.gpus, *present); !plan) {
+      return plan.error().wrap("process " + std::to_string(process.pid));
+    }
+  }
+  return {};
+}
+
+// A directory for the pid file, which criu insists on making itself.
+class PidFile {
+ public:
+  PidFile() {
+    if (!mkdtemp(dir_)) dir_[0] = '\0';
+  }
+  ~PidFile() {
+    if (!dir_[0]) return;
+    unlink(path().c_str());
+    rmdir(dir_);
+  }
+  PidFile(const PidFile&) = delete;
+  PidFile& operator=(const PidFile&) = delete;
+
+  bool ok() const { return dir_[0] != '\0'; }
+  std::string path() const { return std::string(dir_) + "/pid"; }
+  int read() const {
+    int pid = 0;
+    std::ifstream(path()) >> pid;
+    return pid;
+  }
+
+ private:
+  char dir_[32] = "/tmp/phos-restore-XXXXXX";
+};
+
+// CRIU ignores errors of the hook that restores GPU state, so its exit code is not the last word.
+Result<ProcStatus> check_restored(int pid, const CriuRun& run) {
+  for (const std::string& line : log_errors(run.log_path, SIZE_MAX)) {
+    if (line.find("phos:") != std::string::npos) return Error(Domain::kCriu, EIO, line);
+  }
+  if (pid <= 0) return Error(Domain::kCriu, ESRCH, "criu has not told the pid of the process");
+  auto status = read_proc_status(pid);
+  if (!status || status->state == 'Z' || status->state == 'X') {
+    return Error(Domain::kCriu, ESRCH, "process " + std::to_string(pid) + " has ended at once");
+  }
+  return status;
+}
+
+void print_summary(bool json, int pid, const std::string& comm, double seconds,
+                   const ImageSet& images) {
+  uint64_t on_gpu = gpu_bytes(images);
+  if (json) {
+    JsonWriter w;
+    w.begin_object().member("pid", pid).member("command", comm);
+    w.member("milliseconds", static_cast<uint64_t>(seconds * 1000));
+    w.member("cuda_processes", images.processes.size()).member("gpu_bytes", on_gpu).end_object();
+    printf("%s\n", w.str().c_str());
+    return;
+  }
+  printf("restored process %d (%s) in %.2f s", pid, comm.c_str(), seconds);
+  if (!images.processes.empty()) printf(", %s of GPU memory", format_bytes(on_gpu).c_str());
+  printf("\n");
+}
+
+int run_and_verify(const Parsed& options, const std::string& dir, const ImageSet& images) {
+  bool foreground = options.has("foreground");
+  PidFile pid_file;
+  if (!pid_file.ok()) return fail(kName, Error::from_errno(errno, "mkdtemp in /tmp").message());
+  std::string log = dir + "/restore.log";
+  CriuRun run{{"restore", "--enable-plugin", "phos", "-D", dir, "-o", "restore.log", "-v4",
+               "--pidfile", pid_file.path()},
+              log,
+              "restore from " + dir,
+              options.has("verbose")};
+  if (!foreground) run.args.emplace_back("-d");
+  if (options.has("shell-job")) run.args.emplace_back("--shell-job");
+  run.args.insert(run.args.end(), options.criu_options.begin(), options.criu_options.end());
+
+  auto start = prepare_criu(run);
+  if (!start) return fail(kName, start.error().message());
+  unlink(log.c_str());  // the reason of an earlier failure must not be taken for this one's
+  auto exit = run_criu(run, *start);
+  if (!exit) return fail(kName, exit.error().message());
+  if (exit->code != 0) {
+    report_failure(kName, "restoring from " + dir, run, *exit);
+    return kExitFailed;
+  }
+  int pid = pid_file.read();
+  auto status = check_restored(pid, run);
+  // In the foreground criu has waited for the end of the process.
+  bool ended = foreground && !status && status.error().code() == ESRCH && pid > 0;
+  if (!status && !ended) {
+    return fail(kName, "restoring from " + dir + ": " + status.error().message() +
+                           "; criu's log is " + log);
+  }
+  if (!ended) print_summary(options.has("json"), pid, status->comm, exit->seconds, images);
+  return kExitOk;
+}
+
+int restore(const Parsed& options) {
+  std::string path = options.values["images-dir"].as<std::string>();
+  if (options.has("detach") && options.has("foreground")) {
+    return fail(kName, "--detach and --foreground exclude each other", kExitUsage);
+  }
+  if (geteuid() != 0) return fail(kName, "run as root: CRIU must make processes of other users");
+  auto fd = open_existing(path);
+  if (!fd) return fail(kName, fd.error().message());
+  if (auto ok = check_inventory(fd->get(), path); !ok) return fail(kName, ok.error().message());
+  auto images = read_image_set(fd->get());
+  if (!images) return fail(kName, images.error().message());
+  if (auto ok = check_machine(*images); !ok) return fail(kName, ok.error().message());
+  std::unique_ptr<char, decltype(&free)> real(realpath(path.c_str(), nullptr), free);
+  return run_and_verify(options, real ? real.get() : path, *images);
+}
+
+}  // namespace
+
+int run_restore(const std::vector<std::string>& args) {
+  Syntax s = syntax();
+  auto options = parse(s, args);
+  if (!options) return fail(kName, options.error().message(), kExitUsage);
+  return options->help ? kExitOk : restore(*options);
+}
+
+}  // namespace phos::cli

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// phos show: prints what phos recorded in a directory of images.
+
+#include <cstdio>
+
+#include "tools/phos/command.h"
+#include "tools/phos/gpu_images.h"
+#include "tools/phos/image_dir.h"
+
+namespace phos::cli {
+namespace {
+
+constexpr char kName[] = "show";
+
+Syntax syntax() {
+  Syntax s;
+  s.command = kName;
+  s.usage = "DIR [--json]";
+  s.about =
+      "Prints the CUDA processes that a dump in DIR holds: their GPUs, their memory, who\n"
+      "saved it, and how long it took. Verifies the images on the way. Needs neither a GPU\n"
+      "nor root, only the right to read DIR.\n";
+  s.positional = "directory";
+  s.options.add_options()("json", "print JSON");
+  return s;
+}
+
+}  // namespace
+
+int run_show(const std::vector<std::string>& args) {
+  Syntax s = syntax();
+  auto options = parse(s, args);
+  if (!options) return fail(kName, options.error().message(), kExitUsage);
+  if (options->help) return kExitOk;
+  std::vector<std::string> dirs;
+  if (options->has("directory")) {
+    dirs = options->values["directory"].as<std::vector<std::string>>();
+  }
+  if (dirs.size() != 1) return fail(kName, "give one directory of images", kExitUsage);
+  auto fd = open_existing(dirs[0]);
+  if (!fd) return fail(kName, fd.error().message());
+  auto images = read_image_set(fd->get());
+  if (!images) return fail(kName, images.error().message());
+  bool json = options->has("json");
+  if (images->processes.empty() && images->files.files.empty()) {
+    // No GPU state at all: is it a dump?
+    if (auto ok = check_inventory(fd->get(), dirs[0]); !ok) {
+      return fail(kName, ok.error().message());
+    }
+    if (!json) {
+      printf("%s holds a dump without CUDA processes\n", dirs[0].c_str());
+      return kExitOk;
+    }
+  }
+  fputs((json ? to_json(*images) : to_table(*images)).c_str(), stdout);
+  return kExitOk;
+}
+
+}  // namespace phos::cli

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// What every phos command shares: its entry in the table, its options, its way to fail.
+#pragma once
+
+#include <boost/program_options.hpp>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "gpu-tracker/base/result.h"
+
+namespace phos::cli {
+
+inline constexpr int kExitOk = 0;
+inline constexpr int kExitFailed = 1;
+inline constexpr int kExitUsage = 2;
+
+// `args` are the words after the command's name. Returns the exit code.
+int run_dump(const std::vector<std::string>& args);
+int run_restore(const std::vector<std::string>& args);
+int run_status(const std::vector<std::string>& args);
+int run_show(const std::vector<std::string>& args);
+int run_check(const std::vector<std::string>& args);
+
+// What a command accepts, for parsing and for its --help.
+struct Syntax {
+  std::string command;              // "dump"
+  std::string usage;                // "-t PID -D DIR [options] [-- criu options]"
+  std::string about;                // a few lines on what the command does
+  std::string positional;           // option that takes words without a dash; empty: none are taken
+  bool takes_criu_options = false;  // words after "--"
+  boost::program_options::options_description options;
+};
+
+struct Parsed {
+  boost::program_options::variables_map values;
+  std::vector<std::string> criu_options;
+  bool help = false;  // the help text was printed; nothing else is to be done
+
+  bool has(const char* name) const { return values.count(name) != 0; }
+};
+
+Result<Parsed> parse(Syntax& syntax, const std::vector<std::string>& args);
+
+// Prints "phos COMMAND: message" to stderr and returns `code`.
+int fail(const std::string& command, const std::string& message, int code = kExitFailed);
+
+// "1.5 GiB".
+std::string format_bytes(uint64_t bytes);
+
+}  // namespace phos::cli
