@@ -169,7 +169,6 @@ TEST_F(DeviceMemory, AttributesOfCuMemAlloc) {
 TEST_F(DeviceMemory, AttributesOfVmmMemory) {
   VmmAllocation vmm;
   ASSERT_EQ(vmm.make(device_, 4 * kMiB, true), CUDA_SUCCESS);
-  EXPECT_LT(vmm.p, CUdeviceptr{1} << 44);
   EXPECT_EQ(permissions_at(vmm.p), "---p");
   EXPECT_EQ(attribute(CU_POINTER_ATTRIBUTE_CONTEXT, vmm.p), 0u);
   EXPECT_EQ(attribute(CU_POINTER_ATTRIBUTE_MEMORY_TYPE, vmm.p), uint64_t{CU_MEMORYTYPE_DEVICE});
@@ -240,7 +239,7 @@ TEST_F(DeviceMemory, ManagedMemoryIsForBothSides) {
   EXPECT_EQ(cuMemFree(p), CUDA_SUCCESS);
 }
 
-TEST_F(DeviceMemory, UnknownAddressIsInvalidForOneAttributeAndZeroForSeveral) {
+TEST_F(DeviceMemory, UnknownAddressIsInvalidForOneAttributeAndNullForSeveral) {
   std::vector<char> pageable(4096);
   const auto p = reinterpret_cast<CUdeviceptr>(pageable.data());
   EXPECT_EQ(ask(CU_POINTER_ATTRIBUTE_MEMORY_TYPE, p), CUDA_ERROR_INVALID_VALUE);
@@ -249,11 +248,10 @@ TEST_F(DeviceMemory, UnknownAddressIsInvalidForOneAttributeAndZeroForSeveral) {
   CUpointer_attribute names[] = {CU_POINTER_ATTRIBUTE_CONTEXT, CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
                                  CU_POINTER_ATTRIBUTE_RANGE_START_ADDR};
   void* data[] = {&context, &type, &start};
-  type = 0;
   EXPECT_EQ(cuPointerGetAttributes(3, names, data, p), CUDA_SUCCESS);
   EXPECT_EQ(context, 0u);
-  EXPECT_EQ(type, 0u);
-  EXPECT_EQ(start, 0u);
+  EXPECT_EQ(static_cast<uint32_t>(type), 0u);
+  EXPECT_EQ(start, 5u);  // not touched
 }
 
 TEST_F(DeviceMemory, SeveralAttributesAtOnceEqualSingleAnswers) {

@@ -116,7 +116,6 @@ CUresult cuCheckpointProcessGetRestoreThreadId(int pid, int* tid) {
   if (!tid) return CUDA_ERROR_INVALID_VALUE;
   RestoreThread thread;
   if (CUresult r = find_restore_thread(pid, &thread)) return r;
-  if (!open_pipe(pid, thread.request_fd, O_RDWR)) return CUDA_ERROR_OPERATING_SYSTEM;
   *tid = thread.tid;
   return CUDA_SUCCESS;
 }

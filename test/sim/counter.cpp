@@ -4,6 +4,7 @@
 // status 1. SIGUSR1: check the big buffer at the next tick. SIGTERM: print "done N" and exit 0.
 #include <cuda.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
@@ -18,6 +19,7 @@ namespace {
 
 constexpr uint32_t kSeed = 20240229;
 constexpr uint32_t kCounters = 1024;
+constexpr uint32_t kChunk = 1 << 20;  // elements read back at a time
 constexpr unsigned kBlock = 256;
 
 volatile sig_atomic_t g_stop = 0;
@@ -28,6 +30,7 @@ struct Options {
   unsigned interval_ms = 100;
   uint64_t check_every = 10;  // ticks
   uint64_t ticks = 0;         // 0: until SIGTERM
+  uint64_t spin_ms = 0;       // after tick 3, a kernel of this length on another stream
 };
 
 bool parse(int argc, char** argv, Options* o) {
@@ -41,6 +44,8 @@ bool parse(int argc, char** argv, Options* o) {
       o->check_every = value;
     else if (!strcmp(argv[i], "--ticks"))
       o->ticks = value;
+    else if (!strcmp(argv[i], "--spin-ms"))
+      o->spin_ms = value;
     else
       return false;
   }
@@ -66,7 +71,7 @@ uint32_t mix(uint32_t sum, uint32_t value) {
 class Counter {
  public:
   explicit Counter(const Options& options)
-      : elements_(static_cast<uint32_t>(options.mib << 18)), big_(elements_), small_(kCounters) {}
+      : elements_(static_cast<uint32_t>(options.mib << 18)), chunk_(kChunk), small_(kCounters) {}
 
   bool start() {
     CUdevice device;
@@ -104,13 +109,27 @@ class Counter {
   }
 
   bool check_big() {
-    TRY(cuMemcpyDtoH(big_.data(), device_big_, uint64_t{elements_} * 4));
     uint32_t sum = 0;
-    for (uint32_t value : big_) sum = mix(sum, value);
+    for (uint32_t at = 0; at < elements_; at += kChunk) {
+      const uint32_t n = std::min(kChunk, elements_ - at);
+      TRY(cuMemcpyDtoH(chunk_.data(), device_big_ + uint64_t{at} * 4, uint64_t{n} * 4));
+      for (uint32_t i = 0; i < n; i++) sum = mix(sum, chunk_[i]);
+    }
     if (sum == expected_) return true;
     fprintf(stderr, "counter: checksum is %08x at tick %lu, expected %08x\n", sum, ticks_,
             expected_);
     return false;
+  }
+
+  bool spin(uint64_t milliseconds) {
+    CUstream stream;
+    CUfunction kernel;
+    uint64_t nanoseconds = milliseconds * 1000000;
+    void* arguments[] = {&nanoseconds};
+    TRY(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
+    TRY(cuModuleGetFunction(&kernel, module_, "phos_spin"));
+    TRY(cuLaunchKernel(kernel, 1, 1, 1, 1, 1, 1, 0, stream, arguments, nullptr));
+    return true;
   }
 
   uint64_t ticks() const { return ticks_; }
@@ -123,7 +142,7 @@ class Counter {
   }
 
   uint32_t elements_;
-  std::vector<uint32_t> big_, small_;
+  std::vector<uint32_t> chunk_, small_;
   CUcontext context_ = nullptr;
   CUmodule module_ = nullptr;
   CUfunction fill_ = nullptr, increment_ = nullptr;
@@ -138,7 +157,8 @@ int main(int argc, char** argv) {
   Options options;
   if (!parse(argc, argv, &options)) {
     fprintf(stderr,
-            "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n");
+            "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n"
+            "               [--spin-ms N]\n");
     return 2;
   }
   struct sigaction action = {};
@@ -151,6 +171,7 @@ int main(int argc, char** argv) {
   if (!counter.start()) return 1;
   while (!g_stop && (!options.ticks || counter.ticks() < options.ticks)) {
     if (!counter.tick()) return 1;
+    if (options.spin_ms && counter.ticks() == 3 && !counter.spin(options.spin_ms)) return 1;
     if (g_check_now || counter.ticks() % options.check_every == 0) {
       g_check_now = 0;
       if (!counter.check_big()) return 1;

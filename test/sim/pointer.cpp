@@ -163,6 +163,11 @@ CUresult cuPointerGetAttributes(unsigned int count, CUpointer_attribute* names, 
     const Attribute* attribute = find_attribute(names[i]);
     uint64_t value = 0;
     if (r && !attribute->get(*r, p, &value)) value = 0;
+    // Of an unknown pointer the real driver says nothing about its range (seen on 580).
+    if (!r && (names[i] == CU_POINTER_ATTRIBUTE_RANGE_START_ADDR ||
+               names[i] == CU_POINTER_ATTRIBUTE_RANGE_SIZE)) {
+      continue;
+    }
     memcpy(data[i], &value, attribute->size);
   }
   return CUDA_SUCCESS;
