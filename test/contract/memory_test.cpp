@@ -195,6 +195,10 @@ TEST_F(DeviceMemory, AttributesOfPoolMemory) {
   ASSERT_EQ(cuDeviceGetDefaultMemPool(&pool, device_), CUDA_SUCCESS);
   EXPECT_EQ(attribute(CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE, p), reinterpret_cast<uint64_t>(pool));
   EXPECT_EQ(attribute(CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, p), 0u);
+  EXPECT_EQ(attribute(CU_POINTER_ATTRIBUTE_CONTEXT, p), 0u);
+  EXPECT_EQ(attribute(CU_POINTER_ATTRIBUTE_RANGE_SIZE, p), 4 * kMiB);
+  EXPECT_EQ(attribute(CU_POINTER_ATTRIBUTE_MAPPING_SIZE, p), 32 * kMiB);
+  EXPECT_LT(p, CUdeviceptr{1} << 44);
   ASSERT_EQ(kernels_.fill(p, 1024, 4), CUDA_SUCCESS);
   EXPECT_EQ(count_wrong(read_back(p, 1024), 4), 0u);
   EXPECT_EQ(cuMemFreeAsync(p, nullptr), CUDA_SUCCESS);
@@ -239,19 +243,79 @@ TEST_F(DeviceMemory, ManagedMemoryIsForBothSides) {
   EXPECT_EQ(cuMemFree(p), CUDA_SUCCESS);
 }
 
-TEST_F(DeviceMemory, UnknownAddressIsInvalidForOneAttributeAndNullForSeveral) {
+constexpr uint64_t kUntouched = 0x5555555555555555;
+
+// Asks for several attributes at once; `values` start as kUntouched.
+CUresult ask_several(CUdeviceptr p, std::vector<CUpointer_attribute> names,
+                     std::vector<uint64_t>* values) {
+  values->assign(names.size(), kUntouched);
+  std::vector<void*> data;
+  for (uint64_t& value : *values) data.push_back(&value);
+  return cuPointerGetAttributes(static_cast<unsigned>(names.size()), names.data(), data.data(), p);
+}
+
+TEST_F(DeviceMemory, UnknownAddressIsInvalidForOneAttributeAndNoErrorForSeveral) {
   std::vector<char> pageable(4096);
   const auto p = reinterpret_cast<CUdeviceptr>(pageable.data());
   EXPECT_EQ(ask(CU_POINTER_ATTRIBUTE_MEMORY_TYPE, p), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(ask(CU_POINTER_ATTRIBUTE_CONTEXT, p), CUDA_ERROR_INVALID_VALUE);
-  uint64_t context = 5, type = 5, start = 5;
-  CUpointer_attribute names[] = {CU_POINTER_ATTRIBUTE_CONTEXT, CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
-                                 CU_POINTER_ATTRIBUTE_RANGE_START_ADDR};
-  void* data[] = {&context, &type, &start};
-  EXPECT_EQ(cuPointerGetAttributes(3, names, data, p), CUDA_SUCCESS);
-  EXPECT_EQ(context, 0u);
-  EXPECT_EQ(static_cast<uint32_t>(type), 0u);
-  EXPECT_EQ(start, 5u);  // not touched
+  std::vector<uint64_t> values;
+  ASSERT_EQ(ask_several(p,
+                        {CU_POINTER_ATTRIBUTE_CONTEXT, CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+                         CU_POINTER_ATTRIBUTE_HOST_POINTER, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+                         CU_POINTER_ATTRIBUTE_MAPPED, CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+                         CU_POINTER_ATTRIBUTE_RANGE_SIZE},
+                        &values),
+            CUDA_SUCCESS);
+  EXPECT_EQ(values[0], 0u);
+  EXPECT_EQ(static_cast<uint32_t>(values[1]), 0u);
+  EXPECT_EQ(values[2], p);
+  EXPECT_EQ(static_cast<int32_t>(values[3]), -2);
+  EXPECT_EQ(static_cast<uint32_t>(values[4]), 0u);
+  EXPECT_EQ(values[5], kUntouched);
+  EXPECT_EQ(values[6], kUntouched);
+  CUdeviceptr base = 0;
+  size_t size = 0;
+  EXPECT_EQ(cuMemGetAddressRange(&base, &size, p), CUDA_ERROR_NOT_FOUND);
+}
+
+TEST_F(DeviceMemory, RangeOfReservedAddressesIsTheWholeReservation) {
+  CUmemAllocationProp prop = device_memory_prop(device_, false);
+  CUmemGenericAllocationHandle handle;
+  CUdeviceptr p;
+  std::vector<uint64_t> values;
+  const std::vector<CUpointer_attribute> names = {
+      CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, CU_POINTER_ATTRIBUTE_RANGE_SIZE,
+      CU_POINTER_ATTRIBUTE_MAPPED, CU_POINTER_ATTRIBUTE_MAPPING_SIZE};
+  ASSERT_EQ(cuMemAddressReserve(&p, 8 * kMiB, 0, 0, 0), CUDA_SUCCESS);
+  EXPECT_EQ(ask(CU_POINTER_ATTRIBUTE_MAPPED, p), CUDA_ERROR_INVALID_VALUE);
+  ASSERT_EQ(ask_several(p + 4096, names, &values), CUDA_SUCCESS);
+  EXPECT_EQ(values[0], p);
+  EXPECT_EQ(values[1], 8 * kMiB);
+  EXPECT_EQ(static_cast<uint32_t>(values[2]), 0u);
+  EXPECT_EQ(values[3], 0u);
+
+  ASSERT_EQ(cuMemCreate(&handle, 4 * kMiB, &prop, 0), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemMap(p, 2 * kMiB, 0, handle, 0), CUDA_ERROR_NOT_SUPPORTED);
+  ASSERT_EQ(cuMemMap(p, 4 * kMiB, 0, handle, 0), CUDA_SUCCESS);
+  EXPECT_EQ(ask(CU_POINTER_ATTRIBUTE_DEVICE_POINTER, p), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(attribute(CU_POINTER_ATTRIBUTE_ACCESS_FLAGS, p), 0u);
+  ASSERT_EQ(ask_several(p + 4096, names, &values), CUDA_SUCCESS);
+  EXPECT_EQ(values[0], p);
+  EXPECT_EQ(values[1], 8 * kMiB);
+  EXPECT_EQ(static_cast<uint32_t>(values[2]), 1u);
+  EXPECT_EQ(values[3], 4 * kMiB);
+  CUdeviceptr base = 0;
+  size_t size = 0;
+  EXPECT_EQ(cuMemGetAddressRange(&base, &size, p + 4096), CUDA_ERROR_NOT_FOUND);
+  CUmemAccessDesc access = {prop.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+  ASSERT_EQ(cuMemSetAccess(p, 4 * kMiB, &access, 1), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemGetAddressRange(&base, &size, p + 4096), CUDA_SUCCESS);
+  EXPECT_EQ(base, p);
+  EXPECT_EQ(size, 4 * kMiB);
+  EXPECT_EQ(cuMemUnmap(p, 4 * kMiB), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemAddressFree(p, 8 * kMiB), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemRelease(handle), CUDA_SUCCESS);
 }
 
 TEST_F(DeviceMemory, SeveralAttributesAtOnceEqualSingleAnswers) {

@@ -191,7 +191,7 @@ CUresult fork_child(State&, std::istream&, std::ostream& out) {
   return CUDA_SUCCESS;
 }
 
-// ask-as-nobody PID: replies the six functions' codes, called without privileges
+// ask-as-nobody PID: replies what GetState, GetRestoreThreadId and Lock say to an unprivileged user
 CUresult ask_as_nobody(State&, std::istream& in, std::ostream& out) {
   constexpr uid_t kNobody = 65534;
   int pid = 0, tid = 0;

@@ -23,7 +23,8 @@ __device__ unsigned expected(size_t i, unsigned seed) {
 
 __global__ void fill(unsigned* p, size_t n, unsigned seed) {
   size_t stride = static_cast<size_t>(gridDim.x) * blockDim.x;
-  for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) p[i] = expected(i, seed);
+  for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride)
+    p[i] = expected(i, seed);
 }
 
 __global__ void count_wrong(const unsigned* p, size_t n, unsigned seed, unsigned* wrong) {

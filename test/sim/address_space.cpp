@@ -7,9 +7,9 @@
 namespace phos_sim {
 namespace {
 
-// Where the real driver puts memory of cuMemAddressReserve.
+// Where the real driver puts its memory pools.
 constexpr CUdeviceptr kLowBegin = 0x302000000;
-constexpr CUdeviceptr kLowEnd = 0x500000000000;
+constexpr CUdeviceptr kLowEnd = kLowBegin + (uint64_t{1} << 36);
 
 constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
@@ -21,28 +21,21 @@ CUdeviceptr reserve_at(CUdeviceptr where, uint64_t size) {
   return p == MAP_FAILED ? 0 : reinterpret_cast<CUdeviceptr>(p);
 }
 
-CUdeviceptr reserve_high(uint64_t size) {
-  void* p = mmap(nullptr, size + kGranularity, PROT_NONE, kFlags, -1, 0);
+CUdeviceptr reserve_high(uint64_t size, uint64_t alignment) {
+  void* p = mmap(nullptr, size + alignment, PROT_NONE, kFlags, -1, 0);
   if (p == MAP_FAILED) return 0;
   CUdeviceptr start = reinterpret_cast<CUdeviceptr>(p);
-  CUdeviceptr base = round_up(start, kGranularity);
+  CUdeviceptr base = round_up(start, alignment);
   if (base > start) munmap(p, base - start);
-  munmap(reinterpret_cast<void*>(base + size), start + kGranularity - base);
+  munmap(reinterpret_cast<void*>(base + size), start + alignment - base);
   return base;
 }
 
-// First fit among this process's own reservations; what else lies there is stepped over.
 CUdeviceptr reserve_low(uint64_t size) {
-  CUdeviceptr at = kLowBegin;
-  auto next = memory().reservations.lower_bound(at);
-  for (; at + size <= kLowEnd; at += kGranularity) {
-    for (; next != memory().reservations.end() && next->first < at + size; ++next) {
-      if (next->first + next->second > at) at = next->first + next->second;
-    }
+  for (CUdeviceptr at = kLowBegin; at < kLowEnd; at += kPoolBlock) {
     if (CUdeviceptr got = reserve_at(at, size)) return got;
-    if (at > kLowBegin + (uint64_t{1} << 36)) break;  // crowded: take any address
   }
-  return reserve_high(size);
+  return reserve_high(size);  // crowded: take any address
 }
 
 void unreserve(CUdeviceptr where, uint64_t size) {

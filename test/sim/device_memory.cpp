@@ -13,8 +13,6 @@ struct CUmemPoolHandle_st {
 namespace phos_sim {
 namespace {
 
-constexpr uint64_t kHostPage = 4096;
-
 CUresult release(CUdeviceptr p, bool (*may_free)(Kind)) {
   wait_for_all();
   std::lock_guard<std::mutex> hold(memory().mutex);
@@ -33,17 +31,10 @@ CUresult allocate_touchable(Kind kind, size_t size, CUdeviceptr* out) {
   r.context = current_context();
   r.device = device_of(r.context);
   std::lock_guard<std::mutex> hold(memory().mutex);
-  if (kind == Kind::kManaged) {
-    r.map_size = round_up(size, kGranularity);
-    r.base = reserve_high(r.map_size);
-    if (!r.base) return CUDA_ERROR_OUT_OF_MEMORY;
-    mprotect(reinterpret_cast<void*>(r.base), r.map_size, PROT_READ | PROT_WRITE);
-  } else {
-    r.map_size = round_up(size, kHostPage);
-    void* p = mmap(nullptr, r.map_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
-    r.base = reinterpret_cast<CUdeviceptr>(p);
-  }
+  r.map_size = round_up(size, kGranularity);
+  r.base = reserve_high(r.map_size);
+  if (!r.base) return CUDA_ERROR_OUT_OF_MEMORY;
+  mprotect(reinterpret_cast<void*>(r.base), r.map_size, PROT_READ | PROT_WRITE);
   r.map_base = r.base;
   r.id = memory().next_id++;
   *out = r.base;
@@ -98,7 +89,7 @@ CUresult cuMemGetAddressRange(CUdeviceptr* base, size_t* size, CUdeviceptr p) {
   PHOS_SIM_API(kContext);
   std::lock_guard<std::mutex> hold(memory().mutex);
   Range* r = find_range(p);
-  if (!r) return CUDA_ERROR_NOT_FOUND;
+  if (!r || !r->access) return CUDA_ERROR_NOT_FOUND;
   if (base) *base = r->base;
   if (size) *size = r->size;
   return CUDA_SUCCESS;

@@ -18,6 +18,8 @@ namespace phos_sim {
 inline constexpr uint64_t kGranularity = 2 << 20;
 // Up to this size an allocation shares a 2 MiB block with others.
 inline constexpr uint64_t kSmall = 1 << 20;
+// Memory pools carve their allocations out of blocks of this size.
+inline constexpr uint64_t kPoolBlock = 32 << 20;
 
 inline uint64_t round_up(uint64_t n, uint64_t to) {
   return (n + to - 1) / to * to;
@@ -55,14 +57,15 @@ struct Range {
   uint64_t id = 0;
   uint64_t handle = 0;  // kVmm
   bool access = true;   // kVmm: cuMemSetAccess gave some
-  unsigned sync_memops = 0;
+  unsigned sync_memops = 1;
   int opens = 0;        // kIpc
   uint64_t ipc_id = 0;  // kIpc: the exporter's id
 };
 
-// A 2 MiB block of small allocations.
+// A block that several allocations share.
 struct Block {
   BackingPtr backing;
+  uint64_t size;
   Kind kind;
   CUcontext context;
   uint64_t id;
@@ -99,8 +102,8 @@ void detach_backing(Backing* b);  // lets go of memfd and aperture
 bool attach_backing(Backing* b);  // makes both anew, loads the saved contents
 
 // address_space.cpp: PROT_NONE reservations. Multiples of 2 MiB.
-CUdeviceptr reserve_high(uint64_t size);  // 0: none left
-CUdeviceptr reserve_low(uint64_t size);
+CUdeviceptr reserve_high(uint64_t size, uint64_t alignment = kGranularity);  // 0: none left
+CUdeviceptr reserve_low(uint64_t size);                                      // where pools live
 CUdeviceptr reserve_at(CUdeviceptr where, uint64_t size);
 void unreserve(CUdeviceptr where, uint64_t size);
 

@@ -15,6 +15,22 @@ bool is_managed(const Range& r) {
   return r.kind == Kind::kManaged;
 }
 
+// Pool and VMM memory belong to the device, not to a context.
+bool of_context(const Range& r) {
+  return r.kind != Kind::kVmm && r.kind != Kind::kPool;
+}
+
+// The address range that the driver means: for VMM memory the whole reservation, mapped or not.
+void reservation_around(CUdeviceptr p, CUdeviceptr* base, uint64_t* size) {
+  auto& all = memory().reservations;
+  auto it = all.upper_bound(p);
+  if (it == all.begin()) return;
+  --it;
+  if (p - it->first >= it->second) return;
+  *base = it->first;
+  *size = it->second;
+}
+
 // One attribute of the memory at `p`: its size in bytes and how to answer.
 struct Attribute {
   CUpointer_attribute name;
@@ -26,7 +42,7 @@ struct Attribute {
 const Attribute kAttributes[] = {
     {CU_POINTER_ATTRIBUTE_CONTEXT, 8,
      [](const Range& r, CUdeviceptr, uint64_t* v) {
-       *v = reinterpret_cast<uint64_t>(r.context);
+       *v = of_context(r) ? reinterpret_cast<uint64_t>(r.context) : 0;
        return true;
      }},
     {CU_POINTER_ATTRIBUTE_MEMORY_TYPE, 4,
@@ -35,18 +51,19 @@ const Attribute kAttributes[] = {
        return true;
      }},
     {CU_POINTER_ATTRIBUTE_DEVICE_POINTER, 8,
-     [](const Range&, CUdeviceptr p, uint64_t* v) {
-       *v = p;
-       return true;
+     [](const Range& r, CUdeviceptr p, uint64_t* v) {
+       *v = r.access ? p : 0;
+       return r.access;
      }},
     {CU_POINTER_ATTRIBUTE_HOST_POINTER, 8,
      [](const Range& r, CUdeviceptr p, uint64_t* v) {
-       *v = p;
-       return is_host(r) || is_managed(r);
+       const bool touchable = is_host(r) || is_managed(r);
+       *v = touchable ? p : 0;
+       return touchable;
      }},
     {CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, 4,
      [](const Range& r, CUdeviceptr, uint64_t* v) {
-       *v = r.sync_memops;
+       *v = is_host(r) ? 0 : r.sync_memops;
        return true;
      }},
     {CU_POINTER_ATTRIBUTE_BUFFER_ID, 8,
@@ -71,12 +88,17 @@ const Attribute kAttributes[] = {
      }},
     {CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, 8,
      [](const Range& r, CUdeviceptr, uint64_t* v) {
-       *v = r.base;
+       CUdeviceptr base = r.base;
+       uint64_t size = 0;
+       if (r.kind == Kind::kVmm) reservation_around(r.base, &base, &size);
+       *v = base;
        return true;
      }},
     {CU_POINTER_ATTRIBUTE_RANGE_SIZE, 8,
      [](const Range& r, CUdeviceptr, uint64_t* v) {
+       CUdeviceptr base = 0;
        *v = r.size;
+       if (r.kind == Kind::kVmm) reservation_around(r.base, &base, v);
        return true;
      }},
     {CU_POINTER_ATTRIBUTE_MAPPED, 4,
@@ -122,6 +144,11 @@ const Attribute kAttributes[] = {
        *v = block == memory().blocks.end() ? r.id : block->second.id;
        return true;
      }},
+    {CU_POINTER_ATTRIBUTE_IS_HW_DECOMPRESS_CAPABLE, 4,
+     [](const Range& r, CUdeviceptr, uint64_t* v) {
+       *v = r.kind == Kind::kDevice;
+       return true;
+     }},
 };
 
 const Attribute* find_attribute(CUpointer_attribute name) {
@@ -131,25 +158,59 @@ const Attribute* find_attribute(CUpointer_attribute name) {
   return nullptr;
 }
 
+constexpr size_t kTokenBytes = 12;
+
+// What cuPointerGetAttributes writes for an address without memory. False: nothing.
+bool default_value(CUpointer_attribute name, CUdeviceptr p, uint64_t* value) {
+  constexpr int kNoDevice = -2;
+  CUdeviceptr base = 0;
+  uint64_t size = 0;
+  reservation_around(p, &base, &size);
+  switch (name) {
+    case CU_POINTER_ATTRIBUTE_HOST_POINTER:
+      *value = p;
+      return true;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+      *value = static_cast<uint32_t>(kNoDevice);
+      return true;
+    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
+      *value = base;
+      return size > 0;
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+      *value = size;
+      return size > 0;
+    default:
+      *value = 0;
+      return true;
+  }
+}
+
 }  // namespace
 }  // namespace phos_sim
 
 using namespace phos_sim;
 
-// The answer for one attribute of `p`; the enumerators are 32 bits wide, as in the real library.
+// One attribute of `p`. One that the memory does not have is an error and zeroed all the same.
 CUresult cuPointerGetAttribute(void* data, CUpointer_attribute name, CUdeviceptr p) {
   PHOS_SIM_API(kInit);
-  const Attribute* attribute = find_attribute(name);
-  if (!data || !attribute) return CUDA_ERROR_INVALID_VALUE;
+  if (!data) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard<std::mutex> hold(memory().mutex);
   Range* r = find_range(p);
+  if (!r) return CUDA_ERROR_INVALID_VALUE;
+  if (name == CU_POINTER_ATTRIBUTE_P2P_TOKENS) {
+    memset(data, 0, kTokenBytes);
+    return is_host(*r) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+  }
+  const Attribute* attribute = find_attribute(name);
+  if (!attribute) return CUDA_ERROR_INVALID_VALUE;
   uint64_t value = 0;
-  if (!r || !attribute->get(*r, p, &value)) return CUDA_ERROR_INVALID_VALUE;
+  bool has = attribute->get(*r, p, &value);
   memcpy(data, &value, attribute->size);  // little endian
-  return CUDA_SUCCESS;
+  return has ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-// Unknown pointers and attributes that the memory does not have give zeros, and success.
+// Several attributes of `p`. Unknown pointers are no error; what is written then is what driver 580
+// was measured to write: the range not at all, unless the address is reserved.
 CUresult cuPointerGetAttributes(unsigned int count, CUpointer_attribute* names, void** data,
                                 CUdeviceptr p) {
   PHOS_SIM_API(kInit);
@@ -162,10 +223,9 @@ CUresult cuPointerGetAttributes(unsigned int count, CUpointer_attribute* names, 
   for (unsigned i = 0; i < count; i++) {
     const Attribute* attribute = find_attribute(names[i]);
     uint64_t value = 0;
-    if (r && !attribute->get(*r, p, &value)) value = 0;
-    // Of an unknown pointer the real driver says nothing about its range (seen on 580).
-    if (!r && (names[i] == CU_POINTER_ATTRIBUTE_RANGE_START_ADDR ||
-               names[i] == CU_POINTER_ATTRIBUTE_RANGE_SIZE)) {
+    if (r) {
+      attribute->get(*r, p, &value);
+    } else if (!default_value(names[i], p, &value)) {
       continue;
     }
     memcpy(data[i], &value, attribute->size);

@@ -10,39 +10,49 @@ namespace {
 
 constexpr uint64_t kSmallAlignment = 512;
 
-// Offset of a free gap of `size` bytes in a block; kGranularity if there is none.
+uint64_t block_size(Kind kind) {
+  return kind == Kind::kPool ? kPoolBlock : kGranularity;
+}
+
+CUdeviceptr reserve_for(Kind kind, uint64_t size) {
+  return kind == Kind::kPool ? reserve_low(size) : reserve_high(size);
+}
+
+// Offset of a free gap of `size` bytes in a block; the block's size if there is none.
 uint64_t find_gap(const Block& block, uint64_t size) {
   uint64_t at = 0;
   for (auto& [offset, used] : block.used) {
     if (offset - at >= size) return at;
     at = offset + used;
   }
-  return kGranularity - at >= size ? at : kGranularity;
+  return block.size - at >= size ? at : block.size;
 }
 
 CUresult new_block(Kind kind, CUcontext context, CUdevice device, CUdeviceptr* base) {
   Memory& m = memory();
-  BackingPtr backing = make_backing(device, kGranularity);
+  const uint64_t size = block_size(kind);
+  BackingPtr backing = make_backing(device, size);
   if (!backing) return CUDA_ERROR_OUT_OF_MEMORY;
-  *base = reserve_high(kGranularity);
+  *base = reserve_for(kind, size);
   if (!*base) return CUDA_ERROR_OUT_OF_MEMORY;
-  m.blocks[*base] = Block{backing, kind, context, m.next_id++, {}};
+  m.blocks[*base] = Block{backing, size, kind, context, m.next_id++, {}};
   return CUDA_SUCCESS;
 }
 
-CUresult allocate_small(Kind kind, uint64_t size, CUcontext context, CUdevice device,
-                        CUdeviceptr* out) {
+CUresult allocate_in_block(Kind kind, uint64_t size, CUcontext context, CUdevice device,
+                           CUdeviceptr* out) {
   Memory& m = memory();
   const uint64_t taken = round_up(size, kSmallAlignment);
+  const uint64_t none = block_size(kind);
   CUdeviceptr base = 0;
-  uint64_t gap = kGranularity;
+  uint64_t gap = none;
   for (auto& [at, block] : m.blocks) {
     if (block.kind != kind || block.context != context) continue;
     gap = find_gap(block, taken);
     base = at;
-    if (gap < kGranularity) break;
+    if (gap < none) break;
   }
-  if (gap == kGranularity) {
+  if (gap == none) {
     if (CUresult r = new_block(kind, context, device, &base)) return r;
     gap = 0;
   }
@@ -53,7 +63,7 @@ CUresult allocate_small(Kind kind, uint64_t size, CUcontext context, CUdevice de
   r.base = base + gap;
   r.size = size;
   r.map_base = base;
-  r.map_size = kGranularity;
+  r.map_size = block.size;
   r.backing = block.backing;
   r.offset = gap;
   r.context = context;
@@ -81,14 +91,16 @@ Range* find_range(CUdeviceptr address) {
 
 CUresult allocate(Kind kind, uint64_t size, CUcontext context, CUdeviceptr* out) {
   CUdevice device = device_of(context);
-  if (size <= kSmall) return allocate_small(kind, size, context, device, out);
+  if (size <= (kind == Kind::kPool ? kPoolBlock : kSmall)) {
+    return allocate_in_block(kind, size, context, device, out);
+  }
   Memory& m = memory();
   Range r;
-  r.map_size = round_up(size, kGranularity);
+  r.map_size = round_up(size, block_size(kind));
   if (r.map_size < size) return CUDA_ERROR_OUT_OF_MEMORY;
   r.backing = make_backing(device, r.map_size);
   if (!r.backing) return CUDA_ERROR_OUT_OF_MEMORY;
-  r.base = r.map_base = reserve_high(r.map_size);
+  r.base = r.map_base = reserve_for(kind, r.map_size);
   if (!r.base) return CUDA_ERROR_OUT_OF_MEMORY;
   r.kind = kind;
   r.size = size;

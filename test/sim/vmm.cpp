@@ -76,7 +76,7 @@ CUresult cuMemAddressReserve(CUdeviceptr* p, size_t size, size_t alignment, CUde
   std::lock_guard<std::mutex> hold(memory().mutex);
   CUdeviceptr got = 0;
   if (aligned(hint) && (!alignment || hint % alignment == 0)) got = reserve_at(hint, size);
-  if (!got) got = reserve_low(size);
+  if (!got) got = reserve_high(size, alignment > kGranularity ? alignment : kGranularity);
   if (!got) return CUDA_ERROR_OUT_OF_MEMORY;
   memory().reservations[got] = size;
   *p = got;
@@ -132,6 +132,7 @@ CUresult cuMemMap(CUdeviceptr p, size_t size, size_t offset, CUmemGenericAllocat
   Handle* h = find_handle(handle);
   if (!h || flags || offset || !aligned(size) || p % kGranularity) return CUDA_ERROR_INVALID_VALUE;
   if (size > h->backing->size || !inside_reservation(p, size)) return CUDA_ERROR_INVALID_VALUE;
+  if (size < h->backing->size) return CUDA_ERROR_NOT_SUPPORTED;
   auto next = m.ranges.lower_bound(p);
   bool taken = next != m.ranges.end() && next->first < p + size;
   if (taken || find_range(p)) return CUDA_ERROR_INVALID_VALUE;

@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// phosd's session over a driver that keeps its state in this process and fails on request. The
+// "target" is a real process, because the session looks at /proc.
+#include "gpu-tracker/daemon/session.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <filesystem>
+
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/driver/fault_driver.h"
+
+namespace phos {
+namespace {
+
+using State = CudaState;
+
+// One CUDA process, by the driver's rules (test/contract holds the real one against them).
+class FakeDriver final : public GpuDriver {
+ public:
+  int cuda_pid = -1;
+  State now = State::kRunning;
+  uint64_t imported = 0;
+  bool knows_memory = true;
+  bool managed = false;
+  int lock_error = 0;
+  std::vector<GpuPair> pairs_used;
+  GpuUuid uuid{1, 2, 3};
+
+  Result<int> api_version() override { return 13000; }
+  Result<std::string> release() override { return std::string("580.0"); }
+  Result<std::vector<GpuInfo>> gpus() override {
+    return std::vector<GpuInfo>{{uuid, "Fake GPU", 1 << 30}};
+  }
+  Result<ProcessMemory> process_memory(int) override {
+    if (!knows_memory) return Error(Domain::kErrno, ENOENT, "no such driver");
+    return ProcessMemory{100, imported};
+  }
+  Result<int> restore_thread_id(int pid) override {
+    if (pid != cuda_pid) return cuda(kCudaErrorNotInitialized);
+    return pid;
+  }
+  Result<State> state(int pid) override {
+    if (pid != cuda_pid) return cuda(kCudaErrorNotInitialized);
+    return now;
+  }
+  Result<void> lock(int pid, unsigned) override {
+    if (lock_error) return cuda(lock_error);
+    return step(pid, State::kRunning, State::kLocked);
+  }
+  Result<void> checkpoint(int pid) override {
+    if (managed) return cuda(kCudaErrorNotSupported);
+    return step(pid, State::kLocked, State::kCheckpointed);
+  }
+  Result<void> restore(int pid, const std::vector<GpuPair>& pairs) override {
+    pairs_used = pairs;
+    return step(pid, State::kCheckpointed, State::kLocked);
+  }
+  Result<void> unlock(int pid) override { return step(pid, State::kLocked, State::kRunning); }
+
+ private:
+  static Error cuda(int code) { return Error(Domain::kCuda, code, "fake " + std::to_string(code)); }
+  Result<void> step(int pid, State from, State to) {
+    if (pid != cuda_pid) return cuda(kCudaErrorNotInitialized);
+    if (now != from) return cuda(kCudaErrorIllegalState);
+    now = to;
+    return {};
+  }
+};
+
+class SessionTest : public testing::Test {
+ protected:
+  SessionTest() {
+    set_log_sink([](LogLevel, const std::string&) {});
+    char path[] = "/tmp/phos-session-XXXXXX";
+    dir_ = mkdtemp(path);
+    std::filesystem::create_directory(dir_ + "/images");
+    std::filesystem::create_directory(dir_ + "/lock");
+    pid_ = fork();
+    if (pid_ == 0) {
+      for (;;) pause();
+    }
+    driver_.cuda_pid = pid_;
+  }
+  ~SessionTest() override {
+    kill(pid_, SIGKILL);
+    waitpid(pid_, nullptr, 0);
+    std::filesystem::remove_all(dir_);
+  }
+
+  UniqueFd images() const { return UniqueFd(open((dir_ + "/images").c_str(), O_RDONLY)); }
+  size_t image_count() const {
+    size_t n = 0;
+    for (const auto& entry : std::filesystem::directory_iterator(dir_ + "/images")) {
+      n += entry.path().filename().string().rfind("phos-", 0) == 0;
+    }
+    return n;
+  }
+  std::string lock_dir() const { return dir_ + "/lock"; }
+
+  // What a dump does, up to the first failure. True if all went well.
+  bool dump(Session& session) {
+    if (!session.begin_dump(images())) return false;
+    auto paused = session.pause(pid_, 1000);
+    if (!paused || !paused->is_cuda) return false;
+    return session.checkpoint(pid_).ok();
+  }
+
+  FakeDriver driver_;
+  std::string dir_;
+  pid_t pid_ = -1;
+};
+
+TEST_F(SessionTest, DumpMovesTheMemoryAndRecordsIt) {
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(dump(session));
+  EXPECT_EQ(driver_.now, State::kCheckpointed);
+  auto image = read_process_image(images().get(), pid_);
+  ASSERT_TRUE(image) << image.error().message();
+  EXPECT_EQ(image->state, State::kRunning);
+  EXPECT_EQ(image->device_bytes, 100u);
+  EXPECT_EQ(image->driver_release, "580.0");
+}
+
+TEST_F(SessionTest, ProcessWithoutCudaIsNotHeld) {
+  driver_.cuda_pid = -1;
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images()));
+  auto paused = session.pause(pid_, 1000);
+  ASSERT_TRUE(paused);
+  EXPECT_FALSE(paused->is_cuda);
+  session.recover();  // returns: nothing is held
+}
+
+TEST_F(SessionTest, ImportedMemoryIsRefusedBeforeTheLock) {
+  driver_.imported = 64 << 20;
+  FaultDriver seen(driver_);
+  Session session(seen, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images()));
+  auto paused = session.pause(pid_, 1000);
+  ASSERT_FALSE(paused);
+  EXPECT_NE(paused.error().message().find("64 MiB"), std::string::npos);
+  EXPECT_NE(paused.error().message().find("NCCL_P2P_DISABLE=1"), std::string::npos);
+  for (const auto& call : seen.calls()) EXPECT_NE(call, "lock");
+  EXPECT_EQ(driver_.now, State::kRunning);
+}
+
+TEST_F(SessionTest, DriverThatCannotTellAboutImportsIsTrustedWithAWarning) {
+  driver_.knows_memory = false;
+  std::vector<std::string> warnings;
+  set_log_sink([&](LogLevel level, const std::string& line) {
+    if (level == LogLevel::kWarn) warnings.push_back(line);
+  });
+  Session session(driver_, lock_dir());
+  EXPECT_TRUE(dump(session));
+  ASSERT_EQ(warnings.size(), 1u);
+  EXPECT_NE(warnings[0].find("memory of another process"), std::string::npos);
+  set_log_sink([](LogLevel, const std::string&) {});
+}
+
+TEST_F(SessionTest, LockThatTimesOutSaysWhatToDo) {
+  driver_.lock_error = kCudaErrorNotReady;
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images()));
+  auto paused = session.pause(pid_, 1500);
+  ASSERT_FALSE(paused);
+  EXPECT_NE(paused.error().message().find("1500 ms"), std::string::npos);
+  EXPECT_NE(paused.error().message().find("--timeout"), std::string::npos);
+}
+
+TEST_F(SessionTest, ManagedMemoryIsNamed) {
+  driver_.managed = true;
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images()));
+  ASSERT_TRUE(session.pause(pid_, 1000));
+  auto checkpointed = session.checkpoint(pid_);
+  ASSERT_FALSE(checkpointed);
+  EXPECT_NE(checkpointed.error().message().find("cudaMallocManaged"), std::string::npos);
+  session.recover();
+  EXPECT_EQ(driver_.now, State::kRunning);
+}
+
+TEST_F(SessionTest, SecondDumpOfTheSameProcessIsRefused) {
+  Session first(driver_, lock_dir()), second(driver_, lock_dir());
+  ASSERT_TRUE(first.begin_dump(images()));
+  ASSERT_TRUE(second.begin_dump(images()));
+  ASSERT_TRUE(first.pause(pid_, 1000));
+  auto refused = second.pause(pid_, 1000);
+  ASSERT_FALSE(refused);
+  EXPECT_NE(refused.error().message().find("another dump"), std::string::npos);
+  second.recover();
+  EXPECT_EQ(driver_.now, State::kLocked);
+  ASSERT_TRUE(first.undo(pid_, State::kRunning));
+  EXPECT_TRUE(second.pause(pid_, 1000)) << "the lock must be free again";
+}
+
+TEST_F(SessionTest, UndoReturnsToTheStateThatWasFound) {
+  for (State found : {State::kRunning, State::kLocked, State::kCheckpointed}) {
+    driver_.now = found;
+    Session session(driver_, lock_dir());
+    ASSERT_TRUE(dump(session));
+    ASSERT_TRUE(session.undo(pid_, State::kRunning));
+    EXPECT_EQ(driver_.now, found) << to_string(found);
+  }
+}
+
+TEST_F(SessionTest, RestoreReturnsToTheRecordedState) {
+  for (State found : {State::kRunning, State::kLocked, State::kCheckpointed}) {
+    driver_.now = found;
+    Session dumping(driver_, lock_dir());
+    ASSERT_TRUE(dump(dumping));
+    Session restoring(driver_, lock_dir());
+    ASSERT_TRUE(restoring.begin_restore(images()));
+    auto resumed = restoring.resume(pid_);
+    ASSERT_TRUE(resumed) << resumed.error().message();
+    EXPECT_EQ(driver_.now, found) << to_string(found);
+  }
+}
+
+TEST_F(SessionTest, RestoreOntoAnotherGpuOfTheSameKindMapsIt) {
+  Session dumping(driver_, lock_dir());
+  ASSERT_TRUE(dump(dumping));
+  const GpuUuid before = driver_.uuid;
+  driver_.uuid = {9, 9, 9};
+  Session restoring(driver_, lock_dir());
+  ASSERT_TRUE(restoring.begin_restore(images()));
+  ASSERT_TRUE(restoring.resume(pid_));
+  ASSERT_EQ(driver_.pairs_used.size(), 1u);
+  EXPECT_EQ(driver_.pairs_used[0].from, before);
+  EXPECT_EQ(driver_.pairs_used[0].to, driver_.uuid);
+}
+
+TEST_F(SessionTest, RestoredCudaProcessWithoutImageIsRefused) {
+  Session restoring(driver_, lock_dir());
+  ASSERT_TRUE(restoring.begin_restore(images()));
+  auto resumed = restoring.resume(pid_);
+  ASSERT_FALSE(resumed);
+  EXPECT_NE(resumed.error().message().find("incomplete"), std::string::npos);
+}
+
+TEST_F(SessionTest, ImagesOfAnEarlierDumpAreRemovedFirst) {
+  Session first(driver_, lock_dir());
+  ASSERT_TRUE(dump(first));
+  ASSERT_TRUE(first.undo(pid_, State::kRunning));
+  EXPECT_EQ(image_count(), 1u);
+  Session second(driver_, lock_dir());
+  ASSERT_TRUE(second.begin_dump(images()));
+  EXPECT_EQ(image_count(), 0u);
+}
+
+TEST_F(SessionTest, FailedDumpLeavesNoImages) {
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(dump(session));
+  ASSERT_TRUE(session.undo(pid_, State::kRunning));
+  ASSERT_TRUE(session.finish(false));
+  EXPECT_EQ(image_count(), 0u);
+}
+
+// Whichever call fails, and whether or not the driver did what was asked: once the session is over
+// the process is as it was found, and no image is left that a restore would take.
+TEST_F(SessionTest, EveryCallMayFail) {
+  FaultDriver counted(driver_);
+  {
+    Session session(counted, lock_dir());
+    ASSERT_TRUE(dump(session));
+    ASSERT_TRUE(session.undo(pid_, State::kRunning));
+  }
+  const int calls = static_cast<int>(counted.calls().size());
+  ASSERT_GE(calls, 8);
+  for (State found : {State::kRunning, State::kLocked}) {
+    for (auto when : {FaultDriver::When::kBefore, FaultDriver::When::kAfter}) {
+      for (int nth = 1; nth <= calls; nth++) {
+        driver_.now = found;
+        FaultDriver faulty(driver_);
+        faulty.fail(nth, when, Error(Domain::kCuda, 999, "injected fault"));
+        Session session(faulty, lock_dir());
+        bool ok = dump(session);
+        bool undone = session.undo(pid_, found).ok();
+        (void)session.finish(false).ok();
+        session.recover();
+        EXPECT_EQ(driver_.now, found)
+            << "call " << nth << " (" << faulty.calls()[static_cast<size_t>(nth - 1)] << "), "
+            << (when == FaultDriver::When::kBefore ? "before" : "after") << ", dump "
+            << (ok ? "succeeded" : "failed") << ", undo " << (undone ? "succeeded" : "failed");
+        EXPECT_EQ(image_count(), 0u) << "call " << nth;
+      }
+    }
+  }
+}
+
+TEST_F(SessionTest, CriuKilledAtAnyPointBringsTheProcessBack) {
+  for (int steps = 1; steps <= 3; steps++) {
+    Session session(driver_, lock_dir());
+    ASSERT_TRUE(session.begin_dump(images()));
+    if (steps >= 2) {
+      ASSERT_TRUE(session.pause(pid_, 1000));
+    }
+    if (steps >= 3) {
+      ASSERT_TRUE(session.checkpoint(pid_));
+    }
+    session.recover();
+    EXPECT_EQ(driver_.now, State::kRunning) << "after " << steps << " steps";
+    EXPECT_EQ(image_count(), 0u);
+  }
+}
+
+TEST_F(SessionTest, ProcessKilledAfterASuccessfulDumpKeepsItsImages) {
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(dump(session));
+  ASSERT_TRUE(session.finish(true));
+  kill(pid_, SIGKILL);
+  siginfo_t info;
+  ASSERT_EQ(waitid(P_PID, static_cast<id_t>(pid_), &info, WEXITED | WNOWAIT), 0);
+  session.recover();
+  EXPECT_EQ(driver_.now, State::kCheckpointed);
+  EXPECT_EQ(image_count(), 1u);
+}
+
+TEST_F(SessionTest, ProcessKeptByAPostDumpScriptIsBroughtBack) {
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(dump(session));
+  ASSERT_TRUE(session.finish(true));
+  session.recover();
+  EXPECT_EQ(driver_.now, State::kRunning);
+}
+
+}  // namespace
+}  // namespace phos
