@@ -15,6 +15,7 @@
 #include "gpu-tracker/abi/version.h"
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/daemon/host_memory.h"
 
 namespace phos {
 namespace {
@@ -45,14 +46,24 @@ std::string megabytes(uint64_t bytes) {
   return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
 }
 
+// With these settings NCCL talks through plain shared memory, which restores (seen on driver 580).
+#define PHOS_NCCL_REMEDY "NCCL_P2P_DISABLE=1 NCCL_CUMEM_HOST_ENABLE=0"
+
 // Memory that another process exported: the driver (580) checkpoints such a process and then
 // cannot restore it (errors 1 and 801).
 Error refuse_imports(int pid, uint64_t bytes) {
   return refuse(pid,
                 "it has imported " + megabytes(bytes) +
                     " of GPU memory from another process (CUDA IPC or NCCL peer-to-peer), which "
-                    "NVIDIA's driver cannot restore. NCCL: start the job with NCCL_P2P_DISABLE=1 "
-                    "NCCL_SHM_DISABLE=1; other programs: close the imported memory first");
+                    "NVIDIA's driver cannot restore. NCCL: start the job with " PHOS_NCCL_REMEDY
+                    "; other programs: close the imported memory first");
+}
+
+Error refuse_virtual_host_memory(int pid, uint64_t bytes) {
+  return refuse(pid, "it has " + megabytes(bytes) +
+                         " of host memory made by cuMemCreate (as NCCL's shared-memory transport "
+                         "makes), which NVIDIA's driver cannot restore. NCCL: start the job "
+                         "with " PHOS_NCCL_REMEDY);
 }
 
 }  // namespace
@@ -108,6 +119,24 @@ Result<UniqueFd> Session::lock_process(int pid, uint64_t start_time) const {
   return fd;
 }
 
+// What the driver would checkpoint but could not restore.
+Result<void> Session::check_restorable(int pid, Held* held) const {
+  if (auto memory = driver_.process_memory(pid)) {
+    held->memory = *memory;
+    if (memory->imported) return refuse_imports(pid, memory->imported);
+  } else {
+    log(LogLevel::kWarn, "daemon", "%s: cannot tell whether it uses memory of another process (%s)",
+        process(pid).c_str(), memory.error().message().c_str());
+  }
+  if (auto bytes = find_virtual_host_memory(pid, held->restore_tid)) {
+    if (*bytes) return refuse_virtual_host_memory(pid, *bytes);
+  } else {
+    log(LogLevel::kWarn, "daemon", "%s: cannot tell whether it shares host memory (%s)",
+        process(pid).c_str(), bytes.error().message().c_str());
+  }
+  return {};
+}
+
 Result<PauseResult> Session::pause(int pid, unsigned timeout_ms) {
   auto tid = driver_.restore_thread_id(pid);
   if (!tid) {
@@ -152,15 +181,7 @@ Result<PauseResult> Session::pause(int pid, unsigned timeout_ms) {
   }
 
   if (*state != CudaState::kCheckpointed) {
-    auto memory = driver_.process_memory(pid);
-    if (memory) {
-      held.memory = *memory;
-      if (memory->imported) return refuse_imports(pid, memory->imported);
-    } else {
-      log(LogLevel::kWarn, "daemon",
-          "%s: cannot tell whether it uses memory of another process (%s)", process(pid).c_str(),
-          memory.error().message().c_str());
-    }
+    if (auto r = check_restorable(pid, &held); !r) return r.error();
   }
 
   if (*state == CudaState::kRunning) {

@@ -76,6 +76,7 @@ class Session {
     UniqueFd lock_file;
   };
 
+  Result<void> check_restorable(int pid, Held* held) const;
   Result<UniqueFd> lock_process(int pid, uint64_t start_time) const;
   Result<void> write_image(int pid, const Held& held, std::chrono::microseconds checkpoint_time);
   Result<void> bring_back(int pid, CudaState target);

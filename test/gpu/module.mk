@@ -7,10 +7,12 @@ NVCC_ARCHS := -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=
               -gencode=arch=compute_90,code=compute_90
 
 ifneq ($(NVCC),)
-$(B)/test/runtime_counter: test/gpu/runtime_counter.cu
+GPU_PROGRAMS := $(B)/test/runtime_counter $(B)/test/host_memory
+
+$(GPU_PROGRAMS): $(B)/test/%: test/gpu/%.cu $(B)/sim/libcuda.so
 	$(say) NVCC $<
 	@mkdir -p $(@D)
-	$(Q)$(NVCC) -O2 -std=c++17 $(NVCC_ARCHS) -o $@ $<
+	$(Q)$(NVCC) -O2 -std=c++17 $(NVCC_ARCHS) -o $@ $< -L$(B)/sim -lcuda
 
-all: $(B)/test/runtime_counter
+all: $(GPU_PROGRAMS)
 endif

@@ -96,6 +96,32 @@ class RuntimeApi(Application):
         self.assert_runs_on(target)
 
 
+class HostMemory(Application):
+    def host_memory(self, kind):
+        program = os.path.join(BUILD, 'test', 'host_memory')
+        if not os.path.exists(program):
+            self.skipTest('host_memory was not built: nvcc was not found')
+        return self.start(program, kind)
+
+    def test_write_combined_memory_comes_back(self):
+        target = self.host_memory('writecombined')
+        self.dump_ok(target)
+        wait_until(target.gone, 'the dumped process to be gone')
+        ticks = target.last_tick()
+        self.restore_ok()
+        target.wait_tick(ticks + 3)
+        target.check_output(self)
+
+    def test_virtual_host_memory_is_refused(self):
+        target = self.host_memory('virtual')
+        result = self.dump(target)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertTrue(any('32 MiB of host memory made by cuMemCreate' in e
+                            and 'NCCL_CUMEM_HOST_ENABLE=0' in e for e in self.errors()),
+                        self.errors())
+        self.assert_runs_on(target)
+
+
 class Nvml(Application):
     def test_user_of_nvml(self):
         if not has('pynvml'):

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""NCCL on two GPUs: what the driver could not restore is refused, the remedy named works."""
+import os
+import sys
+import unittest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(os.path.dirname(HERE), 'criu'))
+sys.path.insert(0, HERE)
+
+from harness import Target, alive, wait_until  # noqa: E402
+from test_applications import PYTHON, Application, has  # noqa: E402
+
+
+def gpus():
+    try:
+        return len(os.listdir('/proc/driver/nvidia/gpus'))
+    except OSError:
+        return 0
+
+
+class Nccl(Application):
+    def setUp(self):
+        super().setUp()
+        if gpus() < 2:
+            self.skipTest('needs two GPUs')
+        if not has('torch'):
+            self.skipTest('torch is not installed')
+
+    def ranks(self, **settings):
+        target = Target(self.directory, [PYTHON, os.path.join(HERE, 'all_reduce.py')],
+                        env=self.env({'PYTHONUNBUFFERED': '1', **settings}))
+        self.targets.append(target)
+        wait_until(lambda: target.last_tick() >= 3 or not alive(target.pid), 'tick 3', limit=120)
+        target.wait_tick(3)
+        return target
+
+    def refused(self, words, **settings):
+        target = self.ranks(**settings)
+        result = self.dump(target, '--tcp-established', '--network-lock', 'skip')
+        self.assertNotEqual(result.returncode, 0)
+        self.assertTrue(any(words in e and 'NCCL_P2P_DISABLE=1 NCCL_CUMEM_HOST_ENABLE=0' in e
+                            for e in self.errors()), self.errors() or self.log_tail('dump.log'))
+        self.assert_runs_on(target)
+
+    def test_peer_to_peer_is_refused(self):
+        self.refused('imported')
+
+    def test_legacy_ipc_is_refused(self):
+        self.refused('imported', NCCL_CUMEM_ENABLE='0')
+
+    def test_shared_host_memory_is_refused(self):
+        self.refused('made by cuMemCreate', NCCL_P2P_DISABLE='1')
+
+    def snapshot(self, **settings):
+        target = self.ranks(**settings)
+        self.dump_ok(target, '--leave-running', '--tcp-established', '--network-lock', 'skip')
+        self.assert_runs_on(target)
+        self.dump_ok(target, '--tcp-established', '--network-lock', 'skip')
+        wait_until(target.gone, 'the dumped tree to be gone')
+        ticks = target.last_tick()
+        self.restore_ok('--tcp-established', '--network-lock', 'skip')
+        target.wait_tick(ticks + 3)
+        target.check_output(self)
+
+    def test_remedy_works(self):
+        self.snapshot(NCCL_P2P_DISABLE='1', NCCL_CUMEM_HOST_ENABLE='0')
+
+    def test_sockets_work(self):
+        self.snapshot(NCCL_P2P_DISABLE='1', NCCL_SHM_DISABLE='1')
+
+
+if __name__ == '__main__':
+    unittest.main()
