@@ -34,5 +34,7 @@ extern bool check_and_remove_inventory_plugin(const char *name, size_t n) __attr
 
 /* criu/seize.c, since 4.1: freeze by ptrace even where a freezer cgroup is given. */
 extern void set_compel_interrupt_only_mode(void) __attribute__((weak));
+/* The same in 4.0. */
+extern void dont_use_freeze_cgroup(void) __attribute__((weak));
 
 #endif

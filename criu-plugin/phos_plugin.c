@@ -7,19 +7,16 @@
  * (frozen), HANDLE_DEVICE_VMA and DUMP_EXT_FILE, exit (frozen). On restore: init, RESTORE_EXT_FILE
  * and UPDATE_VMA_MAP in the restored tasks, RESUME_DEVICES_LATE (frozen), exit.
  */
-#include <ctype.h>
 #include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
 #include <limits.h>
-#include <poll.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "criu-plugin.h"
@@ -27,13 +24,14 @@
 #include "criu-plugin/device_files.h"
 #include "criu-plugin/phosd_client.h"
 #include "criu-plugin/restore_thread.h"
+#include "criu-plugin/tasks.h"
 
 #define PLUGIN_NAME "phos"
 /* 4.0 and 4.1 know 12 hooks (CR_PLUGIN_HOOK__MAX) and refuse a plugin that announces more. */
 #define KNOWN_HOOKS (CR_PLUGIN_HOOK__CHECKPOINT_DEVICES + 1)
 /* CRIU's default --timeout, for when no alarm is pending. */
 #define DEFAULT_TIMEOUT_S 10
-#define KILL_TIMEOUT_MS   5000
+#define MAX_TIMEOUT_S     (24 * 60 * 60)
 
 struct paused {
 	struct paused *next;
@@ -45,51 +43,9 @@ struct paused {
 static struct paused *paused_list;
 static bool enabled;
 static bool in_inventory;
+static bool root_seen;
 
 /* ---- which processes ---- */
-
-/* libcuda names its restore thread "cuda" and eleven hexadecimal digits (seen on 550 to 580). */
-static bool is_restore_thread_name(const char *comm)
-{
-	int i;
-
-	if (strncmp(comm, "cuda", 4))
-		return false;
-	for (i = 4; i < 15; i++) {
-		if (!isxdigit((unsigned char)comm[i]))
-			return false;
-	}
-	return comm[15] == '\n';
-}
-
-/* Does not ask the driver: processes without CUDA must cost next to nothing. */
-static bool may_use_cuda(int pid)
-{
-	char path[64 + NAME_MAX], comm[32];
-	struct dirent *entry;
-	bool found = false;
-	DIR *dir;
-
-	snprintf(path, sizeof(path), "/proc/%d/task", pid);
-	dir = opendir(path);
-	if (!dir)
-		return false;
-	while (!found && (entry = readdir(dir))) {
-		ssize_t n;
-		int fd;
-
-		snprintf(path, sizeof(path), "/proc/%d/task/%s/comm", pid, entry->d_name);
-		fd = open(path, O_RDONLY | O_CLOEXEC);
-		if (fd < 0)
-			continue;
-		n = read(fd, comm, sizeof(comm) - 1);
-		close(fd);
-		comm[n > 0 ? n : 0] = '\0';
-		found = is_restore_thread_name(comm);
-	}
-	closedir(dir);
-	return found;
-}
 
 static struct paused *find_paused(int pid)
 {
@@ -154,47 +110,67 @@ static int take_over_from_cuda_plugin(bool first)
 
 /* ---- dump ---- */
 
+static int add_paused(const struct phosd_process *process)
+{
+	struct paused *p = find_paused(process->pid);
+
+	if (p)
+		return 0;
+	p = calloc(1, sizeof(*p));
+	if (!p)
+		return -ENOMEM;
+	p->pid = process->pid;
+	p->restore_tid = process->restore_tid;
+	p->found = process->found;
+	p->next = paused_list;
+	paused_list = p;
+	return 0;
+}
+
+/* What is left of CRIU's --timeout, in seconds; `alarm_left`: of its alarm, 0: none was set. */
+static unsigned int lock_timeout(unsigned int alarm_left)
+{
+	if (!alarm_left)
+		return DEFAULT_TIMEOUT_S;
+	return alarm_left < MAX_TIMEOUT_S ? alarm_left : MAX_TIMEOUT_S;
+}
+
 int phos_plugin_pause_devices(int pid)
 {
-	struct phosd_process process = { 0 };
-	struct paused *p;
-	unsigned int left;
+	struct timespec start, end;
+	unsigned int left, used = 0;
 	int ret = -1;
 
 	if (!enabled)
 		return -ENOTSUP;
 	take_over_from_cuda_plugin(false);
-	if (!may_use_cuda(pid))
+	/*
+	 * The first task is the root, and the only time that all of the tree runs: phosd locks all
+	 * of it then, because processes that work together cannot be locked one after the other.
+	 */
+	if (root_seen ? !may_use_cuda(pid) : !tree_may_use_cuda(pid)) {
+		root_seen = true;
 		return -ENOTSUP;
+	}
+	root_seen = true;
 
 	/*
 	 * CRIU's --timeout runs as an alarm whose handler does not restart system calls. The time
 	 * is the driver's to use for its wait; our own work must not be cut off in the middle.
 	 */
 	left = alarm(0);
-	if (phosd_start(false))
+	if (phosd_start(PHOS__WIRE__STAGE__DUMP) || phosd_inspect(pid, add_paused) ||
+	    claim_inventory())
 		goto out;
-	if (phosd_pause(pid, (left ? left : DEFAULT_TIMEOUT_S) * 1000, &process))
-		goto out;
-	if (!process.is_cuda) {
-		ret = -ENOTSUP;
-		goto out;
-	}
-	p = calloc(1, sizeof(*p));
-	if (!p || claim_inventory()) {
-		free(p);
-		phosd_undo(pid, process.found);
-		goto out;
-	}
-	p->pid = pid;
-	p->restore_tid = process.restore_tid;
-	p->found = process.found;
-	p->next = paused_list;
-	paused_list = p;
-	ret = 0;
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	ret = phosd_lock(lock_timeout(left) * 1000) ? -1 : 0;
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	used = end.tv_sec - start.tv_sec;
+	if (!ret && !find_paused(pid))
+		ret = -ENOTSUP; /* only its descendants use CUDA */
 out:
 	if (left)
-		alarm(left);
+		alarm(left > used ? left - used : 1);
 	return ret;
 }
 CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__PAUSE_DEVICES, phos_plugin_pause_devices)
@@ -209,10 +185,17 @@ int phos_plugin_checkpoint_devices(int pid)
 		return -ENOTSUP;
 	p = find_paused(pid);
 	if (!p) {
-		if (!may_use_cuda(pid))
-			return -ENOTSUP;
-		phos_err("process %d began to use CUDA while it was being dumped; try again", pid);
-		return -1;
+		if (may_use_cuda(pid)) {
+			phos_err(
+				"process %d began to use CUDA while it was being dumped; try again",
+				pid);
+			return -1;
+		}
+		/* A user of NVML, a forked child - or one whose GPU state nobody would save. */
+		if (has_device_files(pid) &&
+		    (phosd_start(PHOS__WIRE__STAGE__DUMP) || phosd_check_leftover(pid)))
+			return -1;
+		return -ENOTSUP;
 	}
 	if (restore_thread_resume(&thread, p->restore_tid))
 		return -1;
@@ -250,7 +233,8 @@ int phos_plugin_dump_ext_file(int fd, int id)
 		phos_err("cannot read the flags of %s: %s", path, strerror(errno));
 		return -1;
 	}
-	if (phosd_start(false) || claim_inventory() || phosd_add_file(id, path, flags))
+	if (phosd_start(PHOS__WIRE__STAGE__DUMP) || claim_inventory() ||
+	    phosd_add_file(id, path, flags))
 		return -1;
 	phos_info("%s will be opened again (file %#x)", path, id);
 	return 0;
@@ -281,7 +265,7 @@ static void undo_all(void)
 		ret = phosd_undo(p->pid, p->found);
 		if (ret == -ENOTCONN || ret == -EPIPE) {
 			/* phosd died; another one can take over. */
-			if (!phosd_start(false))
+			if (!phosd_start(PHOS__WIRE__STAGE__TAKE_OVER))
 				ret = phosd_undo(p->pid, p->found);
 		}
 		if (ret)
@@ -292,14 +276,18 @@ static void undo_all(void)
 
 static void end_dump(bool success)
 {
+	bool finished;
+
 	/*
 	 * On success the tasks are about to be killed - unless a post-dump script fails, which CRIU
 	 * does not tell us. phosd stays until they are gone and brings back those that are not.
 	 */
 	if (!success || final_state() != CRIU_TASK_DEAD)
 		undo_all();
-	if (phosd_started())
-		phosd_finish(success);
+	finished = phosd_started() && !phosd_finish(success);
+	/* A phosd that has died brings nothing back. Another can, as long as the tasks are ours. */
+	if (success && !finished && paused_list)
+		undo_all();
 	phosd_stop();
 	while (paused_list) {
 		struct paused *p = paused_list;
@@ -337,24 +325,14 @@ int phos_plugin_update_vma_map(const char *path, const uint64_t addr, const uint
 CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__UPDATE_VMA_MAP, phos_plugin_update_vma_map)
 
 /*
- * CRIU swallows errors of RESUME_DEVICES_LATE and would let the task go on without its GPU. It does
- * notice a task that is gone when it detaches from it, and then fails and kills the rest.
+ * CRIU swallows errors of this hook and would let the task go on without its GPU. It does notice a
+ * task that is gone when it detaches from it, and then fails and kills the rest.
  */
-static void kill_task(int pid)
-{
-	struct pollfd p = { .fd = (int)syscall(SYS_pidfd_open, pid, 0), .events = POLLIN };
-
-	kill(pid, SIGKILL);
-	if (p.fd >= 0) {
-		poll(&p, 1, KILL_TIMEOUT_MS);
-		close(p.fd);
-	}
-}
-
 int phos_plugin_resume_devices_late(int pid)
 {
 	struct phosd_process process = { 0 };
 	struct restore_thread thread;
+	unsigned int remaining = 0;
 	int ret;
 
 	if (!enabled)
@@ -362,15 +340,18 @@ int phos_plugin_resume_devices_late(int pid)
 	if (!phosd_started() && !may_use_cuda(pid))
 		return -ENOTSUP;
 	ret = phosd_find_restored(pid, &process);
-	if (!ret && !process.is_cuda)
+	if (!ret && !process.pid)
 		return -ENOTSUP;
 	if (!ret)
 		ret = restore_thread_resume(&thread, process.restore_tid);
 	if (!ret) {
-		ret = phosd_resume(pid);
+		ret = phosd_resume(pid, &remaining);
 		if (restore_thread_stop(&thread))
 			ret = -1;
 	}
+	/* `criu restore` without -d stays with the tasks; phosd need not. */
+	if (!ret && !remaining)
+		phosd_stop();
 	if (ret) {
 		phos_err("process %d cannot go on without its GPU; it is killed and the restore "
 			 "fails",
@@ -406,46 +387,75 @@ static int have_images(void)
 	return found;
 }
 
+/*
+ * Does CRIU's inventory say that this image needs us? 1: yes, 0: no, -1: it does not say (written
+ * by a CRIU before 4.1, or read by one).
+ */
+static int claim_image(void)
+{
+	static const char nobody[] = "phos: no plugin has this name";
+
+	if (!check_and_remove_inventory_plugin)
+		return -1;
+	/* Without a list of plugins CRIU answers yes to every name. */
+	if (check_and_remove_inventory_plugin(nobody, strlen(nobody)))
+		return -1;
+	return check_and_remove_inventory_plugin(PLUGIN_NAME, strlen(PLUGIN_NAME));
+}
+
 static int begin_restore(void)
 {
-	bool claimed = false;
-	int present;
+	int claimed = claim_image();
+	int present = have_images();
 
-	if (check_and_remove_inventory_plugin)
-		claimed = check_and_remove_inventory_plugin(PLUGIN_NAME, strlen(PLUGIN_NAME));
-	present = have_images();
 	if (present < 0)
 		return -1;
-	if (claimed && !present) {
+	if (claimed == 1 && !present) {
 		phos_err("CRIU's inventory says that this image needs phos, but there is no "
 			 "phos-*.img: "
 			 "the image directory is incomplete; copy all of it");
 		return -1;
 	}
-	/* Images that CRIU's inventory does not mention are left over from another dump. */
-	if (check_and_remove_inventory_plugin && !claimed)
-		present = 0;
-	if (!present) {
+	/* Images that the inventory does not mention are left over from another dump. */
+	if (claimed == 0 || !present) {
 		enabled = false;
 		return 0;
 	}
-	return phosd_start(true) ? -1 : 0;
+	/* Only now: an image of NVIDIA's plugin is its to restore. */
+	if (take_over_from_cuda_plugin(true))
+		return -1;
+	return phosd_start(PHOS__WIRE__STAGE__RESTORE) ? -1 : 0;
 }
 
 /* ---- life cycle ---- */
 
+/* Or a simulated one, for the tests. */
+static bool have_nvidia_driver(void)
+{
+	return !access("/proc/driver/nvidia/version", F_OK) || secure_getenv("PHOS_SIMULATED_GPU");
+}
+
 static int phos_plugin_init(int stage)
 {
-	/* Live pre-dump is not there yet: CRIU dumps host memory, the GPU goes with the final dump.
-	 */
+	root_seen = false;
+	/* Pre-dump is not supported yet: CRIU itself then refuses processes that have the GPU
+	 * mapped. */
 	enabled = stage == CR_PLUGIN_STAGE__DUMP || stage == CR_PLUGIN_STAGE__RESTORE;
+	if (!enabled)
+		return 0;
+	if (stage == CR_PLUGIN_STAGE__RESTORE)
+		return begin_restore();
+	enabled = have_nvidia_driver();
 	if (!enabled)
 		return 0;
 	if (take_over_from_cuda_plugin(true))
 		return -1;
+	/* The restore thread cannot run in a frozen cgroup. */
 	if (set_compel_interrupt_only_mode)
 		set_compel_interrupt_only_mode();
-	return stage == CR_PLUGIN_STAGE__RESTORE ? begin_restore() : 0;
+	else if (dont_use_freeze_cgroup)
+		dont_use_freeze_cgroup();
+	return 0;
 }
 
 static void phos_plugin_exit(int stage, int ret)

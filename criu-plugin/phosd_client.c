@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -36,7 +37,7 @@ static int sock = -1;
 
 static bool find_phosd(char *path, size_t size)
 {
-	const char *from_env = getenv("PHOS_PHOSD");
+	const char *from_env = secure_getenv("PHOS_PHOSD");
 	char plugin[PATH_MAX];
 	Dl_info info;
 
@@ -67,7 +68,13 @@ static void exec_phosd(const char *path, int fd)
 	null = open("/dev/null", O_RDWR);
 	if (dup2(fd, 3) < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
 		_exit(1);
-	syscall(SYS_close_range, 4U, ~0U, 0U);
+	fcntl(3, F_SETFD, 0);
+	if (syscall(SYS_close_range, 4U, ~0U, 0U)) { /* before Linux 5.9 */
+		for (fd = sysconf(_SC_OPEN_MAX); fd >= 4; fd--)
+			close(fd);
+	}
+	/* The GPUs are the machine's, whatever criu's caller restricts itself to. */
+	unsetenv("CUDA_VISIBLE_DEVICES");
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	snprintf(arg, sizeof(arg), "%d", 3);
@@ -78,7 +85,7 @@ static void exec_phosd(const char *path, int fd)
 static int spawn(void)
 {
 	char path[PATH_MAX];
-	int pair[2], status;
+	int pair[2], status, subreaper = 0;
 	pid_t child;
 
 	if (!find_phosd(path, sizeof(path))) {
@@ -92,6 +99,10 @@ static int spawn(void)
 		phos_err("socketpair: %s", strerror(errno));
 		return -errno;
 	}
+	/* A criu that is a subreaper would get phosd as a child, and wait for it at the end. */
+	prctl(PR_GET_CHILD_SUBREAPER, &subreaper);
+	if (subreaper)
+		prctl(PR_SET_CHILD_SUBREAPER, 0);
 	child = fork();
 	if (child < 0) {
 		phos_err("fork: %s", strerror(errno));
@@ -104,6 +115,8 @@ static int spawn(void)
 	close(pair[1]);
 	while (waitpid(child, &status, 0) < 0 && errno == EINTR)
 		;
+	if (subreaper)
+		prctl(PR_SET_CHILD_SUBREAPER, 1);
 	sock = pair[0];
 	return 0;
 }
@@ -224,22 +237,7 @@ static int call_done(const Phos__Wire__Request *request, int timeout_ms)
 	return 0;
 }
 
-static int call_process(const Phos__Wire__Request *request, int timeout_ms,
-			struct phosd_process *process)
-{
-	int error = 0;
-	Phos__Wire__Reply *reply = call(request, -1, timeout_ms, &error);
-
-	if (!reply)
-		return error;
-	process->is_cuda = reply->has_is_cuda && reply->is_cuda;
-	process->restore_tid = reply->has_restore_tid ? reply->restore_tid : -1;
-	process->found = reply->has_found ? (int)reply->found : PHOS__WIRE__CUDA_STATE__RUNNING;
-	phos__wire__reply__free_unpacked(reply, NULL);
-	return 0;
-}
-
-int phosd_start(bool restore)
+int phosd_start(Phos__Wire__Stage stage)
 {
 	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
 	Phos__Wire__Hello hello = PHOS__WIRE__HELLO__INIT;
@@ -253,7 +251,7 @@ int phosd_start(bool restore)
 	if (error)
 		return error;
 	hello.protocol = PROTOCOL_VERSION;
-	hello.stage = restore ? PHOS__WIRE__STAGE__RESTORE : PHOS__WIRE__STAGE__DUMP;
+	hello.stage = stage;
 	request.op_case = PHOS__WIRE__REQUEST__OP_HELLO;
 	request.hello = &hello;
 	reply = call(&request, criu_get_image_dir(), HELLO_TIMEOUT_MS, &error);
@@ -286,37 +284,84 @@ static Phos__Wire__Request process_request(Phos__Wire__Request__OpCase op, Phos_
 	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
 
 	request.op_case = op;
-	request.pause = p;
+	request.inspect = p;
 	return request;
 }
 
-int phosd_pause(int pid, unsigned int timeout_ms, struct phosd_process *process)
+static int call_on_process(Phos__Wire__Request__OpCase op, int pid)
 {
 	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
-	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_PAUSE, &p);
+	Phos__Wire__Request request = process_request(op, &p);
 
 	p.pid = pid;
-	p.has_timeout_ms = true;
-	p.timeout_ms = timeout_ms;
-	return call_process(&request, (int)timeout_ms + HELLO_TIMEOUT_MS, process);
+	return call_done(&request, MOVE_TIMEOUT_MS);
+}
+
+static struct phosd_process from_wire(const Phos__Wire__Found *found)
+{
+	struct phosd_process process = { found->pid, found->restore_tid, found->state };
+
+	return process;
+}
+
+int phosd_inspect(int pid, int (*add)(const struct phosd_process *process))
+{
+	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
+	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_INSPECT, &p);
+	Phos__Wire__Reply *reply;
+	int error = 0;
+	size_t i;
+
+	p.pid = pid;
+	reply = call(&request, -1, HELLO_TIMEOUT_MS, &error);
+	if (!reply)
+		return error;
+	for (i = 0; i < reply->n_found && !error; i++) {
+		struct phosd_process process = from_wire(reply->found[i]);
+
+		error = add(&process);
+	}
+	phos__wire__reply__free_unpacked(reply, NULL);
+	return error;
+}
+
+int phosd_lock(unsigned int timeout_ms)
+{
+	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
+	Phos__Wire__Lock lock = PHOS__WIRE__LOCK__INIT;
+
+	lock.timeout_ms = timeout_ms;
+	request.op_case = PHOS__WIRE__REQUEST__OP_LOCK;
+	request.lock = &lock;
+	return call_done(&request, (int)timeout_ms + GRACE_MS);
 }
 
 int phosd_find_restored(int pid, struct phosd_process *process)
 {
 	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
 	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_FIND_RESTORED, &p);
+	Phos__Wire__Reply *reply;
+	int error = 0;
 
 	p.pid = pid;
-	return call_process(&request, GRACE_MS, process);
+	memset(process, 0, sizeof(*process));
+	reply = call(&request, -1, HELLO_TIMEOUT_MS, &error);
+	if (!reply)
+		return error;
+	if (reply->n_found)
+		*process = from_wire(reply->found[0]);
+	phos__wire__reply__free_unpacked(reply, NULL);
+	return 0;
 }
 
 int phosd_checkpoint(int pid)
 {
-	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
-	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_CHECKPOINT, &p);
+	return call_on_process(PHOS__WIRE__REQUEST__OP_CHECKPOINT, pid);
+}
 
-	p.pid = pid;
-	return call_done(&request, MOVE_TIMEOUT_MS);
+int phosd_check_leftover(int pid)
+{
+	return call_on_process(PHOS__WIRE__REQUEST__OP_LEFTOVER, pid);
 }
 
 int phosd_undo(int pid, int found)
@@ -330,13 +375,20 @@ int phosd_undo(int pid, int found)
 	return call_done(&request, MOVE_TIMEOUT_MS);
 }
 
-int phosd_resume(int pid)
+int phosd_resume(int pid, unsigned int *remaining)
 {
 	Phos__Wire__Process p = PHOS__WIRE__PROCESS__INIT;
 	Phos__Wire__Request request = process_request(PHOS__WIRE__REQUEST__OP_RESUME, &p);
+	Phos__Wire__Reply *reply;
+	int error = 0;
 
 	p.pid = pid;
-	return call_done(&request, MOVE_TIMEOUT_MS);
+	reply = call(&request, -1, MOVE_TIMEOUT_MS, &error);
+	if (!reply)
+		return error;
+	*remaining = reply->has_remaining ? reply->remaining : 0;
+	phos__wire__reply__free_unpacked(reply, NULL);
+	return 0;
 }
 
 int phosd_add_file(uint32_t id, const char *path, uint32_t flags)

@@ -12,25 +12,32 @@
 
 #include "gpu-tracker/abi/phosd.pb-c.h"
 
-/* Starts phosd for this run of criu, once. `restore`: else dump. On restore the recorded device
- * files are handed to device_files.h. */
-int phosd_start(bool restore);
+/* Starts phosd for this run of criu, once. On RESTORE the recorded device files are handed to
+ * device_files.h. */
+int phosd_start(Phos__Wire__Stage stage);
 bool phosd_started(void);
 /* Closes the connection; phosd brings back what it still holds, then exits. */
 void phosd_stop(void);
 
+/* A CUDA process. */
 struct phosd_process {
-	bool is_cuda;
+	int pid;
 	int restore_tid;
 	int found; /* Phos__Wire__CudaState, for phosd_undo() */
 };
 
-int phosd_pause(int pid, unsigned int timeout_ms, struct phosd_process *process);
+/* Calls `add` for each CUDA process of the tree; stops at its first error. Nothing is locked. */
+int phosd_inspect(int pid, int (*add)(const struct phosd_process *process));
+/* Locks all that was found. `timeout_ms`: for submitted GPU work to finish. */
+int phosd_lock(unsigned int timeout_ms);
 int phosd_checkpoint(int pid);
-/* `found`: from phosd_pause(), for a phosd that was started anew and knows nothing of it. */
+int phosd_check_leftover(int pid);
+/* `found`: from phosd_inspect(), for a phosd that was started anew and knows nothing of it. */
 int phosd_undo(int pid, int found);
+/* process->pid is 0 if the images do not hold `pid` and it uses no CUDA. */
 int phosd_find_restored(int pid, struct phosd_process *process);
-int phosd_resume(int pid);
+/* `remaining`: recorded processes that are still to be resumed. */
+int phosd_resume(int pid, unsigned int *remaining);
 int phosd_add_file(uint32_t id, const char *path, uint32_t flags);
 int phosd_finish(bool success);
 

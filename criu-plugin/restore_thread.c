@@ -14,6 +14,7 @@
 
 /* A kernel sigset (PTRACE_GETSIGMASK); glibc's sigset_t is larger. */
 static const uint64_t all_signals_but_sigtrap = ~(1ULL << (SIGTRAP - 1));
+static const uint64_t glibc_signals = (1ULL << (32 - 1)) | (1ULL << (33 - 1));
 
 int tracer_of(int tid)
 {
@@ -35,7 +36,7 @@ int tracer_of(int tid)
 
 int restore_thread_resume(struct restore_thread *thread, int tid)
 {
-	uint64_t mask = all_signals_but_sigtrap;
+	uint64_t mask;
 
 	memset(thread, 0, sizeof(*thread));
 	thread->tid = tid;
@@ -46,6 +47,11 @@ int restore_thread_resume(struct restore_thread *thread, int tid)
 			 strerror(errno));
 		return -1;
 	}
+	/*
+	 * Should criu be killed now, this mask stays. glibc's own signals (cancellation, setuid)
+	 * must then still reach the thread, or every setuid() of the target waits for it for ever.
+	 */
+	mask = (all_signals_but_sigtrap & ~glibc_signals) | (thread->sigmask & glibc_signals);
 	if (ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(mask), &mask)) {
 		phos_err("cannot block signals of CUDA's restore thread %d: %s", tid,
 			 strerror(errno));

@@ -213,7 +213,7 @@ def make_tiers(options):
     sim_path = os.path.join(build, "sim")
     if os.environ.get("LD_LIBRARY_PATH"):
         sim_path += ":" + os.environ["LD_LIBRARY_PATH"]
-    sim = {"PHOS_GPU": "sim", "LD_LIBRARY_PATH": sim_path}
+    sim = {"PHOS_GPU": "sim", "PHOS_SIMULATED_GPU": "1", "LD_LIBRARY_PATH": sim_path}
 
     def program(name):
         return GoogleTest(os.path.join(build, "test", name), options.binary_timeout)

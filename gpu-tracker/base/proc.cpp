@@ -5,6 +5,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 
 namespace phos {
@@ -76,6 +77,48 @@ Result<uint64_t> read_start_time(int pid) {
     return proc_error(pid, "stat", ESRCH);
   }
   return start;
+}
+
+bool is_cgroup_frozen(int pid) {
+  auto f = open_proc(pid, "cgroup");
+  if (!f) return false;
+  // "6:freezer:/docker/ID" (v1), "0::/system.slice/x.scope" (v2).
+  char line[4096];
+  while (fgets(line, sizeof line, f->get())) {
+    line[strcspn(line, "\n")] = '\0';
+    char* controllers = strchr(line, ':');
+    char* path = controllers ? strchr(controllers + 1, ':') : nullptr;
+    if (!path) continue;
+    *path++ = '\0';
+    controllers++;
+    const bool v2 = !*controllers;
+    if (!v2 && strcmp(controllers, "freezer") != 0) continue;
+    for (const char* root :
+         {"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/freezer"}) {
+      const std::string dir = std::string(root) + path;
+      File state(fopen((dir + (v2 ? "/cgroup.events" : "/freezer.state")).c_str(), "re"), fclose);
+      char text[64];
+      while (state && fgets(text, sizeof text, state.get())) {
+        if (!strcmp(text, "frozen 1\n") || !strcmp(text, "FROZEN\n")) return true;
+      }
+    }
+  }
+  return false;
+}
+
+std::vector<int> with_descendants(int pid) {
+  std::vector<int> found{pid};
+  for (size_t i = 0; i < found.size(); i++) {
+    const std::string tasks = "/proc/" + std::to_string(found[i]) + "/task";
+    std::error_code error;
+    for (std::filesystem::directory_iterator it(tasks, error), end; !error && it != end;
+         it.increment(error)) {
+      File f(fopen((it->path() / "children").c_str(), "re"), fclose);
+      int child = 0;
+      while (f && fscanf(f.get(), "%d", &child) == 1) found.push_back(child);
+    }
+  }
+  return found;
 }
 
 Result<std::vector<ProcMapping>> read_proc_maps(int pid) {

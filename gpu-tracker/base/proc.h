@@ -26,6 +26,12 @@ Result<ProcStatus> read_proc_status(int pid);
 // Start time in clock ticks since boot: with the pid it names a process for good.
 Result<uint64_t> read_start_time(int pid);
 
+// Has a cgroup freezer (v1 or v2) stopped it? False also where that cannot be seen.
+bool is_cgroup_frozen(int pid);
+
+// `pid` and all its descendants, parents first; those that end meanwhile may be missing.
+std::vector<int> with_descendants(int pid);
+
 struct ProcMapping {
   uint64_t start = 0, end = 0, offset = 0;
   char perms[5] = {};

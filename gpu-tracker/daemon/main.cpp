@@ -44,12 +44,13 @@ void install_log(LogRelay* relay) {
 
 class Server {
  public:
+  // Owns `socket`.
   explicit Server(int socket) : socket_(socket) { install_log(&relay_); }
 
   // Serves until the peer is gone, then recovers.
   int run() {
     for (;;) {
-      auto received = receive_request(socket_);
+      auto received = receive_request(socket_.get());
       if (!received) {
         log(LogLevel::kError, "daemon", "%s", received.error().message().c_str());
         break;
@@ -59,8 +60,10 @@ class Server {
       ReplyData reply = handle(**received);
       relay_.replying = false;
       reply.log = std::exchange(relay_.lines, {});
-      if (auto r = send_reply(socket_, reply); !r) break;
+      if (auto r = send_reply(socket_.get(), reply); !r) break;
     }
+    // criu must see the end of the conversation: it may hold tasks that recover() waits for.
+    socket_.reset();
     if (session_) session_->recover();
     return EXIT_SUCCESS;
   }
@@ -79,21 +82,25 @@ class Server {
       reply.error = "protocol error: the first request must be hello";
       return reply;
     }
-    auto processed = [&](Result<PauseResult> r) {
-      if (!r) {
-        reply.error = r.error().message();
-        return;
-      }
-      reply.is_cuda = r->is_cuda;
-      reply.restore_tid = r->restore_tid;
-      reply.found = r->found;
-    };
+    auto failed = [&](const Error& error) { reply.error = error.message(); };
     auto done = [&](Result<void> r) {
-      if (!r) reply.error = r.error().message();
+      if (!r) failed(r.error());
     };
     switch (request.op_case) {
-      case PHOS__WIRE__REQUEST__OP_PAUSE:
-        processed(session_->pause(request.pause->pid, request.pause->timeout_ms));
+      case PHOS__WIRE__REQUEST__OP_INSPECT: {
+        auto found = session_->inspect(request.inspect->pid);
+        if (!found) {
+          failed(found.error());
+        } else {
+          reply.found = std::move(*found);
+        }
+        break;
+      }
+      case PHOS__WIRE__REQUEST__OP_LOCK:
+        done(session_->lock(request.lock->timeout_ms));
+        break;
+      case PHOS__WIRE__REQUEST__OP_LEFTOVER:
+        done(session_->check_leftover(request.leftover->pid));
         break;
       case PHOS__WIRE__REQUEST__OP_CHECKPOINT:
         done(session_->checkpoint(request.checkpoint->pid));
@@ -101,12 +108,24 @@ class Server {
       case PHOS__WIRE__REQUEST__OP_UNDO:
         done(session_->undo(request.undo->pid, static_cast<CudaState>(request.undo->found)));
         break;
-      case PHOS__WIRE__REQUEST__OP_FIND_RESTORED:
-        processed(session_->find_restored(request.find_restored->pid));
+      case PHOS__WIRE__REQUEST__OP_FIND_RESTORED: {
+        auto found = session_->find_restored(request.find_restored->pid);
+        if (!found) {
+          failed(found.error());
+        } else if (*found) {
+          reply.found.push_back(**found);
+        }
         break;
-      case PHOS__WIRE__REQUEST__OP_RESUME:
-        processed(session_->resume(request.resume->pid));
+      }
+      case PHOS__WIRE__REQUEST__OP_RESUME: {
+        auto remaining = session_->resume(request.resume->pid);
+        if (!remaining) {
+          failed(remaining.error());
+        } else {
+          reply.remaining = *remaining;
+        }
         break;
+      }
       case PHOS__WIRE__REQUEST__OP_ADD_FILE:
         done(session_->add_file(
             {request.add_file->id, request.add_file->path, request.add_file->flags}));
@@ -132,32 +151,43 @@ class Server {
     auto driver = open_cuda_driver();
     if (!driver) return driver.error();
     driver_ = std::move(*driver);
-    auto lock_dir = make_lock_dir();
-    if (!lock_dir) return lock_dir.error();
-    session_ = std::make_unique<Session>(*driver_, *lock_dir);
+    session_ = std::make_unique<Session>(*driver_, kLockDirectory);
     if (hello.stage == PHOS__WIRE__STAGE__RESTORE) {
       auto files = session_->begin_restore(std::move(image_dir));
       if (!files) return files.error();
       reply->files = files->files;
       return {};
     }
+    if (hello.stage == PHOS__WIRE__STAGE__TAKE_OVER) return {};
+    if (auto r = make_lock_directory(); !r) return r;
     return session_->begin_dump(std::move(image_dir));
   }
 
-  static Result<std::string> make_lock_dir() {
-    for (const char* dir : {"/run/phos", "/run/phos/lock"}) {
-      if (mkdir(dir, 0700) < 0 && errno != EEXIST) {
-        return Error::from_errno(errno, std::string("creating ") + dir);
+  static constexpr char kLockDirectory[] = "/run/phos/lock";
+
+  static Result<void> make_lock_directory() {
+    for (const char* directory : {"/run/phos", kLockDirectory}) {
+      if (mkdir(directory, 0700) < 0 && errno != EEXIST) {
+        return Error::from_errno(errno, std::string("creating ") + directory);
       }
     }
-    return std::string("/run/phos/lock");
+    return {};
   }
 
-  const int socket_;
+  UniqueFd socket_;
   LogRelay relay_;
   std::unique_ptr<GpuDriver> driver_;
   std::unique_ptr<Session> session_;
 };
+
+// The driver's checkpoint fills host memory with what was on the GPU; phosd must outlive that.
+// Needs CAP_SYS_RESOURCE; without it phosd is as likely to be chosen as any other process.
+void survive_memory_shortage() {
+  UniqueFd fd(open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC));
+  if (fd && write(fd.get(), "-900", 4) < 0 && errno != EACCES) {
+    log(LogLevel::kDebug, "daemon", "oom_score_adj: %s", strerror(errno));
+  }
+}
 
 int usage(FILE* to, int code) {
   fputs(
@@ -185,6 +215,8 @@ int main(int argc, char** argv) {
     fprintf(stderr, "phosd: --session %s: not an open file descriptor\n", argv[2]);
     return EXIT_FAILURE;
   }
-  signal(SIGPIPE, SIG_IGN);
+  // It ends with its work, not with criu's service or terminal: a process may wait for its GPU.
+  for (int sig : {SIGPIPE, SIGTERM, SIGINT, SIGHUP}) signal(sig, SIG_IGN);
+  phos::survive_memory_shortage();
   return phos::Server(static_cast<int>(fd)).run();
 }

@@ -2,7 +2,7 @@
 // Session: what phosd does for one run of criu, free of sockets and processes' plumbing, so that
 // the tests drive it with a simulated or failing driver.
 //
-// A process that pause() has locked is held by the session until undo() brings it back, or until
+// A process that inspect() has found is held by the session until undo() brings it back, or until
 // it is gone. Whatever ends the session early, recover() brings back what is still held.
 #pragma once
 
@@ -15,15 +15,16 @@
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/daemon/process_lock.h"
 #include "gpu-tracker/driver/gpu_driver.h"
 #include "gpu-tracker/image/image.h"
 
 namespace phos {
 
-struct PauseResult {
-  bool is_cuda = false;
-  int restore_tid = -1;
-  CudaState found = CudaState::kRunning;
+struct FoundProcess {
+  int pid;
+  int restore_tid;
+  CudaState state;
 };
 
 // Not thread-safe. Every call may block in the driver for as long as the target does not answer.
@@ -38,23 +39,32 @@ class Session {
   // A restore from `image_dir`: refuses images this machine cannot take.
   Result<FilesImage> begin_restore(UniqueFd image_dir);
 
-  // The task runs. Refuses what could not be restored, then locks: submitted work is finished and
-  // new CUDA calls block. On failure the process is as it was found.
-  Result<PauseResult> pause(int pid, unsigned timeout_ms);
+  // The task and its descendants run. Refuses, before anything is locked, what could not be
+  // restored; holds the others. Returns all CUDA processes of that tree which the session holds.
+  Result<std::vector<FoundProcess>> inspect(int pid);
+
+  // Locks all held processes that were found running and are not locked yet: submitted work is
+  // finished and new CUDA calls block. On failure they run again.
+  Result<void> lock(unsigned timeout_ms);
+
+  // The task is frozen, has device files open and was not found to use CUDA. Refuses it if it uses
+  // the GPU in some other way, which would be lost.
+  Result<void> check_leftover(int pid);
 
   // The task is frozen, its restore thread runs. Moves device memory into the process and writes
   // phos-<pid>.img. Does nothing for a process without CUDA.
   Result<void> checkpoint(int pid);
 
-  // Back to the state that pause() found. The restore thread runs. `found` is used for a process
+  // Back to the state that inspect() found. The restore thread runs. `found` is used for a process
   // this session does not hold: one that a session which died had paused.
   Result<void> undo(int pid, CudaState found);
 
-  // A restored task, frozen, its restore thread runs: back to the state recorded at the dump.
-  Result<PauseResult> resume(int pid);
+  // The restore thread of a restored process, if the images hold this process.
+  Result<std::optional<FoundProcess>> find_restored(int pid);
 
-  // The restore thread of a restored process, if its images hold one.
-  Result<PauseResult> find_restored(int pid);
+  // A restored task, frozen, its restore thread runs: back to the state recorded at the dump.
+  // Returns how many recorded processes are still to be resumed.
+  Result<uint32_t> resume(int pid);
 
   Result<void> add_file(const DeviceFile& file);
 
@@ -68,25 +78,36 @@ class Session {
 
  private:
   struct Held {
-    int restore_tid = -1;
-    CudaState found = CudaState::kRunning;
+    Held(int tid, CudaState state, uint64_t start, ProcessLock process_lock)
+        : restore_tid(tid), found(state), start_time(start), lock(std::move(process_lock)) {}
+
+    int restore_tid;
+    CudaState found;
+    uint64_t start_time;
+    ProcessLock lock;
     ProcessMemory memory;
     std::chrono::microseconds lock_time{0};
-    uint64_t start_time = 0;
-    UniqueFd lock_file;
+    bool locked = false;            // by us
+    bool failure_reported = false;  // of bringing it back
   };
+  using Group = std::map<int, Held>;  // by pid
 
+  // Nothing: no CUDA in it, or it is gone.
+  Result<std::optional<Held>> inspect_one(int pid);
   Result<void> check_restorable(int pid, Held* held) const;
-  Result<UniqueFd> lock_process(int pid, uint64_t start_time) const;
+  Result<void> lock_or_leave(int pid, unsigned timeout_ms);
+  // One try; false: some process's work did not finish in time.
+  Result<bool> try_lock(const std::vector<Group::value_type*>& members, unsigned timeout_ms);
+
   Result<void> write_image(int pid, const Held& held, std::chrono::microseconds checkpoint_time);
   Result<void> bring_back(int pid, CudaState target);
   // True when done with it.
-  bool recover_one(int pid, const Held& held);
+  bool recover_one(int pid, Held* held);
 
   GpuDriver& driver_;
   const std::string lock_dir_;
   UniqueFd image_dir_;
-  std::map<int, Held> held_;
+  Group held_;
   DumpId dump_id_{};
   bool dumping_ = false;
   bool finished_ = false;
@@ -94,6 +115,7 @@ class Session {
   FilesImage files_;
   ImageSet restored_;
   std::vector<GpuPair> gpu_pairs_;
+  uint32_t to_resume_ = 0;
 };
 
 }  // namespace phos

@@ -53,14 +53,21 @@ Result<void> send_reply(int socket, const ReplyData& data) {
   Phos__Wire__Reply reply = PHOS__WIRE__REPLY__INIT;
   reply.ok = data.error.empty();
   if (!reply.ok) reply.error = mutable_string(data.error);
-  reply.has_is_cuda = data.is_cuda.has_value();
-  reply.is_cuda = data.is_cuda.value_or(false);
-  reply.has_restore_tid = data.restore_tid.has_value();
-  reply.restore_tid = data.restore_tid.value_or(-1);
+  reply.has_remaining = data.remaining.has_value();
+  reply.remaining = data.remaining.value_or(0);
 
-  reply.has_found = data.found.has_value();
-  // The wire's states are numbered as the driver's.
-  reply.found = static_cast<Phos__Wire__CudaState>(data.found.value_or(CudaState::kRunning));
+  std::vector<Phos__Wire__Found> found(data.found.size());
+  std::vector<Phos__Wire__Found*> found_pointers;
+  for (size_t i = 0; i < found.size(); i++) {
+    phos__wire__found__init(&found[i]);
+    found[i].pid = data.found[i].pid;
+    found[i].restore_tid = data.found[i].restore_tid;
+    // The wire's states are numbered as the driver's.
+    found[i].state = static_cast<Phos__Wire__CudaState>(data.found[i].state);
+    found_pointers.push_back(&found[i]);
+  }
+  reply.n_found = found.size();
+  reply.found = found_pointers.data();
 
   std::vector<Phos__Wire__DeviceFile> files(data.files.size());
   std::vector<Phos__Wire__DeviceFile*> file_pointers;

@@ -12,6 +12,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/daemon/session.h"
 #include "gpu-tracker/image/image.h"
 
 namespace phos {
@@ -35,9 +36,8 @@ Result<std::optional<ReceivedRequest>> receive_request(int socket);
 
 struct ReplyData {
   std::string error;  // empty: ok
-  std::optional<bool> is_cuda;
-  std::optional<int> restore_tid;
-  std::optional<CudaState> found;
+  std::vector<FoundProcess> found;
+  std::optional<uint32_t> remaining;
   std::vector<DeviceFile> files;
   std::vector<std::pair<LogLevel, std::string>> log;
 };

@@ -178,6 +178,20 @@ Result<void> RemoteThread::build_frame(uint64_t frame) {
   return write(frame - sizeof sigreturn_, &sigreturn_, sizeof sigreturn_);
 }
 
+// The function crashed: the thread goes back to what it was doing, without the signal.
+Result<void> RemoteThread::abandon(int sig) {
+  user_regs_struct regs = registers_;
+  regs.orig_rax = ~0ull;
+  if (ptrace(PTRACE_SETREGS, tid_, nullptr, &regs) < 0 ||
+      ptrace(PTRACE_SETFPREGS, tid_, nullptr, &fp_registers_) < 0 ||
+      ptrace(PTRACE_SETSIGMASK, tid_, sizeof signal_mask_, &signal_mask_) < 0) {
+    return on_thread(tid_, "bringing back");
+  }
+  return Error(
+      Domain::kErrno, EFAULT,
+      "a call on thread " + std::to_string(tid_) + " died of signal " + std::to_string(sig));
+}
+
 Result<void> RemoteThread::call(uint64_t function, const std::vector<uint64_t>& arguments,
                                 std::chrono::milliseconds timeout) {
   const auto deadline = steady_clock::now() + timeout;
@@ -205,6 +219,10 @@ Result<void> RemoteThread::call(uint64_t function, const std::vector<uint64_t>& 
     if (ptrace(PTRACE_SYSCALL, tid_, nullptr, nullptr) < 0) return on_thread(tid_, "resuming");
     int status = 0;
     if (auto r = wait_stop(deadline, &status); !r) return r;
+    if (const int sig = WSTOPSIG(status);
+        sig == SIGSEGV || sig == SIGBUS || sig == SIGILL || sig == SIGFPE) {
+      return abandon(sig);
+    }
     if (WSTOPSIG(status) != (SIGTRAP | 0x80)) continue;
     if (returning) return {};  // out of rt_sigreturn: the registers are the thread's own again
     user_regs_struct now;

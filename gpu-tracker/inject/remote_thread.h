@@ -47,6 +47,7 @@ class RemoteThread {
   Result<void> prepare();
   Result<void> wait_stop(std::chrono::steady_clock::time_point deadline, int* status) const;
   Result<void> build_frame(uint64_t frame);
+  Result<void> abandon(int sig);
 
   int pid_;
   int tid_;

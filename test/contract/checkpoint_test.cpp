@@ -107,7 +107,7 @@ TEST_F(Checkpoint, NoSuchProcessIsAnOperatingSystemError) {
 }
 
 // The thread's name is for everyone to read; talking to it is not.
-TEST_F(Checkpoint, NoPermissionIsAnOperatingSystemErrorButTheThreadIsForAllToSeeButForTheThreadId) {
+TEST_F(Checkpoint, NoPermissionIsAnOperatingSystemErrorButForTheThreadId) {
   if (geteuid()) GTEST_SKIP() << "needs root, to become another user";
   Worker target, asker("plain");
   EXPECT_EQ(asker.ask("ask-as-nobody " + std::to_string(target.pid())), "ok 304 0 304");

@@ -158,6 +158,7 @@ def reap():
 def env_for_gpu(extra=None):
     env = dict(os.environ)
     if not REAL_GPU:
+        env['PHOS_SIMULATED_GPU'] = '1'
         env['LD_LIBRARY_PATH'] = os.path.join(BUILD, 'sim') + ':' + env.get('LD_LIBRARY_PATH', '')
     env.update(extra or {})
     return env

@@ -56,6 +56,7 @@ class Plugin : public testing::Test {
     desc_ = static_cast<cr_plugin_desc_t*>(dlsym(handle_, "CR_PLUGIN_DESC"));
     ASSERT_NE(desc_, nullptr);
     g_criu_log.clear();
+    setenv("PHOS_SIMULATED_GPU", "1", 1);
   }
   void TearDown() override {
     if (handle_) dlclose(handle_);

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Dump and restore of CUDA processes by stock criu, and every way in which they end early."""
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -156,8 +157,8 @@ class FailedDump(CriuTest):
         self.assert_runs_on(target)
         self.assert_no_phos_images()
 
-    def killed_when(self, target, text, who):
-        """Starts a dump, kills criu or phosd by SIGKILL once its log holds `text`."""
+    def killed_when(self, target, text, who, sig=signal.SIGKILL):
+        """Starts a dump, sends criu or phosd a signal once the log holds `text`."""
         criu = self.dump(target, wait=False)
 
         def logged():
@@ -168,7 +169,7 @@ class FailedDump(CriuTest):
         wait_until(logged, f'"{text}" in the log')
         self.assertIsNone(criu.poll(), 'criu ended before it could be killed')
         for pid in [criu.pid] if who == 'criu' else self.phosd_pids():
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, sig)
         return criu
 
     def test_criu_killed_while_it_waits_for_the_gpu(self):
@@ -195,6 +196,48 @@ class FailedDump(CriuTest):
         criu.communicate(timeout=60)
         self.assertNotEqual(criu.returncode, 0)
         self.assert_runs_on(target)
+
+    def test_phosd_killed_while_it_waits_for_the_gpu(self):
+        self.fail_in_driver('cuCheckpointProcessLock 1 slow:1000')
+        target = self.counter()
+        criu = self.killed_when(target, 'hook 10', 'phosd')
+        criu.communicate(timeout=60)
+        self.assertNotEqual(criu.returncode, 0)
+        self.assert_runs_on(target)
+
+    def test_terminated_with_its_service(self):
+        # As `systemctl stop` does: criu and phosd get SIGTERM.
+        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 slow:500')
+        target = self.counter()
+        criu = self.killed_when(target, 'hook 11', 'phosd', signal.SIGTERM)
+        criu.terminate()
+        criu.communicate(timeout=60)
+        self.assert_runs_on(target)
+
+    def test_gpu_has_no_room_when_the_target_is_to_come_back(self):
+        self.fail_in_driver('cuCheckpointProcessRestore 1 2', 'cuCheckpointProcessRestore 2 2')
+        target = self.counter()
+        result = self.dump(target, '--action-script', self.post_dump_script(3))
+        self.assertNotEqual(result.returncode, 0)
+        self.assert_runs_on(target)
+
+    def test_killed_criu_leaves_the_restore_thread_its_signals(self):
+        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 slow:500')
+        target = self.counter()
+        blocked = self.glibc_signals_blocked(target)
+        self.killed_when(target, 'hook 11', 'criu').wait()
+        self.assert_runs_on(target)
+        self.assertEqual(self.glibc_signals_blocked(target), blocked)
+
+    @staticmethod
+    def glibc_signals_blocked(target):
+        """Of the restore thread: signals 32 and 33."""
+        for tid in os.listdir(f'/proc/{target.pid}/task'):
+            with open(f'/proc/{target.pid}/task/{tid}/comm') as f:
+                if not re.match('^cuda[0-9a-f]{11}$', f.read()):
+                    continue
+            return int(status_field(tid, 'SigBlk'), 16) & (3 << 31)
+        raise AssertionError('no restore thread')
 
     def test_target_dies_during_the_dump(self):
         self.fail_in_driver('cuCheckpointProcessCheckpoint 1 exit')
@@ -268,6 +311,28 @@ class FailedRestore(CriuTest):
         self.images = images
 
 
+    def test_image_of_a_criu_without_an_inventory_of_plugins(self):
+        # Before 4.1; such a CRIU answers yes to every plugin that asks whether it is needed.
+        sleeper = subprocess.Popen(['sleep', '1000'], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, start_new_session=True)
+        self.addCleanup(sleeper.kill)
+        result = self.run_criu('dump', '-t', str(sleeper.pid), '-o', 'dump.log')
+        self.assertEqual(result.returncode, 0, self.log_tail('dump.log'))
+        sleeper.wait()
+        path = os.path.join(self.images, 'inventory.img')
+        with open(path, 'rb') as f:
+            data = f.read()
+        # Field 12 (plugins_entry) of the one message behind 4 bytes of magic and 4 of size; it is
+        # empty, "62 00", in an image that needs no plugin.
+        body = data[8:]
+        self.assertEqual(body.count(b'\x62\x00'), 1)
+        body = body.replace(b'\x62\x00', b'')
+        with open(path, 'wb') as f:
+            f.write(data[:4] + len(body).to_bytes(4, 'little') + body)
+        self.restore_ok()
+        self.addCleanup(os.kill, sleeper.pid, signal.SIGKILL)
+
+
 class InitialState(CriuTest):
     """A process that its user has locked or checkpointed stays so."""
 
@@ -320,6 +385,20 @@ class BesideNvidiasPlugin(CriuTest):
         wait_until(target.gone, 'the dumped process to be gone')
         self.restore_ok()
         self.assert_runs_on(target)
+
+    def test_image_of_nvidias_plugin_is_left_to_it(self):
+        plugins = self.directory_with('fake_cuda_plugin.so')
+        os.rename(os.path.join(plugins, 'phos_plugin.so'), os.path.join(self.directory, 'aside'))
+        sleeper = subprocess.Popen(['sleep', '1000'], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, start_new_session=True)
+        self.addCleanup(sleeper.kill)
+        result = self.run_criu('dump', '-t', str(sleeper.pid), '-o', 'dump.log', plugin_dir=plugins)
+        self.assertEqual(result.returncode, 0, self.log_tail('dump.log'))
+        sleeper.wait()
+        os.rename(os.path.join(self.directory, 'aside'), os.path.join(plugins, 'phos_plugin.so'))
+        self.restore_ok(plugin_dir=plugins)
+        self.addCleanup(os.kill, sleeper.pid, signal.SIGKILL)
+        self.assertIn(f'fake cuda plugin: asked about {sleeper.pid}', self.log('restore.log'))
 
     def test_never_silently_bypassed(self):
         # A cuda_plugin.so without the known switch: asked after phos, or the dump is refused.

@@ -87,6 +87,7 @@ if [[ -e /proc/driver/nvidia/version && -e /dev/nvidia0 ]]; then
 else
   gpu='the simulated GPU (no NVIDIA driver here)'
   mib=${MIB:-256}
+  export PHOS_SIMULATED_GPU=1
   export LD_LIBRARY_PATH=$B/sim${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
 printf 'phos demo on %s\nusing %s\n' "$gpu" "$("$PHOS_CRIU" --version | tr '\n' ' ')"

@@ -82,7 +82,7 @@ class SessionTest : public testing::Test {
     std::filesystem::create_directory(dir_ + "/lock");
     pid_ = fork();
     if (pid_ == 0) {
-      for (;;) pause();
+      for (;;) ::pause();
     }
     driver_.cuda_pid = pid_;
   }
@@ -104,10 +104,12 @@ class SessionTest : public testing::Test {
 
   // What a dump does, up to the first failure. True if all went well.
   bool dump(Session& session) {
-    if (!session.begin_dump(images())) return false;
-    auto paused = session.pause(pid_, 1000);
-    if (!paused || !paused->is_cuda) return false;
-    return session.checkpoint(pid_).ok();
+    return session.begin_dump(images()) && pause(session) && session.checkpoint(pid_);
+  }
+  // Finds and locks the one process.
+  bool pause(Session& session) {
+    auto found = session.inspect(pid_);
+    return found && found->size() == 1 && session.lock(1000);
   }
 
   FakeDriver driver_;
@@ -130,9 +132,9 @@ TEST_F(SessionTest, ProcessWithoutCudaIsNotHeld) {
   driver_.cuda_pid = -1;
   Session session(driver_, lock_dir());
   ASSERT_TRUE(session.begin_dump(images()));
-  auto paused = session.pause(pid_, 1000);
-  ASSERT_TRUE(paused);
-  EXPECT_FALSE(paused->is_cuda);
+  auto found = session.inspect(pid_);
+  ASSERT_TRUE(found);
+  EXPECT_TRUE(found->empty());
   session.recover();  // returns: nothing is held
 }
 
@@ -141,7 +143,7 @@ TEST_F(SessionTest, ImportedMemoryIsRefusedBeforeTheLock) {
   FaultDriver seen(driver_);
   Session session(seen, lock_dir());
   ASSERT_TRUE(session.begin_dump(images()));
-  auto paused = session.pause(pid_, 1000);
+  auto paused = session.inspect(pid_);
   ASSERT_FALSE(paused);
   EXPECT_NE(paused.error().message().find("64 MiB"), std::string::npos);
   EXPECT_NE(paused.error().message().find("NCCL_P2P_DISABLE=1"), std::string::npos);
@@ -166,7 +168,8 @@ TEST_F(SessionTest, LockThatTimesOutSaysWhatToDo) {
   driver_.lock_error = kCudaErrorNotReady;
   Session session(driver_, lock_dir());
   ASSERT_TRUE(session.begin_dump(images()));
-  auto paused = session.pause(pid_, 1500);
+  ASSERT_TRUE(session.inspect(pid_));
+  auto paused = session.lock(1500);
   ASSERT_FALSE(paused);
   EXPECT_NE(paused.error().message().find("1500 ms"), std::string::npos);
   EXPECT_NE(paused.error().message().find("--timeout"), std::string::npos);
@@ -176,7 +179,7 @@ TEST_F(SessionTest, ManagedMemoryIsNamed) {
   driver_.managed = true;
   Session session(driver_, lock_dir());
   ASSERT_TRUE(session.begin_dump(images()));
-  ASSERT_TRUE(session.pause(pid_, 1000));
+  ASSERT_TRUE(pause(session));
   auto checkpointed = session.checkpoint(pid_);
   ASSERT_FALSE(checkpointed);
   EXPECT_NE(checkpointed.error().message().find("cudaMallocManaged"), std::string::npos);
@@ -188,14 +191,14 @@ TEST_F(SessionTest, SecondDumpOfTheSameProcessIsRefused) {
   Session first(driver_, lock_dir()), second(driver_, lock_dir());
   ASSERT_TRUE(first.begin_dump(images()));
   ASSERT_TRUE(second.begin_dump(images()));
-  ASSERT_TRUE(first.pause(pid_, 1000));
-  auto refused = second.pause(pid_, 1000);
+  ASSERT_TRUE(pause(first));
+  auto refused = second.inspect(pid_);
   ASSERT_FALSE(refused);
   EXPECT_NE(refused.error().message().find("another dump"), std::string::npos);
   second.recover();
   EXPECT_EQ(driver_.now, State::kLocked);
   ASSERT_TRUE(first.undo(pid_, State::kRunning));
-  EXPECT_TRUE(second.pause(pid_, 1000)) << "the lock must be free again";
+  EXPECT_TRUE(second.inspect(pid_)) << "the lock must be free again";
 }
 
 TEST_F(SessionTest, UndoReturnsToTheStateThatWasFound) {
@@ -215,8 +218,10 @@ TEST_F(SessionTest, RestoreReturnsToTheRecordedState) {
     ASSERT_TRUE(dump(dumping));
     Session restoring(driver_, lock_dir());
     ASSERT_TRUE(restoring.begin_restore(images()));
+    driver_.now = State::kCheckpointed;
     auto resumed = restoring.resume(pid_);
     ASSERT_TRUE(resumed) << resumed.error().message();
+    EXPECT_EQ(*resumed, 0u);
     EXPECT_EQ(driver_.now, found) << to_string(found);
   }
 }
@@ -237,7 +242,7 @@ TEST_F(SessionTest, RestoreOntoAnotherGpuOfTheSameKindMapsIt) {
 TEST_F(SessionTest, RestoredCudaProcessWithoutImageIsRefused) {
   Session restoring(driver_, lock_dir());
   ASSERT_TRUE(restoring.begin_restore(images()));
-  auto resumed = restoring.resume(pid_);
+  auto resumed = restoring.find_restored(pid_);
   ASSERT_FALSE(resumed);
   EXPECT_NE(resumed.error().message().find("incomplete"), std::string::npos);
 }
@@ -258,6 +263,65 @@ TEST_F(SessionTest, FailedDumpLeavesNoImages) {
   ASSERT_TRUE(session.undo(pid_, State::kRunning));
   ASSERT_TRUE(session.finish(false));
   EXPECT_EQ(image_count(), 0u);
+}
+
+TEST_F(SessionTest, RestoreThatFindsNothingToRestoreIsAFailure) {
+  Session dumping(driver_, lock_dir());
+  ASSERT_TRUE(dump(dumping));
+  for (State wrong : {State::kRunning, State::kLocked, State::kFailed}) {
+    driver_.now = wrong;
+    Session restoring(driver_, lock_dir());
+    ASSERT_TRUE(restoring.begin_restore(images()));
+    EXPECT_FALSE(restoring.resume(pid_)) << to_string(wrong);
+  }
+}
+
+TEST_F(SessionTest, MemoryImportedWhileTheLockWaitedIsRefused) {
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images()));
+  ASSERT_TRUE(session.inspect(pid_));
+  driver_.imported = 1;
+  EXPECT_FALSE(session.lock(1000));
+  ASSERT_TRUE(session.undo(pid_, State::kRunning));
+  EXPECT_EQ(driver_.now, State::kRunning);
+}
+
+TEST_F(SessionTest, UndoOfAFailedProcessIsAnError) {
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(dump(session));
+  driver_.now = State::kFailed;
+  EXPECT_FALSE(session.undo(pid_, State::kRunning));
+  session.recover();  // gives up: a failed process does not come back
+}
+
+TEST_F(SessionTest, RecoveryTriesUntilTheGpuHasRoomAgain) {
+  FaultDriver faulty(driver_);
+  Session session(faulty, lock_dir());
+  ASSERT_TRUE(dump(session));
+  ASSERT_TRUE(session.finish(true));
+  faulty.fail(2, FaultDriver::When::kBefore, Error(Domain::kCuda, 2, "out of memory"));
+  session.recover();
+  EXPECT_EQ(driver_.now, State::kRunning);
+}
+
+TEST_F(SessionTest, GpuUserWithoutCudaIsRefused) {
+  driver_.cuda_pid = -1;
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images()));
+  auto refused = session.check_leftover(pid_);  // the fake driver says it owns 100 bytes
+  ASSERT_FALSE(refused);
+  EXPECT_NE(refused.error().message().find("without CUDA"), std::string::npos);
+  driver_.knows_memory = false;
+  EXPECT_TRUE(session.check_leftover(pid_));
+}
+
+TEST_F(SessionTest, LockFilesAreRemoved) {
+  {
+    Session session(driver_, lock_dir());
+    ASSERT_TRUE(dump(session));
+    EXPECT_FALSE(std::filesystem::is_empty(lock_dir()));
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(lock_dir()));
 }
 
 // Whichever call fails, and whether or not the driver did what was asked: once the session is over
@@ -297,7 +361,7 @@ TEST_F(SessionTest, CriuKilledAtAnyPointBringsTheProcessBack) {
     Session session(driver_, lock_dir());
     ASSERT_TRUE(session.begin_dump(images()));
     if (steps >= 2) {
-      ASSERT_TRUE(session.pause(pid_, 1000));
+      ASSERT_TRUE(pause(session));
     }
     if (steps >= 3) {
       ASSERT_TRUE(session.checkpoint(pid_));

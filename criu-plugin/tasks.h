@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the plugin must know of a task before it bothers phosd: processes without CUDA must cost
+ * next to nothing.
+ */
+#ifndef PHOS_TASKS_H
+#define PHOS_TASKS_H
+
+#include <stdbool.h>
+
+/* Has a thread with the name of CUDA's restore thread. Does not ask the driver. */
+bool may_use_cuda(int pid);
+
+/* The same of `pid` or a descendant. */
+bool tree_may_use_cuda(int pid);
+
+/* Has a file under /dev/nvidia* open. */
+bool has_device_files(int pid);
+
+/* Kills the process and waits until it is dead, for a few seconds at the most. */
+void kill_task(int pid);
+
+#endif

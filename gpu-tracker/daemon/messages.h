@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Wording and small tests that the daemon's files share.
+#pragma once
+
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <string>
+
+#include "gpu-tracker/base/result.h"
+
+namespace phos {
+
+inline std::chrono::microseconds since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() -
+                                                               start);
+}
+
+inline std::string process(int pid) {
+  return "process " + std::to_string(pid);
+}
+
+inline bool is_cuda_error(const Error& e, int code) {
+  return e.domain() == Domain::kCuda && e.code() == code;
+}
+
+// `why` says what stands in the way and what the user can do.
+inline Error refuse(int pid, const std::string& why) {
+  return Error(Domain::kUsage, EBUSY, "cannot checkpoint " + process(pid) + ": " + why);
+}
+
+inline std::string megabytes(uint64_t bytes) {
+  return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
+}
+
+}  // namespace phos

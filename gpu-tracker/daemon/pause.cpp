@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Session::inspect and lock: refuse what could not be restored, then lock the rest, all together.
+#include <algorithm>
+#include <future>
+#include <random>
+#include <thread>
+
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/daemon/host_memory.h"
+#include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/daemon/session.h"
+
+namespace phos {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+// First try at locking several processes together; each further one takes twice as long.
+constexpr milliseconds kFirstAttempt{500};
+
+// With these settings NCCL talks through plain shared memory, which restores (seen on driver 580).
+#define PHOS_NCCL_REMEDY "NCCL_P2P_DISABLE=1 NCCL_CUMEM_HOST_ENABLE=0"
+
+// Memory that another process exported: the driver (580) checkpoints such a process and then
+// cannot restore it (errors 1 and 801).
+Error refuse_imports(int pid, uint64_t bytes) {
+  return refuse(pid,
+                "it has imported " + megabytes(bytes) +
+                    " of GPU memory from another process (CUDA IPC or NCCL peer-to-peer), which "
+                    "NVIDIA's driver cannot restore. NCCL: start the job with " PHOS_NCCL_REMEDY
+                    "; other programs: close the imported memory first");
+}
+
+Error refuse_virtual_host_memory(int pid, uint64_t bytes) {
+  return refuse(pid, "it has " + megabytes(bytes) +
+                         " of host memory made by cuMemCreate (as NCCL's shared-memory transport "
+                         "makes), which NVIDIA's driver cannot restore. NCCL: start the job "
+                         "with " PHOS_NCCL_REMEDY);
+}
+
+// Between two tries, so that processes that work in step are met at different points of it.
+void let_run_for_a_moment() {
+  static std::minstd_rand random(std::random_device{}());
+  std::this_thread::sleep_for(milliseconds(1 + random() % 20));
+}
+
+}  // namespace
+
+Result<std::optional<Session::Held>> Session::inspect_one(int pid) {
+  auto tid = driver_.restore_thread_id(pid);
+  if (!tid) {
+    // 3: no CUDA in it. 304: libcuda could not look; a process that is gone is CRIU's to report.
+    if (is_cuda_error(tid.error(), kCudaErrorNotInitialized)) return std::optional<Held>();
+    if (!read_proc_status(pid)) return std::optional<Held>();
+    return refuse(pid, tid.error().message());
+  }
+  auto status = read_proc_status(pid);
+  auto start_time = read_start_time(pid);
+  if (!status || !start_time || status->state == 'Z') return std::optional<Held>();
+  if (status->state == 'T') {
+    return refuse(pid,
+                  "it is stopped (SIGSTOP), and NVIDIA's driver needs it running; send it SIGCONT "
+                  "first");
+  }
+  if (status->tracer_pid != 0) {
+    return refuse(pid, process(status->tracer_pid) +
+                           " is tracing it (a debugger or another dump); end that first");
+  }
+  if (is_cgroup_frozen(pid)) {
+    return refuse(
+        pid,
+        "its cgroup is frozen, and NVIDIA's driver needs it running; use CRIU 4.2 or newer, "
+        "which thaws it for phos, or resume the container first");
+  }
+  auto lock = ProcessLock::take(lock_dir_, pid, *start_time);
+  if (!lock) return lock.error();
+  auto state = driver_.state(pid);
+  if (!state) return refuse(pid, state.error().message());
+  if (*state == CudaState::kFailed) {
+    return refuse(pid, "an earlier checkpoint or restore of it failed in NVIDIA's driver");
+  }
+  std::optional<Held> held(std::in_place, *tid, *state, *start_time, std::move(*lock));
+  if (*state != CudaState::kCheckpointed) {
+    if (auto r = check_restorable(pid, &*held); !r) return r.error();
+  }
+  return Result<std::optional<Held>>(std::move(held));
+}
+
+// What the driver would checkpoint but could not restore.
+Result<void> Session::check_restorable(int pid, Held* held) const {
+  if (auto memory = driver_.process_memory(pid)) {
+    held->memory = *memory;
+    if (memory->imported) return refuse_imports(pid, memory->imported);
+  } else {
+    log(LogLevel::kWarn, "daemon", "%s: cannot tell whether it uses memory of another process (%s)",
+        process(pid).c_str(), memory.error().message().c_str());
+  }
+  // In a locked process the question itself would block.
+  if (held->found != CudaState::kRunning) return {};
+  auto bytes = find_virtual_host_memory(pid, held->restore_tid);
+  if (bytes && *bytes) return refuse_virtual_host_memory(pid, *bytes);
+  if (bytes) return {};
+  const int code = bytes.error().code();
+  if (bytes.error().domain() == Domain::kErrno && (code == ETIMEDOUT || code == EBUSY)) {
+    return refuse(pid, "its CUDA restore thread is busy (" + bytes.error().message() +
+                           "); another checkpoint tool may be at work, try again later");
+  }
+  log(LogLevel::kWarn, "daemon",
+      "%s: cannot tell whether it has host memory made by cuMemCreate (%s)", process(pid).c_str(),
+      bytes.error().message().c_str());
+  return {};
+}
+
+Result<void> Session::lock_or_leave(int pid, unsigned timeout_ms) {
+  auto r = driver_.lock(pid, timeout_ms);
+  if (r) return r;
+  // The driver undoes a lock that timed out; make sure, so that no failure leaves it locked.
+  if (auto now = driver_.state(pid); now && *now == CudaState::kLocked) {
+    (void)driver_.unlock(pid).ok();
+  }
+  return r;
+}
+
+Result<bool> Session::try_lock(const std::vector<Group::value_type*>& members,
+                               unsigned timeout_ms) {
+  const auto start = steady_clock::now();
+  std::vector<std::future<Result<void>>> others;
+  for (size_t i = 1; i < members.size(); i++) {
+    others.push_back(std::async(std::launch::async, [this, pid = members[i]->first, timeout_ms] {
+      return lock_or_leave(pid, timeout_ms);
+    }));
+  }
+  std::vector<Result<void>> results;
+  results.push_back(lock_or_leave(members[0]->first, timeout_ms));
+  for (auto& other : others) results.push_back(other.get());
+
+  std::optional<Error> failure;
+  for (size_t i = 0; i < members.size(); i++) {
+    auto& [pid, held] = *members[i];
+    held.locked = results[i].ok();
+    held.lock_time = since(start);
+    if (!results[i].ok() && !is_cuda_error(results[i].error(), kCudaErrorNotReady)) {
+      failure = refuse(pid, results[i].error().message());
+    }
+  }
+  if (std::all_of(results.begin(), results.end(), [](const auto& r) { return r.ok(); })) {
+    return true;
+  }
+  for (auto* member : members) {
+    if (!member->second.locked) continue;
+    if (auto r = driver_.unlock(member->first); !r) {
+      failure = refuse(member->first, r.error().message());
+    } else {
+      member->second.locked = false;
+    }
+  }
+  if (failure) return *failure;
+  return false;
+}
+
+// Processes that work together (NCCL ranks) wait for each other's GPU work: locked one after the
+// other, the first blocks the second for ever. Locked at once they all drain, unless some have
+// begun a step that others have not; then all are let go and met again a little later.
+Result<void> Session::lock(unsigned timeout_ms) {
+  std::vector<Group::value_type*> members;
+  for (auto& member : held_) {
+    if (member.second.found == CudaState::kRunning && !member.second.locked) {
+      members.push_back(&member);
+    }
+  }
+  if (members.empty()) return {};
+  const auto deadline = steady_clock::now() + milliseconds(timeout_ms);
+  auto attempt = members.size() == 1 ? milliseconds(timeout_ms) : kFirstAttempt;
+  for (;;) {
+    const auto left =
+        std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now()).count();
+    if (left <= 0) {
+      return refuse(members[0]->first,
+                    "its GPU work did not finish within " + std::to_string(timeout_ms) +
+                        " ms; raise criu's --timeout, or dump between two pieces of work");
+    }
+    auto locked =
+        try_lock(members, static_cast<unsigned>(std::min<int64_t>(attempt.count(), left)));
+    if (!locked) return locked.error();
+    if (*locked) break;
+    attempt *= 2;
+    let_run_for_a_moment();
+  }
+  for (auto* member : members) {
+    auto& [pid, held] = *member;
+    log(LogLevel::kInfo, "daemon", "%s: %s of GPU memory, locked in %.1f ms", process(pid).c_str(),
+        megabytes(held.memory.own).c_str(), static_cast<double>(held.lock_time.count()) / 1000);
+    // Once more, now that nothing can change: what was imported while we looked.
+    auto memory = driver_.process_memory(pid);
+    if (memory && memory->imported) return refuse_imports(pid, memory->imported);
+    if (memory) held.memory = *memory;
+  }
+  return {};
+}
+
+Result<std::vector<FoundProcess>> Session::inspect(int pid) {
+  const std::vector<int> tree = with_descendants(pid);
+  Group group;
+  for (int member : tree) {
+    if (held_.count(member)) continue;
+    auto held = inspect_one(member);
+    if (!held) return held.error();
+    if (held->has_value()) group.emplace(member, std::move(**held));
+  }
+  if (!group.empty() && gpus_.empty()) {
+    auto gpus = driver_.gpus();
+    if (!gpus) return gpus.error();
+    gpus_ = std::move(*gpus);
+  }
+  held_.merge(group);
+  std::vector<FoundProcess> found;
+  for (int member : tree) {
+    auto it = held_.find(member);
+    if (it != held_.end()) found.push_back({member, it->second.restore_tid, it->second.found});
+  }
+  return found;
+}
+
+Result<void> Session::check_leftover(int pid) {
+  auto memory = driver_.process_memory(pid);
+  if (driver_.restore_thread_id(pid)) {
+    return refuse(pid, "it began to use CUDA while it was being dumped; try again");
+  }
+  if (memory && memory->own) {
+    return refuse(pid, "it has " + megabytes(memory->own) +
+                           " of GPU memory without CUDA (graphics, video), which cannot be saved");
+  }
+  return {};
+}
+
+}  // namespace phos
