@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Containers that their runtime has frozen by cgroup before it calls CRIU (CRI-O; runc --freeze)."""
 import os
+import re
+import subprocess
 import unittest
 
 from harness import CriuTest, wait_until
@@ -10,15 +12,22 @@ V2 = ('/sys/fs/cgroup', '/sys/fs/cgroup/unified')
 
 
 class FrozenByCgroup(CriuTest):
-    def make_cgroup(self, root):
+    def setUp(self):
+        super().setUp()
+        version = subprocess.run([self.criu, '--version'], capture_output=True, text=True).stdout
+        if tuple(map(int, re.search(r'(\d+)\.(\d+)', version).groups())) < (4, 2):
+            self.skipTest('CRIU before 4.2 does not thaw the cgroup before it asks the plugin')
+
+    def make_cgroup(self, root, thaw):
         path = os.path.join(root, os.path.basename(self.directory))
         try:
             os.mkdir(path)
         except OSError as e:
             self.skipTest(f'cannot make a cgroup below {root}: {e}')
-        # Clean-ups run last first: the group is empty once the targets are dead.
+        # Clean-ups run last first: nothing dies in a frozen group.
         self.addCleanup(self.remove_cgroup, path)
         self.addCleanup(self.clean_up_targets)
+        self.addCleanup(self.write, path, *thaw)
         return path
 
     def clean_up_targets(self):
@@ -44,20 +53,20 @@ class FrozenByCgroup(CriuTest):
     def dump_frozen(self, path, freeze, thaw, frozen):
         target = self.counter()
         self.write(path, 'cgroup.procs', str(target.pid))
-        freeze()
+        self.write(path, *freeze)
         wait_until(frozen, 'the cgroup to be frozen')
         self.dump_ok(target, '--freeze-cgroup', path, '--manage-cgroups=ignore', '--leave-running')
         # As its runtime had it.
         self.assertTrue(frozen())
-        thaw()
+        self.write(path, *thaw)
         self.assert_runs_on(target)
 
-        freeze()
+        self.write(path, *freeze)
         wait_until(frozen, 'the cgroup to be frozen')
         self.dump_ok(target, '--freeze-cgroup', path, '--manage-cgroups=ignore')
         wait_until(target.gone, 'the dumped process to be gone')
         ticks = target.last_tick()
-        thaw()
+        self.write(path, *thaw)
         self.restore_ok('--manage-cgroups=ignore')
         target.wait_tick(ticks + 3)
         target.check_output(self)
@@ -65,18 +74,18 @@ class FrozenByCgroup(CriuTest):
     def test_v1(self):
         if not os.path.exists(os.path.join(V1, 'cgroup.procs')):
             self.skipTest('no cgroup v1 freezer is mounted')
-        path = self.make_cgroup(V1)
-        self.dump_frozen(path, lambda: self.write(path, 'freezer.state', 'FROZEN'),
-                         lambda: self.write(path, 'freezer.state', 'THAWED'),
+        thaw = 'freezer.state', 'THAWED'
+        path = self.make_cgroup(V1, thaw)
+        self.dump_frozen(path, ('freezer.state', 'FROZEN'), thaw,
                          lambda: self.read(path, 'freezer.state') == 'FROZEN')
 
     def test_v2(self):
         root = next((r for r in V2 if os.path.exists(os.path.join(r, 'cgroup.controllers'))), None)
         if not root:
             self.skipTest('no cgroup v2 is mounted')
-        path = self.make_cgroup(root)
-        self.dump_frozen(path, lambda: self.write(path, 'cgroup.freeze', '1'),
-                         lambda: self.write(path, 'cgroup.freeze', '0'),
+        thaw = 'cgroup.freeze', '0'
+        path = self.make_cgroup(root, thaw)
+        self.dump_frozen(path, ('cgroup.freeze', '1'), thaw,
                          lambda: 'frozen 1' in self.read(path, 'cgroup.events'))
 
 
