@@ -44,6 +44,8 @@ static struct paused *paused_list;
 static bool enabled;
 static bool in_inventory;
 static bool root_seen;
+/* Restore of an image that may or may not have needed us (see claim_image). */
+static bool unclaimed;
 
 /* ---- which processes ---- */
 
@@ -335,8 +337,14 @@ int phos_plugin_resume_devices_late(int pid)
 	unsigned int remaining = 0;
 	int ret;
 
-	if (!enabled)
+	if (!enabled) {
+		if (unclaimed && may_use_cuda(pid))
+			phos_warn(
+				"process %d uses CUDA, but its images hold no phos-*.img: if phos "
+				"dumped it, the image directory is incomplete",
+				pid);
 		return -ENOTSUP;
+	}
 	if (!phosd_started() && !may_use_cuda(pid))
 		return -ENOTSUP;
 	ret = phosd_find_restored(pid, &process);
@@ -418,6 +426,7 @@ static int begin_restore(void)
 	}
 	/* Images that the inventory does not mention are left over from another dump. */
 	if (claimed == 0 || !present) {
+		unclaimed = claimed == -1;
 		enabled = false;
 		return 0;
 	}

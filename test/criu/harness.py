@@ -180,6 +180,11 @@ class CriuTest(unittest.TestCase):
         self.failures_before = self.failures()
         self.addCleanup(self.clean_up)
 
+    def needs_criu(self, major, minor, reason):
+        version = subprocess.run([self.criu, '--version'], capture_output=True, text=True).stdout
+        if tuple(map(int, re.search(r'(\d+)\.(\d+)', version).groups())) < (major, minor):
+            self.skipTest(f'CRIU before {major}.{minor} {reason}')
+
     def failures(self):
         result = self._outcome.result
         return len(result.failures) + len(result.errors)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Containers that their runtime has frozen by cgroup before it calls CRIU (CRI-O; runc --freeze)."""
 import os
-import re
-import subprocess
 import unittest
 
 from harness import CriuTest, wait_until
@@ -14,9 +12,7 @@ V2 = ('/sys/fs/cgroup', '/sys/fs/cgroup/unified')
 class FrozenByCgroup(CriuTest):
     def setUp(self):
         super().setUp()
-        version = subprocess.run([self.criu, '--version'], capture_output=True, text=True).stdout
-        if tuple(map(int, re.search(r'(\d+)\.(\d+)', version).groups())) < (4, 2):
-            self.skipTest('CRIU before 4.2 does not thaw the cgroup before it asks the plugin')
+        self.needs_criu(4, 2, 'does not thaw the cgroup before it asks the plugin')
 
     def make_cgroup(self, root, thaw):
         path = os.path.join(root, os.path.basename(self.directory))
