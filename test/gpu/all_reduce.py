@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 def run(rank, ranks):
     # CRIU cannot dump io_uring, which PyTorch's rendezvous uses through libuv.
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='29517', UV_USE_IO_URING='0')
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='29517', USE_LIBUV='0')
     torch.cuda.set_device(rank)
     dist.init_process_group('nccl', rank=rank, world_size=ranks)
     x = torch.empty(1 << 22, device='cuda')
