@@ -56,8 +56,8 @@ class Nccl(Application):
     def test_shared_host_memory_is_refused(self):
         self.refused('made by cuMemCreate', NCCL_P2P_DISABLE='1')
 
-    def snapshot(self, **settings):
-        target = self.ranks(**settings)
+    def test_remedy_works(self):
+        target = self.ranks(NCCL_P2P_DISABLE='1', NCCL_CUMEM_HOST_ENABLE='0')
         self.dump_ok(target, '--leave-running', *self.OPTIONS)
         self.assert_runs_on(target)
         self.dump_ok(target, *self.OPTIONS)
@@ -67,11 +67,12 @@ class Nccl(Application):
         target.wait_tick(ticks + 3)
         target.check_output(self)
 
-    def test_remedy_works(self):
-        self.snapshot(NCCL_P2P_DISABLE='1', NCCL_CUMEM_HOST_ENABLE='0')
-
-    def test_sockets_work(self):
-        self.snapshot(NCCL_P2P_DISABLE='1', NCCL_SHM_DISABLE='1')
+    def test_snapshot_with_nccl_over_sockets(self):
+        # Left running: whether CRIU can restore busy TCP connections without a packet filter is
+        # another matter than the GPUs.
+        target = self.ranks(NCCL_P2P_DISABLE='1', NCCL_SHM_DISABLE='1')
+        self.dump_ok(target, '--leave-running', *self.OPTIONS)
+        self.assert_runs_on(target)
 
 
 if __name__ == '__main__':
