@@ -10,28 +10,39 @@
 namespace phos {
 namespace {
 
-// Every libcuda function phos calls from outside a target; a missing one names its driver.
-#define PHOS_CUDA_ENTRY_POINTS(X)                             \
-  X(cuInit, "any")                                            \
-  X(cuDriverGetVersion, "any")                                \
-  X(cuGetErrorName, "any")                                    \
-  X(cuDeviceGetCount, "any")                                  \
-  X(cuDeviceGet, "any")                                       \
-  X(cuDeviceGetName, "any")                                   \
-  X(cuDeviceGetUuid_v2, "11.4")                               \
-  X(cuDeviceTotalMem_v2, "any")                               \
-  X(cuCheckpointProcessGetRestoreThreadId, "570 (CUDA 12.8)") \
-  X(cuCheckpointProcessGetState, "570 (CUDA 12.8)")           \
-  X(cuCheckpointProcessLock, "570 (CUDA 12.8)")               \
-  X(cuCheckpointProcessCheckpoint, "570 (CUDA 12.8)")         \
-  X(cuCheckpointProcessRestore, "570 (CUDA 12.8)")            \
-  X(cuCheckpointProcessUnlock, "570 (CUDA 12.8)")
+// Every libcuda function phos calls from outside a target, and the driver release that brought it
+// (0: older than any phos could use).
+#define PHOS_CUDA_ENTRY_POINTS(X)               \
+  X(cuInit, 0)                                  \
+  X(cuDriverGetVersion, 0)                      \
+  X(cuGetErrorName, 0)                          \
+  X(cuDeviceGetCount, 0)                        \
+  X(cuDeviceGet, 0)                             \
+  X(cuDeviceGetName, 0)                         \
+  X(cuDeviceTotalMem_v2, 0)                     \
+  X(cuDeviceGetUuid_v2, 470)                    \
+  X(cuCheckpointProcessGetRestoreThreadId, 570) \
+  X(cuCheckpointProcessGetState, 570)           \
+  X(cuCheckpointProcessLock, 570)               \
+  X(cuCheckpointProcessCheckpoint, 570)         \
+  X(cuCheckpointProcessRestore, 570)            \
+  X(cuCheckpointProcessUnlock, 570)
 
 struct EntryPoints {
 #define X(name, since) decltype(&::name) name = nullptr;
   PHOS_CUDA_ENTRY_POINTS(X)
 #undef X
 };
+
+Error missing_entry_point(const std::string& path, const char* name, int since) {
+  if (since == 0) {
+    return Error(Domain::kUsage, ENOSYS, path + " has no " + name + ": it is not NVIDIA's libcuda");
+  }
+  return Error(Domain::kUsage, ENOSYS,
+               "NVIDIA's driver is too old: its " + path + " has no " + name +
+                   ", which came with release " + std::to_string(since) + "; install driver 570 " +
+                   "(CUDA 12.8) or newer");
+}
 
 // gpuPairs appeared in CUDA 13.0 (driver 580).
 constexpr int kFirstApiWithGpuPairs = 13000;
@@ -199,12 +210,9 @@ Result<std::unique_ptr<GpuDriver>> open_cuda_driver(const std::string& path) {
                      "); install NVIDIA driver 570 or newer");
   }
   EntryPoints cu;
-#define X(name, since)                                                                  \
-  cu.name = reinterpret_cast<decltype(cu.name)>(dlsym(lib, #name));                     \
-  if (!cu.name) {                                                                       \
-    return Error(Domain::kUsage, ENOSYS,                                                \
-                 path + " has no " #name "; install NVIDIA driver " since " or newer"); \
-  }
+#define X(name, since)                                              \
+  cu.name = reinterpret_cast<decltype(cu.name)>(dlsym(lib, #name)); \
+  if (!cu.name) return missing_entry_point(path, #name, since);
   PHOS_CUDA_ENTRY_POINTS(X)
 #undef X
   auto simulated = reinterpret_cast<CudaDriver::SimulatedMemory>(dlsym(lib, "phos_sim_memory"));

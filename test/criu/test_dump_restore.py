@@ -338,6 +338,54 @@ class FailedRestore(CriuTest):
         self.addCleanup(os.kill, sleeper.pid, signal.SIGKILL)
 
 
+class OtherMachine(CriuTest):
+    """The simulated machine's GPUs are changed between dump and restore."""
+
+    def machine(self, *gpus):
+        path = os.path.join(self.directory, 'machine')
+        with open(path, 'w') as f:
+            f.write(''.join(f'gpu {uuid * 16} {gib << 30} {name}\n' for uuid, gib, name in gpus))
+        return {'PHOS_SIM_MACHINE': path}
+
+    def dumped(self, *gpus):
+        if REAL_GPU:
+            self.skipTest('the GPUs of a real machine do not change')
+        env = self.machine(*gpus)
+        target = self.counter(env=env)
+        self.dump_ok(target, env=env)
+        wait_until(target.gone, 'the dumped process to be gone')
+        return target, target.last_tick()
+
+    def test_another_gpu_of_the_same_kind(self):
+        target, ticks = self.dumped(('11', 8, 'Some GPU'))
+        self.restore_ok(env=self.machine(('22', 8, 'Some GPU')))
+        target.wait_tick(ticks + 3)
+        target.check_output(self)
+
+    def refused(self, *gpus):
+        target, _ = self.dumped(('11', 8, 'Some GPU'))
+        env = self.machine(*gpus)
+        result = self.restore(env=env)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertTrue(any('GPU-11111111' in e and 'Some GPU' in e
+                            for e in self.errors('restore.log')), self.errors('restore.log'))
+        self.assertTrue(target.gone())
+        # `phos restore` says so before it starts CRIU.
+        os.unlink(os.path.join(self.images, 'restore.log'))
+        result = subprocess.run([os.path.join(BUILD, 'bin', 'phos'), 'restore', '-D', self.images],
+                                env=self.env(env), capture_output=True, text=True)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertEqual(result.stderr.count('\n'), 1, result.stderr)
+        self.assertIn('Some GPU', result.stderr)
+        self.assertFalse(os.path.exists(os.path.join(self.images, 'restore.log')))
+
+    def test_gpu_of_another_kind_is_refused(self):
+        self.refused(('22', 8, 'Other GPU'))
+
+    def test_smaller_gpu_is_refused(self):
+        self.refused(('22', 4, 'Some GPU'))
+
+
 class InitialState(CriuTest):
     """A process that its user has locked or checkpointed stays so."""
 
