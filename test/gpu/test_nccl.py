@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """NCCL on two GPUs: what the driver could not restore is refused, the remedy named works."""
 import os
+import subprocess
 import sys
 import unittest
 
@@ -8,7 +9,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(os.path.dirname(HERE), 'criu'))
 sys.path.insert(0, HERE)
 
-from harness import Target, alive, wait_until  # noqa: E402
+from harness import BUILD, Target, alive, wait_until  # noqa: E402
 from test_applications import PYTHON, Application, has  # noqa: E402
 
 
@@ -73,6 +74,28 @@ class Nccl(Application):
         target = self.ranks(NCCL_P2P_DISABLE='1', NCCL_SHM_DISABLE='1')
         self.dump_ok(target, '--leave-running', *self.OPTIONS)
         self.assert_runs_on(target)
+
+
+class OntoAnotherGpu(Application):
+    def gpus_of(self, pid):
+        out = subprocess.run(['nvidia-smi', '--query-compute-apps=pid,gpu_uuid',
+                              '--format=csv,noheader'], capture_output=True, text=True).stdout
+        return {line.split(', ')[1] for line in out.splitlines() if line.startswith(f'{pid},')}
+
+    def test_driver_moves_a_process_to_the_next_gpu(self):
+        if gpus() < 2:
+            self.skipTest('needs two GPUs')
+        target = self.runtime_counter('256')
+        before = self.gpus_of(target.pid)
+        tool = os.path.join(BUILD, 'test', 'checkpoint')
+        result = subprocess.run([tool, str(target.pid), 'lock', 'checkpoint', 'rotate', 'unlock'],
+                                env=self.env(), capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assert_runs_on(target)
+        after = self.gpus_of(target.pid)
+        if not before or not after:
+            self.skipTest('it went on rightly, but nvidia-smi does not show where')
+        self.assertNotEqual(before, after)
 
 
 if __name__ == '__main__':

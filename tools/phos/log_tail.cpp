@@ -28,6 +28,8 @@ std::string error_text(const std::string& line) {
   size_t at = line.find("Error (");
   if (at == std::string::npos) return "";
   if (line.find_first_not_of("(0123456789.) :", 0) != at) return "";
+  // Where CAP_SYS_RESOURCE is missing CRIU says this first of all, and goes on.
+  if (line.find("Can't setup RLIMIT_NOFILE") != std::string::npos) return "";
   return line.substr(at);
 }
 
