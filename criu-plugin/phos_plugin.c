@@ -161,8 +161,7 @@ int phos_plugin_pause_devices(int pid)
 	 * is the driver's to use for its wait; our own work must not be cut off in the middle.
 	 */
 	left = alarm(0);
-	if (phosd_start(PHOS__WIRE__STAGE__DUMP) || phosd_inspect(pid, add_paused) ||
-	    claim_inventory())
+	if (phosd_start(PHOS__WIRE__STAGE__DUMP) || phosd_inspect(pid, add_paused))
 		goto out;
 	clock_gettime(CLOCK_MONOTONIC, &start);
 	ret = phosd_lock(lock_timeout(left) * 1000) ? -1 : 0;
@@ -204,7 +203,8 @@ int phos_plugin_checkpoint_devices(int pid)
 	ret = phosd_checkpoint(pid);
 	if (restore_thread_stop(&thread))
 		ret = -1;
-	return ret ? -1 : 0;
+	/* Not before there is an image of ours: CRIU writes the inventory at the end. */
+	return ret || claim_inventory() ? -1 : 0;
 }
 CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__CHECKPOINT_DEVICES, phos_plugin_checkpoint_devices)
 
@@ -265,11 +265,10 @@ static void undo_all(void)
 		if (restore_thread_resume(&thread, p->restore_tid))
 			continue;
 		ret = phosd_undo(p->pid, p->found);
-		if (ret == -ENOTCONN || ret == -EPIPE) {
-			/* phosd died; another one can take over. */
-			if (!phosd_start(PHOS__WIRE__STAGE__TAKE_OVER))
-				ret = phosd_undo(p->pid, p->found);
-		}
+		/* phosd has died (a slow one is left to finish): another one can take over. */
+		if (ret && ret != -ETIMEDOUT && !phosd_started() &&
+		    !phosd_start(PHOS__WIRE__STAGE__TAKE_OVER))
+			ret = phosd_undo(p->pid, p->found);
 		if (ret)
 			phos_err("process %d is not back as it was; phosd goes on trying", p->pid);
 		restore_thread_stop(&thread);

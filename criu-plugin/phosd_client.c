@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "criu-plugin/phosd_client.h"
 
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -55,6 +56,21 @@ static bool find_phosd(char *path, size_t size)
 	return access(path, X_OK) == 0;
 }
 
+static void close_from(int first)
+{
+	DIR *dir = opendir("/proc/self/fd");
+	struct dirent *entry;
+
+	while (dir && (entry = readdir(dir))) {
+		int fd = atoi(entry->d_name);
+
+		if (fd >= first && fd != dirfd(dir))
+			close(fd);
+	}
+	if (dir)
+		closedir(dir);
+}
+
 /* In a fresh child of criu: nothing of criu's may stay open or blocked in phosd. */
 static void exec_phosd(const char *path, int fd)
 {
@@ -69,10 +85,8 @@ static void exec_phosd(const char *path, int fd)
 	if (dup2(fd, 3) < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
 		_exit(1);
 	fcntl(3, F_SETFD, 0);
-	if (syscall(SYS_close_range, 4U, ~0U, 0U)) { /* before Linux 5.9 */
-		for (fd = sysconf(_SC_OPEN_MAX); fd >= 4; fd--)
-			close(fd);
-	}
+	if (syscall(SYS_close_range, 4U, ~0U, 0U)) /* before Linux 5.9 */
+		close_from(4);
 	/* The GPUs are the machine's, whatever criu's caller restricts itself to. */
 	unsetenv("CUDA_VISIBLE_DEVICES");
 	sigemptyset(&none);

@@ -158,8 +158,8 @@ class Server {
       reply->files = files->files;
       return {};
     }
-    if (hello.stage == PHOS__WIRE__STAGE__TAKE_OVER) return {};
     if (auto r = make_lock_directory(); !r) return r;
+    if (hello.stage == PHOS__WIRE__STAGE__TAKE_OVER) return {};
     return session_->begin_dump(std::move(image_dir));
   }
 

@@ -33,4 +33,8 @@ inline std::string megabytes(uint64_t bytes) {
   return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
 }
 
+// Is the process that had this restore thread and start time dead or dying? By the restore thread,
+// not by the leader, which may end before the others.
+bool has_ended(int pid, int restore_tid, uint64_t start_time);
+
 }  // namespace phos

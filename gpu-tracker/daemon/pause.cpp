@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <future>
 #include <random>
+#include <system_error>
 #include <thread>
 
 #include "gpu-tracker/base/log.h"
@@ -56,9 +57,18 @@ Result<std::optional<Session::Held>> Session::inspect_one(int pid) {
     if (!read_proc_status(pid)) return std::optional<Held>();
     return refuse(pid, tid.error().message());
   }
-  auto status = read_proc_status(pid);
   auto start_time = read_start_time(pid);
-  if (!status || !start_time || status->state == 'Z') return std::optional<Held>();
+  if (!start_time) return std::optional<Held>();
+  auto held = inspect_living(pid, *tid, *start_time);
+  // Whatever went wrong with a process that is ending is not worth an error: CRIU copes with it.
+  if (!held && has_ended(pid, *tid, *start_time)) return std::optional<Held>();
+  return held;
+}
+
+Result<std::optional<Session::Held>> Session::inspect_living(int pid, int restore_tid,
+                                                             uint64_t start_time) {
+  auto status = read_proc_status(pid);
+  if (!status) return status.error();
   if (status->state == 'T') {
     return refuse(pid,
                   "it is stopped (SIGSTOP), and NVIDIA's driver needs it running; send it SIGCONT "
@@ -74,14 +84,14 @@ Result<std::optional<Session::Held>> Session::inspect_one(int pid) {
         "its cgroup is frozen, and NVIDIA's driver needs it running; use CRIU 4.2 or newer, "
         "which thaws it for phos, or resume the container first");
   }
-  auto lock = ProcessLock::take(lock_dir_, pid, *start_time);
+  auto lock = ProcessLock::take(lock_dir_, pid, start_time);
   if (!lock) return lock.error();
   auto state = driver_.state(pid);
   if (!state) return refuse(pid, state.error().message());
   if (*state == CudaState::kFailed) {
     return refuse(pid, "an earlier checkpoint or restore of it failed in NVIDIA's driver");
   }
-  std::optional<Held> held(std::in_place, *tid, *state, *start_time, std::move(*lock));
+  std::optional<Held> held(std::in_place, restore_tid, *state, start_time, std::move(*lock));
   if (*state != CudaState::kCheckpointed) {
     if (auto r = check_restorable(pid, &*held); !r) return r.error();
   }
@@ -115,7 +125,8 @@ Result<void> Session::check_restorable(int pid, Held* held) const {
 
 Result<void> Session::lock_or_leave(int pid, unsigned timeout_ms) {
   auto r = driver_.lock(pid, timeout_ms);
-  if (r) return r;
+  // An illegal state is not ours to undo: another tool has locked it meanwhile.
+  if (r || is_cuda_error(r.error(), kCudaErrorIllegalState)) return r;
   // The driver undoes a lock that timed out; make sure, so that no failure leaves it locked.
   if (auto now = driver_.state(pid); now && *now == CudaState::kLocked) {
     (void)driver_.unlock(pid).ok();
@@ -123,73 +134,91 @@ Result<void> Session::lock_or_leave(int pid, unsigned timeout_ms) {
   return r;
 }
 
-Result<bool> Session::try_lock(const std::vector<Group::value_type*>& members,
-                               unsigned timeout_ms) {
+Result<bool> Session::try_lock(const std::vector<int>& pids, unsigned timeout_ms) {
   const auto start = steady_clock::now();
-  std::vector<std::future<Result<void>>> others;
-  for (size_t i = 1; i < members.size(); i++) {
-    others.push_back(std::async(std::launch::async, [this, pid = members[i]->first, timeout_ms] {
-      return lock_or_leave(pid, timeout_ms);
-    }));
+  std::vector<Result<void>> results(pids.size());
+  try {
+    std::vector<std::future<void>> others;  // their destructors wait
+    for (size_t i = 1; i < pids.size(); i++) {
+      others.push_back(std::async(std::launch::async, [this, &pids, &results, i, timeout_ms] {
+        results[i] = lock_or_leave(pids[i], timeout_ms);
+      }));
+    }
+    results[0] = lock_or_leave(pids[0], timeout_ms);
+  } catch (const std::system_error& e) {  // no more threads to be had
+    for (size_t i = 0; i < pids.size(); i++) {
+      auto now = driver_.state(pids[i]);
+      if (now && *now == CudaState::kLocked) (void)driver_.unlock(pids[i]).ok();
+    }
+    return Error(Domain::kErrno, e.code().value(),
+                 std::string("cannot start a thread to lock a process: ") + e.what());
   }
-  std::vector<Result<void>> results;
-  results.push_back(lock_or_leave(members[0]->first, timeout_ms));
-  for (auto& other : others) results.push_back(other.get());
 
   std::optional<Error> failure;
-  for (size_t i = 0; i < members.size(); i++) {
-    auto& [pid, held] = *members[i];
-    held.locked = results[i].ok();
-    held.lock_time = since(start);
-    if (!results[i].ok() && !is_cuda_error(results[i].error(), kCudaErrorNotReady)) {
-      failure = refuse(pid, results[i].error().message());
+  bool in_time = true;
+  for (size_t i = 0; i < pids.size(); i++) {
+    auto it = held_.find(pids[i]);
+    it->second.locked = results[i].ok();
+    it->second.lock_time = since(start);
+    if (results[i].ok()) continue;
+    if (has_ended(pids[i], it->second.restore_tid, it->second.start_time)) {
+      held_.erase(it);
+    } else if (is_cuda_error(results[i].error(), kCudaErrorNotReady)) {
+      in_time = false;
+    } else {
+      failure = refuse(pids[i], results[i].error().message());
     }
   }
-  if (std::all_of(results.begin(), results.end(), [](const auto& r) { return r.ok(); })) {
-    return true;
-  }
-  for (auto* member : members) {
-    if (!member->second.locked) continue;
-    if (auto r = driver_.unlock(member->first); !r) {
-      failure = refuse(member->first, r.error().message());
+  if (in_time && !failure) return true;
+  for (int pid : pids) {
+    auto it = held_.find(pid);
+    if (it == held_.end() || !it->second.locked) continue;
+    if (auto r = driver_.unlock(pid); !r) {
+      failure = refuse(pid, r.error().message());
     } else {
-      member->second.locked = false;
+      it->second.locked = false;
     }
   }
   if (failure) return *failure;
   return false;
 }
 
+std::vector<int> Session::to_lock() const {
+  std::vector<int> pids;
+  for (const auto& [pid, held] : held_) {
+    if (held.found == CudaState::kRunning && !held.locked) pids.push_back(pid);
+  }
+  return pids;
+}
+
 // Processes that work together (NCCL ranks) wait for each other's GPU work: locked one after the
 // other, the first blocks the second for ever. Locked at once they all drain, unless some have
 // begun a step that others have not; then all are let go and met again a little later.
 Result<void> Session::lock(unsigned timeout_ms) {
-  std::vector<Group::value_type*> members;
-  for (auto& member : held_) {
-    if (member.second.found == CudaState::kRunning && !member.second.locked) {
-      members.push_back(&member);
-    }
-  }
-  if (members.empty()) return {};
+  const std::vector<int> wanted = to_lock();
   const auto deadline = steady_clock::now() + milliseconds(timeout_ms);
-  auto attempt = members.size() == 1 ? milliseconds(timeout_ms) : kFirstAttempt;
+  auto attempt = wanted.size() == 1 ? milliseconds(timeout_ms) : kFirstAttempt;
   for (;;) {
-    const auto left =
-        std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now()).count();
-    if (left <= 0) {
-      return refuse(members[0]->first,
-                    "its GPU work did not finish within " + std::to_string(timeout_ms) +
-                        " ms; raise criu's --timeout, or dump between two pieces of work");
+    const std::vector<int> pids = to_lock();
+    if (pids.empty()) break;
+    const milliseconds left =
+        std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now());
+    if (left <= milliseconds(0)) {
+      return refuse(pids[0], "its GPU work did not finish within " + std::to_string(timeout_ms) +
+                                 " ms; raise criu's --timeout, or dump between two pieces of work");
     }
-    auto locked =
-        try_lock(members, static_cast<unsigned>(std::min<int64_t>(attempt.count(), left)));
+    // Rather one long last attempt than two that are both too short for a long kernel.
+    const milliseconds limit = left < attempt * 3 ? left : attempt;
+    auto locked = try_lock(pids, static_cast<unsigned>(limit.count()));
     if (!locked) return locked.error();
     if (*locked) break;
     attempt *= 2;
     let_run_for_a_moment();
   }
-  for (auto* member : members) {
-    auto& [pid, held] = *member;
+  for (int pid : wanted) {
+    auto it = held_.find(pid);
+    if (it == held_.end()) continue;
+    Held& held = it->second;
     log(LogLevel::kInfo, "daemon", "%s: %s of GPU memory, locked in %.1f ms", process(pid).c_str(),
         megabytes(held.memory.own).c_str(), static_cast<double>(held.lock_time.count()) / 1000);
     // Once more, now that nothing can change: what was imported while we looked.
@@ -204,7 +233,7 @@ Result<std::vector<FoundProcess>> Session::inspect(int pid) {
   const std::vector<int> tree = with_descendants(pid);
   Group group;
   for (int member : tree) {
-    if (held_.count(member)) continue;
+    if (held_.count(member) || group.count(member)) continue;
     auto held = inspect_one(member);
     if (!held) return held.error();
     if (held->has_value()) group.emplace(member, std::move(**held));
@@ -218,7 +247,10 @@ Result<std::vector<FoundProcess>> Session::inspect(int pid) {
   std::vector<FoundProcess> found;
   for (int member : tree) {
     auto it = held_.find(member);
-    if (it != held_.end()) found.push_back({member, it->second.restore_tid, it->second.found});
+    const bool listed = std::any_of(found.begin(), found.end(),
+                                    [&](const FoundProcess& f) { return f.pid == member; });
+    if (it != held_.end() && !listed)
+      found.push_back({member, it->second.restore_tid, it->second.found});
   }
   return found;
 }

@@ -131,10 +131,21 @@ Result<void> Session::bring_back(int pid, CudaState target) {
 
 Result<void> Session::undo(int pid, CudaState found) {
   auto it = held_.find(pid);
-  if (it != held_.end()) found = it->second.found;
-  if (auto r = bring_back(pid, found); !r) return r;
-  log(LogLevel::kInfo, "daemon", "%s: back to %s", process(pid).c_str(), to_string(found));
-  if (it != held_.end()) held_.erase(it);
+  if (it == held_.end()) {
+    // Taken over from a session that died: held from now on, so that recover() goes on trying.
+    auto tid = driver_.restore_thread_id(pid);
+    auto start_time = read_start_time(pid);
+    if (!tid || !start_time) return {};  // it has ended
+    auto lock = ProcessLock::take(lock_dir_, pid, *start_time);
+    if (!lock) return lock.error();  // the other one lives after all
+    it = held_.try_emplace(pid, *tid, found, *start_time, std::move(*lock)).first;
+  }
+  const Held& held = it->second;
+  if (!has_ended(pid, held.restore_tid, held.start_time)) {
+    if (auto r = bring_back(pid, held.found); !r) return r;
+    log(LogLevel::kInfo, "daemon", "%s: back to %s", process(pid).c_str(), to_string(held.found));
+  }
+  held_.erase(it);
   return {};
 }
 
@@ -191,15 +202,20 @@ Result<void> Session::finish(bool success) {
   return {};
 }
 
-bool Session::recover_one(int pid, Held* held) {
-  auto start_time = read_start_time(pid);
+bool has_ended(int pid, int restore_tid, uint64_t start_time) {
+  auto now = read_start_time(pid);
   auto status = read_proc_status(pid);
-  // By the restore thread, not by the leader, which may have ended before the others.
+  auto thread = read_proc_status(restore_tid);
+  return !now || *now != start_time || !status || !thread || thread->tgid != status->tgid ||
+         thread->state == 'Z' || thread->state == 'X';
+}
+
+bool Session::recover_one(int pid, Held* held) {
+  // Killed, as a successful dump does.
+  if (has_ended(pid, held->restore_tid, held->start_time)) return true;
+  auto status = read_proc_status(pid);
   auto thread = read_proc_status(held->restore_tid);
-  if (!start_time || *start_time != held->start_time || !status || !thread ||
-      thread->tgid != status->tgid || thread->state == 'Z' || thread->state == 'X') {
-    return true;  // killed, as a successful dump does
-  }
+  if (!status || !thread) return true;
   // Frozen: CRIU still has it, or a debugger, or its cgroup. The driver would block on it.
   if (status->tracer_pid || thread->tracer_pid || thread->state == 'T' || is_cgroup_frozen(pid)) {
     return false;

@@ -94,10 +94,13 @@ class Session {
 
   // Nothing: no CUDA in it, or it is gone.
   Result<std::optional<Held>> inspect_one(int pid);
+  Result<std::optional<Held>> inspect_living(int pid, int restore_tid, uint64_t start_time);
   Result<void> check_restorable(int pid, Held* held) const;
   Result<void> lock_or_leave(int pid, unsigned timeout_ms);
-  // One try; false: some process's work did not finish in time.
-  Result<bool> try_lock(const std::vector<Group::value_type*>& members, unsigned timeout_ms);
+  // One try. Processes that have ended are forgotten. False: some process's work did not finish in
+  // time; then none is locked.
+  Result<bool> try_lock(const std::vector<int>& pids, unsigned timeout_ms);
+  std::vector<int> to_lock() const;
 
   Result<void> write_image(int pid, const Held& held, std::chrono::microseconds checkpoint_time);
   Result<void> bring_back(int pid, CudaState target);

@@ -53,9 +53,14 @@ Result<RemoteThread> RemoteThread::attach(int pid, int tid) {
   }
   thread.attached_ = true;
   if (ptrace(PTRACE_INTERRUPT, tid, nullptr, nullptr) < 0) return on_thread(tid, "stopping");
-  int status = 0;
-  if (auto r = thread.wait_stop(steady_clock::now() + kAttachTimeout, &status); !r) {
-    return r.error();
+  // A signal may be about to be delivered: it is, and the stop we asked for comes after.
+  for (;;) {
+    int status = 0;
+    if (auto r = thread.wait_stop(steady_clock::now() + kAttachTimeout, &status); !r) {
+      return r.error();
+    }
+    if (status >> 16 == PTRACE_EVENT_STOP) break;
+    if (ptrace(PTRACE_CONT, tid, nullptr, WSTOPSIG(status)) < 0) return on_thread(tid, "resuming");
   }
   if (auto r = thread.prepare(); !r) return r.error();
   return thread;
