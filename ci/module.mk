@@ -69,6 +69,10 @@ install: all ## install below PREFIX; the plugin goes where stock CRIU looks for
 	if [ -e $$f ] && ! grep -q '$(FRONT_END_MARK)' $$f; then \
 	  echo "install: $$f is stock criu: left alone (no --enable-plugin; use criu -L $(PLUGINDIR))"; \
 	else install -D -m 0755 $(B)/bin/criu $$f; fi
+	@# A CRIU that had to be built is of no use to anybody but the front end, which looks there.
+	$(Q)if [ -d $(B)/criu/src ]; then \
+	  install -D -m 0755 $(B)/criu/criu $(DESTDIR)$(LIBEXECDIR)/criu; \
+	  echo "install: CRIU, which this machine does not have in 4.2, is $(LIBEXECDIR)/criu"; fi
 	$(Q)for page in $(MAN_PAGES); do \
 	  install -D -m 0644 $$page $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/} || exit 1; \
 	done
@@ -76,7 +80,7 @@ install: all ## install below PREFIX; the plugin goes where stock CRIU looks for
 uninstall: ## remove what install put there
 	$(Q)f=$(DESTDIR)$(PREFIX)/sbin/criu; \
 	if grep -qs '$(FRONT_END_MARK)' $$f; then rm -f $$f; fi
-	$(Q)rm -f $(DESTDIR)$(PREFIX)/bin/phos $(DESTDIR)$(LIBEXECDIR)/phosd \
+	$(Q)rm -f $(DESTDIR)$(PREFIX)/bin/phos $(DESTDIR)$(LIBEXECDIR)/phosd $(DESTDIR)$(LIBEXECDIR)/criu \
 	  $(DESTDIR)$(PLUGINDIR)/phos_plugin.so
 	$(Q)for page in $(MAN_PAGES); do \
 	  rm -f $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}; done

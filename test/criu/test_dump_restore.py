@@ -371,6 +371,32 @@ class FailedRestore(CriuTest):
         self.addCleanup(os.kill, sleeper.pid, signal.SIGKILL)
 
 
+class PhosCommand(CriuTest):
+    def phos(self, *args):
+        return subprocess.run([os.path.join(BUILD, 'bin', 'phos'), *args], capture_output=True,
+                              text=True, env=self.env({'PHOS_CRIU': self.criu}))
+
+    def test_dump_and_restore(self):
+        target = self.counter()
+        result = self.phos('dump', '-t', str(target.pid), '-D', self.images)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        wait_until(target.gone, 'the dumped process to be gone')
+        ticks = target.last_tick()
+        result = self.phos('restore', '-D', self.images)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        target.wait_tick(ticks + 3)
+        target.check_output(self)
+
+    def test_pid_in_use_is_named(self):
+        target = self.counter()
+        self.dump_ok(target, '--leave-running')
+        result = self.phos('restore', '-D', self.images)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertEqual(result.stderr.count('\n'), 1, result.stderr)
+        self.assertIn(f'pid {target.pid}, which the images need, is in use (counter)', result.stderr)
+        self.assert_runs_on(target)
+
+
 class OtherMachine(CriuTest):
     """The simulated machine's GPUs are changed between dump and restore."""
 

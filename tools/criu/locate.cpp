@@ -81,6 +81,8 @@ Result<std::string> find_stock_criu(const std::string& self_dir) {
   for (const char* dir : {"/usr/sbin", "/sbin", "/usr/bin", "/usr/local/sbin", PHOS_LIBEXECDIR}) {
     dirs.emplace_back(dir);
   }
+  // In the build directory: what `make criu` made.
+  if (!self_dir.empty()) dirs.push_back(self_dir + "/../criu");
   for (const std::string& dir : dirs) {
     if (usable(dir + "/criu")) return dir + "/criu";
   }

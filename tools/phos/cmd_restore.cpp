@@ -2,14 +2,22 @@
 // phos restore: finds out before criu starts whether this machine can take the GPU state, then runs
 // criu restore with the phos plugin and looks whether the process is really there.
 
+#include <dirent.h>
+#include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <memory>
+#include <thread>
+#include <vector>
 
 #include "gpu-tracker/base/json.h"
+#include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/driver/cuda_driver.h"
 #include "tools/phos/command.h"
 #include "tools/phos/criu_run.h"
@@ -19,6 +27,8 @@
 
 namespace phos::cli {
 namespace {
+
+constexpr std::chrono::seconds kPidPatience{5};
 
 namespace po = boost::program_options;
 
@@ -150,6 +160,43 @@ int run_and_verify(const Parsed& options, const std::string& dir, const ImageSet
   return kExitOk;
 }
 
+// CRIU gives the tasks the pids they had. A process that was just dumped keeps its pid until its
+// parent has waited for it: that is worth a moment, and not CRIU's "Can't fork: File exists".
+Result<void> wait_for_pids(int dir_fd) {
+  std::vector<int> pids;
+  UniqueFd copy(openat(dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  std::unique_ptr<DIR, int (*)(DIR*)> dir(copy ? fdopendir(copy.release()) : nullptr, closedir);
+  if (!dir) return Error::from_errno(errno, "reading the image directory");
+  while (dirent* entry = readdir(dir.get())) {
+    int pid = 0, end = 0;
+    if (sscanf(entry->d_name, "core-%d.img%n", &pid, &end) == 1 && end && !entry->d_name[end]) {
+      pids.push_back(pid);
+    }
+  }
+  // With an init of its own the tree comes back in a pid namespace of its own.
+  if (std::find(pids.begin(), pids.end(), 1) != pids.end()) return {};
+  const auto deadline = std::chrono::steady_clock::now() + kPidPatience;
+  for (int pid : pids) {
+    for (;;) {
+      auto holder = read_proc_status(pid);
+      if (!holder) break;
+      const std::string who = "pid " + std::to_string(pid) + ", which the images need, ";
+      if (holder->state != 'Z' && holder->state != 'X') {
+        return Error(Domain::kUsage, EEXIST,
+                     who + "is in use (" + holder->comm +
+                         "); end that process, or restore in a new pid namespace");
+      }
+      if (std::chrono::steady_clock::now() > deadline) {
+        return Error(Domain::kUsage, EEXIST,
+                     who + "is still held by a dead process (" + holder->comm +
+                         ") whose parent has not waited for it; end the parent");
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+  }
+  return {};
+}
+
 int restore(const Parsed& options) {
   std::string path = options.values["images-dir"].as<std::string>();
   if (options.has("detach") && options.has("foreground")) {
@@ -162,6 +209,7 @@ int restore(const Parsed& options) {
   auto images = read_image_set(fd->get());
   if (!images) return fail(kName, images.error().message());
   if (auto ok = check_machine(*images); !ok) return fail(kName, ok.error().message());
+  if (auto ok = wait_for_pids(fd->get()); !ok) return fail(kName, ok.error().message());
   std::unique_ptr<char, decltype(&free)> real(realpath(path.c_str(), nullptr), free);
   return run_and_verify(options, real ? real.get() : path, *images);
 }
