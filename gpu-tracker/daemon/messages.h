@@ -37,4 +37,8 @@ inline std::string megabytes(uint64_t bytes) {
 // not by the leader, which may end before the others.
 bool has_ended(int pid, int restore_tid, uint64_t start_time);
 
+// The same after a driver call failed with `error`: a process that is being killed stops answering
+// before /proc shows it dead, so an error of the operating system is given a moment.
+bool has_ended(int pid, int restore_tid, uint64_t start_time, const Error& error);
+
 }  // namespace phos

@@ -61,7 +61,9 @@ Result<std::optional<Session::Held>> Session::inspect_one(int pid) {
   if (!start_time) return std::optional<Held>();
   auto held = inspect_living(pid, *tid, *start_time);
   // Whatever went wrong with a process that is ending is not worth an error: CRIU copes with it.
-  if (!held && has_ended(pid, *tid, *start_time)) return std::optional<Held>();
+  if (held) return held;
+  if (has_ended(pid, *tid, *start_time, held.error())) return std::optional<Held>();
+  if (held.error().domain() == Domain::kCuda) return refuse(pid, held.error().message());
   return held;
 }
 
@@ -87,7 +89,7 @@ Result<std::optional<Session::Held>> Session::inspect_living(int pid, int restor
   auto lock = ProcessLock::take(lock_dir_, pid, start_time);
   if (!lock) return lock.error();
   auto state = driver_.state(pid);
-  if (!state) return refuse(pid, state.error().message());
+  if (!state) return state.error();
   if (*state == CudaState::kFailed) {
     return refuse(pid, "an earlier checkpoint or restore of it failed in NVIDIA's driver");
   }
@@ -161,7 +163,8 @@ Result<bool> Session::try_lock(const std::vector<int>& pids, unsigned timeout_ms
     it->second.locked = results[i].ok();
     it->second.lock_time = since(start);
     if (results[i].ok()) continue;
-    if (has_ended(pids[i], it->second.restore_tid, it->second.start_time)) {
+    const Held& held = it->second;
+    if (has_ended(pids[i], held.restore_tid, held.start_time, results[i].error())) {
       held_.erase(it);
     } else if (is_cuda_error(results[i].error(), kCudaErrorNotReady)) {
       in_time = false;

@@ -22,6 +22,7 @@ using std::chrono::microseconds;
 using std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds kRecoverPoll{10}, kRecoverPollMax{1000};
+constexpr std::chrono::milliseconds kDyingTime{1000};
 
 }  // namespace
 
@@ -142,8 +143,10 @@ Result<void> Session::undo(int pid, CudaState found) {
   }
   const Held& held = it->second;
   if (!has_ended(pid, held.restore_tid, held.start_time)) {
-    if (auto r = bring_back(pid, held.found); !r) return r;
-    log(LogLevel::kInfo, "daemon", "%s: back to %s", process(pid).c_str(), to_string(held.found));
+    auto r = bring_back(pid, held.found);
+    if (!r && !has_ended(pid, held.restore_tid, held.start_time, r.error())) return r;
+    log(LogLevel::kInfo, "daemon", "%s: back to %s", process(pid).c_str(),
+        r ? to_string(held.found) : "nothing: it has ended");
   }
   held_.erase(it);
   return {};
@@ -208,6 +211,17 @@ bool has_ended(int pid, int restore_tid, uint64_t start_time) {
   auto thread = read_proc_status(restore_tid);
   return !now || *now != start_time || !status || !thread || thread->tgid != status->tgid ||
          thread->state == 'Z' || thread->state == 'X';
+}
+
+bool has_ended(int pid, int restore_tid, uint64_t start_time, const Error& error) {
+  const bool silent = is_cuda_error(error, kCudaErrorOperatingSystem) ||
+                      is_cuda_error(error, kCudaErrorNotInitialized);
+  const auto deadline = steady_clock::now() + (silent ? kDyingTime : kDyingTime.zero());
+  for (;;) {
+    if (has_ended(pid, restore_tid, start_time)) return true;
+    if (steady_clock::now() >= deadline) return false;
+    std::this_thread::sleep_for(kRecoverPoll);
+  }
 }
 
 bool Session::recover_one(int pid, Held* held) {

@@ -173,6 +173,7 @@ Result<void> wait_for_pids(int dir_fd) {
       pids.push_back(pid);
     }
   }
+  std::sort(pids.begin(), pids.end());  // processes before their threads
   // With an init of its own the tree comes back in a pid namespace of its own.
   if (std::find(pids.begin(), pids.end(), 1) != pids.end()) return {};
   const auto deadline = std::chrono::steady_clock::now() + kPidPatience;
