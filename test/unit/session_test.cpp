@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -82,6 +83,7 @@ class SessionTest : public testing::Test {
     std::filesystem::create_directory(dir_ + "/lock");
     pid_ = fork();
     if (pid_ == 0) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL);  // a test that is killed leaves nothing behind
       for (;;) ::pause();
     }
     driver_.cuda_pid = pid_;
