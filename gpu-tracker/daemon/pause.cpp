@@ -215,7 +215,7 @@ Result<void> Session::lock(unsigned timeout_ms) {
     auto locked = try_lock(pids, static_cast<unsigned>(limit.count()));
     if (!locked) return locked.error();
     if (*locked) break;
-    attempt *= 2;
+    attempt = std::min(attempt * 2, milliseconds(timeout_ms));
     let_run_for_a_moment();
   }
   for (int pid : wanted) {
