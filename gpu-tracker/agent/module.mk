@@ -17,9 +17,13 @@ $(B)/lib/libphos_agent.so: $(call obj,$(AGENT_SRCS)) gpu-tracker/agent/libphos_a
 	$(Q)$(CC) $(AGENT_LDFLAGS) -o $@ $(filter %.o,$^)
 OBJS += $(call obj,$(AGENT_SRCS))
 
-$(B)/obj/gpu-tracker/agent/embedded.S.o: gpu-tracker/agent/embedded.S $(B)/lib/libphos_agent.so
+# Without debug information: it travels into every process, and from there into CRIU's images.
+$(B)/obj/gpu-tracker/agent/embedded.so: $(B)/lib/libphos_agent.so
+	$(Q)strip -o $@ $<
+
+$(B)/obj/gpu-tracker/agent/embedded.S.o: gpu-tracker/agent/embedded.S \
+                                         $(B)/obj/gpu-tracker/agent/embedded.so
 	$(say) AS $@
-	@mkdir -p $(@D)
-	$(Q)$(CC) -DAGENT_FILE='"$(B)/lib/libphos_agent.so"' -c $< -o $@
+	$(Q)$(CC) -DAGENT_FILE='"$(B)/obj/gpu-tracker/agent/embedded.so"' -c $< -o $@
 
 TRACKER_SRCS += gpu-tracker/agent/embedded.S

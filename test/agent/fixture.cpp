@@ -59,6 +59,12 @@ std::ostream& operator<<(std::ostream& out, const Footprint& f) {
   return out;
 }
 
+std::vector<pid_t> threads_of(pid_t pid) {
+  std::vector<pid_t> found;
+  for (const std::string& tid : entries(proc(pid, "task"))) found.push_back(atoi(tid.c_str()));
+  return found;
+}
+
 pid_t find_thread(pid_t pid, const std::string& name) {
   for (const std::string& tid : entries(proc(pid, "task"))) {
     std::string comm;

@@ -34,7 +34,8 @@ struct Footprint {
 Footprint footprint(pid_t pid);
 std::ostream& operator<<(std::ostream& out, const Footprint& f);
 
-// Of threads with that name; 0: none.
+std::vector<pid_t> threads_of(pid_t pid);
+// A thread with that name; 0: none.
 pid_t find_thread(pid_t pid, const std::string& name);
 std::string status_field(pid_t tid, const std::string& field);
 

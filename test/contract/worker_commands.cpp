@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // What a worker can do. Every command is a line; addresses and handles travel as hex.
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdio>
 #include <cstring>
 #include <iostream>
+#include <iterator>
 #include <sstream>
 
 #include "test/contract/cuda_helpers.h"
@@ -208,6 +213,10 @@ CUresult alloc_async(State&, std::istream& in, std::ostream& out) {
 CUresult alloc_many(State&, std::istream& in, std::ostream&) {
   size_t count = 0, bytes = 0;
   in >> count >> bytes;
+  rlimit files;  // the simulation needs a descriptor each
+  getrlimit(RLIMIT_NOFILE, &files);
+  files.rlim_cur = files.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &files);
   CUresult r = CUDA_SUCCESS;
   for (size_t i = 0; i < count && !r; i++) {
     CUdeviceptr p = 0;
@@ -219,6 +228,22 @@ CUresult alloc_many(State&, std::istream& in, std::ostream&) {
 // set-user: setuid() to the same user, which makes the C library signal every thread
 CUresult set_user(State&, std::istream&, std::ostream&) {
   return setuid(getuid()) ? CUDA_ERROR_OPERATING_SYSTEM : CUDA_SUCCESS;
+}
+
+// forbid-memfd: a seccomp filter for all threads that kills the process if it makes a memfd
+CUresult forbid_memfd(State&, std::istream&, std::ostream&) {
+  sock_filter code[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_memfd_create, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  sock_fprog program = {std::size(code), code};
+  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ||
+      syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program)) {
+    return CUDA_ERROR_OPERATING_SYSTEM;
+  }
+  return CUDA_SUCCESS;
 }
 
 // vmm-import PID FD BYTES: takes the descriptor out of the exporter
@@ -300,6 +325,7 @@ constexpr struct {
     {"alloc-async", alloc_async},
     {"alloc-many", alloc_many},
     {"set-user", set_user},
+    {"forbid-memfd", forbid_memfd},
     {"fork", fork_child},
     {"ask-as-nobody", ask_as_nobody},
 };
