@@ -62,8 +62,25 @@ Result<RemoteThread> RemoteThread::attach(int pid, int tid) {
     if (status >> 16 == PTRACE_EVENT_STOP) break;
     if (ptrace(PTRACE_CONT, tid, nullptr, WSTOPSIG(status)) < 0) return on_thread(tid, "resuming");
   }
+  if (auto r = thread.suspend_seccomp(); !r) return r.error();
   if (auto r = thread.prepare(); !r) return r.error();
   return thread;
+}
+
+// Filters may refuse, or kill for, what is called here but never by the program. Suspended ones
+// apply again when we let go, and to threads that are started meanwhile.
+Result<void> RemoteThread::suspend_seccomp() const {
+  auto status = read_proc_status(tid_);
+  if (!status) return status.error();
+  if (status->seccomp_mode == 0) return {};
+  if (ptrace(PTRACE_SETOPTIONS, tid_, nullptr, PTRACE_O_TRACESYSGOOD | PTRACE_O_SUSPEND_SECCOMP) ==
+      0) {
+    return {};
+  }
+  return Error::from_errno(
+      errno, "thread " + std::to_string(tid_) +
+                 " has seccomp filters that cannot be suspended (phosd needs CAP_SYS_ADMIN and no "
+                 "filters of its own, the kernel CONFIG_CHECKPOINT_RESTORE)");
 }
 
 RemoteThread::RemoteThread(RemoteThread&& other) noexcept

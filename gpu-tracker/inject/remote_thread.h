@@ -19,8 +19,8 @@ namespace phos {
 
 class RemoteThread {
  public:
-  // Stops thread `tid` of process `pid` (ptrace). Fails if somebody else traces it, or if it does
-  // not wait in a system call.
+  // Stops thread `tid` of process `pid` (ptrace). Fails if somebody else traces it, if it does not
+  // wait in a system call, or if it has seccomp filters that may not be suspended.
   static Result<RemoteThread> attach(int pid, int tid);
 
   RemoteThread(RemoteThread&& other) noexcept;
@@ -44,6 +44,7 @@ class RemoteThread {
  private:
   RemoteThread(int pid, int tid) : pid_(pid), tid_(tid) {}
 
+  Result<void> suspend_seccomp() const;
   Result<void> prepare();
   Result<void> wait_stop(std::chrono::steady_clock::time_point deadline, int* status) const;
   Result<void> build_frame(uint64_t frame);

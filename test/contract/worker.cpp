@@ -50,7 +50,7 @@ Worker::~Worker() {
     kill(pid_, SIGKILL);
     waitpid(pid_, nullptr, 0);
   }
-  close(to_);
+  if (to_ >= 0) close(to_);
   close(from_);
 }
 
@@ -84,6 +84,11 @@ std::optional<std::string> Worker::reply(int timeout_ms) {
 std::string Worker::ask(const std::string& command) {
   send(command);
   return reply(kAskTimeoutMs).value_or("no reply");
+}
+
+void Worker::close_input() {
+  close(to_);
+  to_ = -1;
 }
 
 std::optional<int> Worker::wait_death(int timeout_ms) {

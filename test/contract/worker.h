@@ -26,6 +26,8 @@ class Worker {
   std::optional<std::string> reply(int timeout_ms);
   // send + reply with a generous limit; "no reply" when there is none.
   std::string ask(const std::string& command);
+  // Nothing more will be sent: the worker returns from main().
+  void close_input();
   // The worker's wait status once it has died; nothing if it lives on.
   std::optional<int> wait_death(int timeout_ms);
 

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // What a worker can do. Every command is a line; addresses and handles travel as hex.
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdio>
 #include <cstring>
 #include <iostream>
+#include <iterator>
 #include <sstream>
 
 #include "test/contract/cuda_helpers.h"
@@ -151,6 +156,96 @@ CUresult vmm(State&, std::istream& in, std::ostream& out) {
   return r;
 }
 
+// map BYTES EXPORTABLE PIECES: one reservation, one handle a piece, none of them kept
+CUresult map_pieces(State&, std::istream& in, std::ostream& out) {
+  size_t bytes = 0, pieces = 0;
+  bool exportable = false;
+  in >> bytes >> exportable >> pieces;
+  CUmemAllocationProp prop = device_memory_prop(0, exportable);
+  CUmemAccessDesc access = {prop.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+  CUdeviceptr p = 0;
+  CUresult r = cuMemAddressReserve(&p, bytes * pieces, 0, 0, 0);
+  for (size_t i = 0; i < pieces && !r; i++) {
+    CUmemGenericAllocationHandle handle = 0;
+    r = cuMemCreate(&handle, bytes, &prop, 0);
+    if (!r) r = cuMemMap(p + i * bytes, bytes, 0, handle, 0);
+    if (!r) r = cuMemSetAccess(p + i * bytes, bytes, &access, 1);
+    if (!r) r = cuMemRelease(handle);
+  }
+  out << std::hex << p;
+  return r;
+}
+
+// remap ADDRESS BYTES: new memory in place of what is mapped there
+CUresult remap(State&, std::istream& in, std::ostream&) {
+  CUdeviceptr p = read_address(in);
+  size_t bytes = 0;
+  in >> bytes;
+  CUmemAllocationProp prop = device_memory_prop(0, true);
+  CUmemAccessDesc access = {prop.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+  CUmemGenericAllocationHandle handle = 0;
+  CUresult r = cuMemUnmap(p, bytes);
+  if (!r) r = cuMemCreate(&handle, bytes, &prop, 0);
+  if (!r) r = cuMemMap(p, bytes, 0, handle, 0);
+  if (!r) r = cuMemSetAccess(p, bytes, &access, 1);
+  if (!r) r = cuMemRelease(handle);
+  return r;
+}
+
+CUresult unmap(State&, std::istream& in, std::ostream&) {
+  CUdeviceptr p = read_address(in);
+  size_t bytes = 0;
+  in >> bytes;
+  return cuMemUnmap(p, bytes);
+}
+
+CUresult alloc_async(State&, std::istream& in, std::ostream& out) {
+  size_t bytes = 0;
+  in >> bytes;
+  CUdeviceptr p = 0;
+  CUresult r = cuMemAllocAsync(&p, bytes, nullptr);
+  if (!r) r = cuCtxSynchronize();
+  out << std::hex << p;
+  return r;
+}
+
+// alloc-many COUNT BYTES
+CUresult alloc_many(State&, std::istream& in, std::ostream&) {
+  size_t count = 0, bytes = 0;
+  in >> count >> bytes;
+  rlimit files;  // the simulation needs a descriptor each
+  getrlimit(RLIMIT_NOFILE, &files);
+  files.rlim_cur = files.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &files);
+  CUresult r = CUDA_SUCCESS;
+  for (size_t i = 0; i < count && !r; i++) {
+    CUdeviceptr p = 0;
+    r = cuMemAlloc(&p, bytes);
+  }
+  return r;
+}
+
+// set-user: setuid() to the same user, which makes the C library signal every thread
+CUresult set_user(State&, std::istream&, std::ostream&) {
+  return setuid(getuid()) ? CUDA_ERROR_OPERATING_SYSTEM : CUDA_SUCCESS;
+}
+
+// forbid-memfd: a seccomp filter for all threads that kills the process if it makes a memfd
+CUresult forbid_memfd(State&, std::istream&, std::ostream&) {
+  sock_filter code[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_memfd_create, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  sock_fprog program = {std::size(code), code};
+  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ||
+      syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program)) {
+    return CUDA_ERROR_OPERATING_SYSTEM;
+  }
+  return CUDA_SUCCESS;
+}
+
 // vmm-import PID FD BYTES: takes the descriptor out of the exporter
 CUresult vmm_import(State&, std::istream& in, std::ostream& out) {
   int pid = 0, fd = 0;
@@ -224,6 +319,13 @@ constexpr struct {
     {"ipc-close", ipc_close},
     {"vmm", vmm},
     {"vmm-import", vmm_import},
+    {"map", map_pieces},
+    {"remap", remap},
+    {"unmap", unmap},
+    {"alloc-async", alloc_async},
+    {"alloc-many", alloc_many},
+    {"set-user", set_user},
+    {"forbid-memfd", forbid_memfd},
     {"fork", fork_child},
     {"ask-as-nobody", ask_as_nobody},
 };

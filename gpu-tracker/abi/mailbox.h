@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The mailbox: memory shared between phosd and the agent in a CUDA process (gpu-tracker/agent).
+ *
+ * The agent makes it as a sealed memfd, maps it and closes the descriptor; phosd finds the mapping
+ * by its name in /proc/PID/maps and opens it through /proc/PID/map_files. One phosd at a time holds
+ * flock(LOCK_EX) on it. A command is written by phosd while done_seq == command_seq, started by
+ * adding one to command_seq and waking it (futex, shared), finished by the agent setting done_seq
+ * to command_seq and waking that. Everything phosd reads here was written by a process it does not
+ * trust: it copies first and checks then.
+ */
+#ifndef PHOS_ABI_MAILBOX_H
+#define PHOS_ABI_MAILBOX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* "PHOSMBOX" in memory. */
+#define PHOS_MAILBOX_MAGIC 0x584f424d534f4850ull
+#define PHOS_MAILBOX_VERSION 1u
+/*
+ * Names end in the version: agents of different versions live side by side in one process, and each
+ * phosd sees only its own. In /proc/PID/maps: "/memfd:<name> (deleted)".
+ */
+#define PHOS_MAILBOX_NAME "phos-mailbox-1"
+#define PHOS_AGENT_MEMFD_PREFIX "phos-agent-1-" /* and random hex digits */
+#define PHOS_AGENT_THREAD_NAME "phos-agent"
+
+enum phos_agent_state {
+  PHOS_AGENT_STARTING = 0,
+  PHOS_AGENT_READY = 1,  /* its thread serves commands */
+  PHOS_AGENT_FAILED = 2, /* it could not start; start_step and start_code say why */
+  PHOS_AGENT_ENDED = 3,  /* its thread has ended, the library waits for dlclose() */
+};
+
+enum phos_agent_start_step {
+  PHOS_START_DONE = 0,
+  PHOS_START_LIBCUDA = 1,  /* libcuda.so.1 is not loaded; code 0 */
+  PHOS_START_SYMBOL = 2,   /* code: index in the agent's table of functions */
+  PHOS_START_STACK = 3,    /* mmap; code: errno */
+  PHOS_START_PTHREADS = 4, /* no pthread functions; code 0 */
+  PHOS_START_THREAD = 5,   /* pthread_create; code: errno */
+  PHOS_START_MAILBOX = 6,  /* madvise; code: errno */
+};
+
+enum phos_agent_command {
+  PHOS_COMMAND_NONE = 0,
+  PHOS_COMMAND_ENUMERATE = 1, /* in: ranges; out: records */
+  PHOS_COMMAND_EXPORT = 2,    /* in and out: exports; closes what is still open first */
+  PHOS_COMMAND_CLOSE = 3,     /* closes the descriptors of the last EXPORT */
+  PHOS_COMMAND_EXIT = 4,      /* the thread ends */
+};
+
+/* phos_mailbox.result */
+enum phos_agent_result {
+  PHOS_RESULT_OK = 0,
+  PHOS_RESULT_BAD_COMMAND = 1, /* unknown, or counts out of bounds */
+  PHOS_RESULT_DRIVER = 2,      /* driver_result says what libcuda answered */
+  PHOS_RESULT_CANCELLED = 3,   /* `cancel` was set */
+};
+
+/* phos_allocation.kind: how the memory was made, as far as its attributes tell. */
+enum phos_allocation_kind {
+  PHOS_KIND_UNKNOWN = 0,
+  PHOS_KIND_DEVICE = 1,   /* cuMemAlloc, above 1 MiB: blocks of its own */
+  PHOS_KIND_SMALL = 2,    /* a 2 MiB block of smaller cuMemAlloc memory; size is the block's */
+  PHOS_KIND_VMM = 3,      /* cuMemMap: one record a mapping; own or imported */
+  PHOS_KIND_POOL = 4,     /* cuMemAllocAsync: a block of the pool; size is the block's */
+  PHOS_KIND_MANAGED = 5,  /* cuMemAllocManaged */
+  PHOS_KIND_IMPORTED = 6, /* a module's globals, or a legacy IPC import: they look the same */
+};
+
+enum phos_export_type {
+  PHOS_EXPORT_NONE = 0,
+  PHOS_EXPORT_IPC = 1, /* legacy CUDA IPC: a 64-byte handle */
+  PHOS_EXPORT_FD = 2,  /* a POSIX file descriptor of a VMM handle */
+};
+
+struct phos_address_range {
+  uint64_t begin; /* the scan starts at the next multiple of 2 MiB */
+  uint64_t end;
+};
+
+struct phos_allocation {
+  uint64_t address; /* first byte; of the block for SMALL and POOL */
+  uint64_t size;    /* bytes, as the application asked for; of the block for SMALL and POOL */
+  uint64_t mapping_address;
+  uint64_t mapping_size;
+  uint64_t buffer_id; /* CU_POINTER_ATTRIBUTE_BUFFER_ID: never used twice in a process */
+  uint64_t context;   /* CUcontext that owns it; 0: the device does */
+  int32_t device;     /* ordinal in the process; CUDA_VISIBLE_DEVICES may hide others */
+  uint32_t kind;
+  uint32_t export_type; /* how EXPORT can hand it over */
+  int32_t result;       /* CUresult of asking for the device's UUID */
+  uint8_t device_uuid[16];
+  uint64_t handle_types; /* CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES */
+  uint64_t reserved;
+};
+
+/* phos_export.status */
+enum phos_export_status {
+  PHOS_EXPORTED = 0,
+  PHOS_EXPORT_STALE = 1,  /* no such memory any more, or another allocation at its address */
+  PHOS_EXPORT_FAILED = 2, /* driver_result */
+  PHOS_EXPORT_FULL = 3,   /* more descriptors than PHOS_EXPORT_MAX_FDS in one command */
+};
+
+struct phos_export {
+  uint64_t address;   /* in: phos_allocation.address */
+  uint64_t buffer_id; /* in: phos_allocation.buffer_id */
+  uint32_t type;      /* in: phos_export_type */
+  uint32_t status;    /* out */
+  int32_t driver_result;
+  int32_t fd; /* in the target, PHOS_EXPORT_FD only */
+  uint8_t ipc_handle[64];
+};
+
+#define PHOS_MAILBOX_MAX_RANGES 65536u /* above the kernel's default vm.max_map_count */
+#define PHOS_MAILBOX_MAX_ALLOCATIONS 65536u
+#define PHOS_MAILBOX_MAX_EXPORTS 1024u
+/* Few: while they are open they count against the target's RLIMIT_NOFILE. */
+#define PHOS_EXPORT_MAX_FDS 16u
+
+struct phos_mailbox {
+  uint64_t magic; /* written last, when the rest of the header is valid */
+  uint32_t version;
+  uint32_t header_size; /* sizeof(struct phos_mailbox) */
+  uint64_t total_size;  /* PHOS_MAILBOX_SIZE */
+
+  uint32_t state; /* futex */
+  uint32_t start_step;
+  int32_t start_code;
+  int32_t thread_id;        /* of the agent, in the target's pid namespace */
+  uint64_t library_handle;  /* what dlopen() returned for the agent, for dlclose() */
+  uint64_t libcuda_handle;  /* a reference to libcuda, to be given back likewise */
+  uint64_t finish_function; /* of the agent, no arguments: once ENDED or FAILED, frees the rest */
+
+  uint32_t command_seq; /* futex; written by phosd */
+  uint32_t done_seq;    /* futex; written by the agent */
+  uint32_t command;     /* in */
+  uint32_t cancel;      /* in: non-zero makes a scan in progress end early */
+  uint32_t count;       /* in: ranges or exports; out: allocations */
+  int32_t result;       /* out */
+  int32_t driver_result;
+  uint32_t padding;
+  /* out of ENUMERATE: 0, or where to go on, since there was no room for more records. */
+  uint64_t next_address;
+  uint64_t driver_calls; /* out of ENUMERATE */
+  uint64_t nanoseconds;  /* out: how long the command took */
+  uint8_t reserved[3976];
+
+  struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];
+  struct phos_export exports[PHOS_MAILBOX_MAX_EXPORTS];
+  struct phos_allocation allocations[PHOS_MAILBOX_MAX_ALLOCATIONS];
+};
+
+/* The file is sparse: phosd punches out the payload when it lets go. */
+#define PHOS_MAILBOX_SIZE ((uint64_t)sizeof(struct phos_mailbox))
+#define PHOS_MAILBOX_PAYLOAD ((uint64_t)offsetof(struct phos_mailbox, ranges))
+
+/*
+ * What phosd writes into its copy of libphos_agent.so, found there by its magic, before the target
+ * loads it: where the C library's functions are in that process. So the agent binds no symbol, and
+ * no symbol version, of any C library.
+ */
+#define PHOS_AGENT_CONFIG_MAGIC "phos-agent-conf"
+struct phos_agent_config {
+  char magic[16];
+  uint32_t version; /* PHOS_MAILBOX_VERSION */
+  uint32_t padding;
+  uint64_t dlopen;
+  uint64_t dlsym;
+};
+
+#ifdef __cplusplus
+#define PHOS_ABI_ASSERT(condition) static_assert(condition, #condition)
+#else
+#define PHOS_ABI_ASSERT(condition) _Static_assert(condition, #condition)
+#endif
+PHOS_ABI_ASSERT(sizeof(struct phos_address_range) == 16);
+PHOS_ABI_ASSERT(sizeof(struct phos_allocation) == 96);
+PHOS_ABI_ASSERT(offsetof(struct phos_allocation, device) == 48);
+PHOS_ABI_ASSERT(offsetof(struct phos_allocation, device_uuid) == 64);
+PHOS_ABI_ASSERT(sizeof(struct phos_export) == 96);
+PHOS_ABI_ASSERT(offsetof(struct phos_export, ipc_handle) == 32);
+PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, state) == 24);
+PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, command_seq) == 64);
+PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, next_address) == 96);
+PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, ranges) == 4096);
+PHOS_ABI_ASSERT(sizeof(struct phos_mailbox) % 4096 == 0);
+PHOS_ABI_ASSERT(sizeof(struct phos_agent_config) == 40);
+
+#endif

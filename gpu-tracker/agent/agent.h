@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The agent: what phos has inside a CUDA process. One thread that sleeps on the mailbox
+ * (gpu-tracker/abi/mailbox.h) and asks libcuda what phosd wants to know. It runs in somebody else's
+ * process: it holds no heap memory and no file between commands, prints nothing, never aborts.
+ */
+#ifndef PHOS_AGENT_AGENT_H
+#define PHOS_AGENT_AGENT_H
+
+#include <stdbool.h>
+
+#include "gpu-tracker/abi/mailbox.h"
+
+/* cuda.h: CUresult */
+#define CU_SUCCESS 0
+#define CU_INVALID_VALUE 1
+
+/* The functions of libcuda that the agent calls. Types are cuda.h's by size and meaning. */
+struct driver {
+  int (*pointer_get_attribute)(void* data, int attribute, uint64_t pointer);
+  int (*pointer_get_attributes)(unsigned count, int* attributes, void** data, uint64_t pointer);
+  int (*device_get)(int* device, int ordinal);
+  int (*device_get_uuid)(void* uuid, int device);
+  int (*ctx_push)(void* context);
+  int (*ctx_pop)(void** context);
+  int (*ipc_get_mem_handle)(void* handle, uint64_t pointer);
+  int (*mem_retain_allocation_handle)(uint64_t* handle, void* pointer);
+  int (*mem_export)(void* out, uint64_t handle, int type, unsigned long long flags);
+  int (*mem_release)(uint64_t handle);
+};
+
+/* Fills the table by dlsym(). Returns -1, or the index of the first name that libcuda lacks. */
+int driver_load(struct driver* driver, void* (*find)(void* handle, const char* name), void* handle);
+
+/* What the driver knows about an address, in one call, so that it fits together. */
+struct memory_facts {
+  uint64_t context;
+  uint64_t memory_type;
+  uint64_t buffer_id;
+  uint64_t is_managed;
+  uint64_t device;
+  uint64_t legacy_ipc;
+  uint64_t range_address;
+  uint64_t range_size;
+  uint64_t handle_types;
+  uint64_t pool;
+  uint64_t mapping_address;
+  uint64_t mapping_size;
+};
+
+/* Returns the CUresult. An address without memory is no error: then memory_type is 0. */
+int driver_facts(const struct driver* driver, uint64_t address, struct memory_facts* facts);
+
+/* The allocation at `address` as phosd is told of it. False: no device memory there. */
+bool describe(const struct memory_facts* facts, uint64_t address, struct phos_allocation* out);
+
+/* The commands. They read and write the mailbox and return a phos_agent_result. */
+int run_enumerate(const struct driver* driver, struct phos_mailbox* mailbox);
+int run_export(const struct driver* driver, struct phos_mailbox* mailbox);
+void close_exports(void);
+
+#endif

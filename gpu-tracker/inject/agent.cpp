@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/inject/agent.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+#include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/inject/agent_loader.h"
+
+namespace phos {
+namespace {
+
+// The managed memory driver's file. (The simulation's memfd has its name.)
+bool is_managed_mapping(const ProcMapping& m) {
+  return m.perms[3] == 's' && m.path.find("/dev/nvidia-uvm") != std::string::npos;
+}
+
+Result<AgentAllocation> decode(int pid, const phos_allocation& a) {
+  if (a.kind > PHOS_KIND_IMPORTED || a.export_type > PHOS_EXPORT_FD || !a.size ||
+      a.address + a.size < a.address) {
+    return process_error(pid, EPROTO, "phos's agent in it gives a record that makes no sense");
+  }
+  if (a.result) {
+    return Error(Domain::kCuda, a.result,
+                 "process " + std::to_string(pid) + ": device " + std::to_string(a.device) +
+                     " has no UUID: CUDA error " + std::to_string(a.result));
+  }
+  AgentAllocation out;
+  out.kind = static_cast<AllocationKind>(a.kind);
+  out.address = a.address;
+  out.size = a.size;
+  out.mapping_address = a.mapping_address;
+  out.mapping_size = a.mapping_size;
+  out.buffer_id = a.buffer_id;
+  out.context = a.context;
+  out.device = a.device;
+  memcpy(out.device_uuid.data(), a.device_uuid, sizeof a.device_uuid);
+  out.export_type = static_cast<ExportType>(a.export_type);
+  return out;
+}
+
+}  // namespace
+
+const char* to_string(AllocationKind kind) {
+  switch (kind) {
+    case AllocationKind::kUnknown:
+      return "unknown";
+    case AllocationKind::kDevice:
+      return "cuMemAlloc";
+    case AllocationKind::kSmall:
+      return "small cuMemAlloc";
+    case AllocationKind::kVmm:
+      return "VMM";
+    case AllocationKind::kPool:
+      return "pool";
+    case AllocationKind::kManaged:
+      return "managed";
+    case AllocationKind::kImported:
+      return "module or imported";
+  }
+  return "unknown";
+}
+
+Result<std::vector<AddressRange>> device_address_ranges(int pid) {
+  auto maps = read_proc_maps(pid);
+  if (!maps) return maps.error();
+  std::vector<AddressRange> ranges;
+  for (const ProcMapping& m : *maps) {
+    const bool reserved = m.path.empty() && !strcmp(m.perms, "---p");
+    if (!reserved && !is_managed_mapping(m)) continue;
+    if (!ranges.empty() && ranges.back().end == m.start) {
+      ranges.back().end = m.end;
+    } else {
+      ranges.push_back({m.start, m.end});
+    }
+  }
+  return ranges;
+}
+
+Result<Agent> Agent::attach(int pid, int restore_tid, const AgentOptions& options) {
+  if (auto r = check_attachable(pid, restore_tid); !r) return r.error();
+  auto mailbox = load_agent(pid, restore_tid, options);
+  if (!mailbox) return mailbox.error();
+  Agent agent(pid, restore_tid, options, std::move(*mailbox));
+  // A phosd that died may have left a command under way, or descriptors open.
+  if (auto r = agent.run(PHOS_COMMAND_CLOSE, 0); !r) return r.error();
+  return agent;
+}
+
+Agent::Agent(Agent&& other) noexcept
+    : pid_(other.pid_),
+      restore_tid_(other.restore_tid_),
+      options_(other.options_),
+      mailbox_(std::move(other.mailbox_)),
+      cost_(other.cost_) {
+  other.mailbox_.reset();
+}
+
+Agent::~Agent() {
+  if (mailbox_) (void)detach().ok();
+}
+
+// Waits for a command that is still under way.
+Result<void> Agent::settle() {
+  if (!mailbox_) return process_error(pid_, EINVAL, "phos has let go of its agent");
+  if (mailbox_->idle()) return {};
+  mailbox_->cancel();
+  auto idle = mailbox_->wait_idle(options_.command_timeout);
+  if (!idle) return idle.error();
+  if (!*idle) {
+    return process_error(pid_, ETIMEDOUT,
+                         "phos's agent in it is still busy with an earlier question; the process "
+                         "is stopped or locked, or its driver hangs");
+  }
+  return {};
+}
+
+Result<void> Agent::run(phos_agent_command command, uint32_t count) {
+  if (auto r = settle(); !r) return r;
+  mailbox_->start(command, count);
+  auto done = mailbox_->wait_idle(options_.command_timeout);
+  if (!done) return done.error();
+  if (!*done) {
+    mailbox_->cancel();
+    return process_error(pid_, ETIMEDOUT,
+                         "phos's agent in it did not answer within " +
+                             std::to_string(options_.command_timeout.count()) +
+                             " ms; the process is stopped or locked, or its driver hangs");
+  }
+  const int32_t result = mailbox_->shared().result;
+  const int32_t driver_result = mailbox_->shared().driver_result;
+  if (result == PHOS_RESULT_OK) return {};
+  if (result == PHOS_RESULT_DRIVER && driver_result) {
+    return Error(Domain::kCuda, driver_result,
+                 "process " + std::to_string(pid_) +
+                     ": its driver does not tell about its memory: CUDA error " +
+                     std::to_string(driver_result));
+  }
+  return process_error(pid_, EPROTO,
+                       "phos's agent in it refuses a command (" + std::to_string(result) + ")");
+}
+
+Result<std::vector<AgentAllocation>> Agent::enumerate() {
+  auto ranges = device_address_ranges(pid_);
+  if (!ranges) return ranges.error();
+  return enumerate(*ranges);
+}
+
+Result<std::vector<AgentAllocation>> Agent::enumerate(std::span<const AddressRange> ranges) {
+  if (ranges.size() > PHOS_MAILBOX_MAX_RANGES) {
+    return process_error(pid_, E2BIG, "it has too many address ranges to look through");
+  }
+  std::vector<AddressRange> left(ranges.begin(), ranges.end());
+  std::vector<AgentAllocation> all;
+  cost_ = {};
+  for (const AddressRange& r : left) cost_.probed_bytes += r.end - r.begin;
+  while (!left.empty()) {
+    if (auto r = settle(); !r) return r.error();
+    for (size_t i = 0; i < left.size(); i++) {
+      mailbox_->payload().ranges[i] = {left[i].begin, left[i].end};
+    }
+    if (auto r = run(PHOS_COMMAND_ENUMERATE, static_cast<uint32_t>(left.size())); !r) {
+      return r.error();
+    }
+    auto some = read_allocations(mailbox_->shared().count);
+    if (!some) return some.error();
+    all.insert(all.end(), some->begin(), some->end());
+    cost_.driver_calls += mailbox_->shared().driver_calls;
+    cost_.time += std::chrono::nanoseconds(mailbox_->shared().nanoseconds);
+    // 0, or the scan was cut short for want of room; each time something must have been found.
+    const uint64_t next = mailbox_->shared().next_address;
+    if (!next || some->empty()) break;
+    left.erase(left.begin(), std::find_if(left.begin(), left.end(),
+                                          [&](const AddressRange& r) { return r.end > next; }));
+    if (!left.empty()) left.front().begin = std::max(left.front().begin, next);
+  }
+  return all;
+}
+
+Result<std::vector<AgentAllocation>> Agent::read_allocations(uint32_t count) {
+  if (count > PHOS_MAILBOX_MAX_ALLOCATIONS) {
+    return process_error(pid_, EPROTO, "phos's agent in it claims more memory than there is room");
+  }
+  std::vector<AgentAllocation> out;
+  out.reserve(count);
+  for (uint32_t i = 0; i < count; i++) {
+    phos_allocation copy;
+    memcpy(&copy, &mailbox_->payload().allocations[i], sizeof copy);
+    auto decoded = decode(pid_, copy);
+    if (!decoded) return decoded.error();
+    out.push_back(*decoded);
+  }
+  return out;
+}
+
+Result<void> Agent::export_batch(std::span<const AgentAllocation> batch,
+                                 std::vector<AgentExport>* exports) {
+  if (auto r = settle(); !r) return r;
+  phos_export* records = mailbox_->payload().exports;
+  for (size_t i = 0; i < batch.size(); i++) {
+    phos_export e = {};
+    e.address = batch[i].address;
+    e.buffer_id = batch[i].buffer_id;
+    e.type = static_cast<uint32_t>(batch[i].export_type);
+    memcpy(&records[i], &e, sizeof e);
+  }
+  if (auto r = run(PHOS_COMMAND_EXPORT, static_cast<uint32_t>(batch.size())); !r) return r;
+  bool fds = false;
+  for (size_t i = 0; i < batch.size(); i++) {
+    phos_export e;
+    memcpy(&e, &records[i], sizeof e);
+    AgentExport out;
+    out.type = batch[i].export_type;
+    out.driver_result = e.driver_result;
+    if (e.status > PHOS_EXPORT_FAILED) {
+      return process_error(pid_, EPROTO, "phos's agent in it could not export what it was asked");
+    }
+    out.status = static_cast<ExportStatus>(e.status);
+    memcpy(out.ipc_handle.data(), e.ipc_handle, sizeof e.ipc_handle);
+    if (out.type == ExportType::kFd && e.fd >= 0) {
+      fds = true;
+      auto fd = mailbox_->fetch(e.fd);
+      if (!fd) return fd.error();
+      if (out.status == ExportStatus::kExported) out.fd = std::move(*fd);
+    }
+    exports->push_back(std::move(out));
+  }
+  return fds ? run(PHOS_COMMAND_CLOSE, 0) : Result<void>();
+}
+
+Result<std::vector<AgentExport>> Agent::export_memory(
+    std::span<const AgentAllocation> allocations) {
+  std::vector<AgentExport> exports;
+  exports.reserve(allocations.size());
+  while (!allocations.empty()) {
+    size_t count = 0, fds = 0;
+    while (count < allocations.size() && count < PHOS_MAILBOX_MAX_EXPORTS) {
+      if (allocations[count].export_type == ExportType::kFd && ++fds > PHOS_EXPORT_MAX_FDS) break;
+      count++;
+    }
+    if (auto r = export_batch(allocations.first(count), &exports); !r) {
+      // Whatever went wrong, nothing is to stay open over there.
+      if (r.error().code() != ESRCH) (void)run(PHOS_COMMAND_CLOSE, 0).ok();
+      return r.error();
+    }
+    allocations = allocations.subspan(count);
+  }
+  return exports;
+}
+
+Result<void> Agent::detach() {
+  if (!mailbox_) return {};
+  Result<void> result;
+  if (mailbox_->idle()) {
+    mailbox_->drop_payload();
+  } else {
+    mailbox_->cancel();
+    result = process_error(pid_, ETIMEDOUT,
+                           "phos's agent in it is busy; it will sleep once the driver answers");
+  }
+  mailbox_.reset();
+  return result;
+}
+
+Result<void> Agent::unload() {
+  if (auto r = check_attachable(pid_, restore_tid_); !r) return r;
+  if (auto r = run(PHOS_COMMAND_EXIT, 0); !r) return r;
+  Mailbox mailbox = std::move(*mailbox_);
+  mailbox_.reset();
+  return remove_agent(pid_, restore_tid_, options_, std::move(mailbox));
+}
+
+}  // namespace phos

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// The agent in a CUDA process (gpu-tracker/agent), seen from phosd: brings it there, and asks it
+// about device memory and for handles to it. None of the process's own threads is ever stopped but
+// the driver's restore thread, for about a millisecond when the agent is loaded or unloaded.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "gpu-tracker/abi/mailbox.h"
+#include "gpu-tracker/base/result.h"
+#include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/inject/mailbox.h"
+
+namespace phos {
+
+enum class AllocationKind {
+  kUnknown = PHOS_KIND_UNKNOWN,
+  kDevice = PHOS_KIND_DEVICE,      // cuMemAlloc, above 1 MiB
+  kSmall = PHOS_KIND_SMALL,        // a 2 MiB block of smaller ones; left to the driver
+  kVmm = PHOS_KIND_VMM,            // one cuMemMap: own memory, or imported by file descriptor
+  kPool = PHOS_KIND_POOL,          // a block of a memory pool; left to the driver
+  kManaged = PHOS_KIND_MANAGED,    // cuMemAllocManaged
+  kImported = PHOS_KIND_IMPORTED,  // a module's globals or a legacy IPC import
+};
+const char* to_string(AllocationKind kind);
+
+enum class ExportType {
+  kNone = PHOS_EXPORT_NONE,
+  kIpc = PHOS_EXPORT_IPC,  // cuIpcOpenMemHandle
+  kFd = PHOS_EXPORT_FD,    // cuMemImportFromShareableHandle
+};
+
+struct AddressRange {
+  uint64_t begin, end;
+};
+
+struct AgentAllocation {
+  AllocationKind kind = AllocationKind::kUnknown;
+  uint64_t address = 0;
+  uint64_t size = 0;  // bytes
+  uint64_t mapping_address = 0, mapping_size = 0;
+  uint64_t buffer_id = 0;  // never used twice in a process: tells new memory at an old address
+  uint64_t context = 0;    // CUcontext in the process; 0: none owns it
+  int device = -1;         // ordinal in the process
+  std::array<uint8_t, 16> device_uuid{};
+  ExportType export_type = ExportType::kNone;
+};
+
+enum class ExportStatus {
+  kExported = PHOS_EXPORTED,
+  kStale = PHOS_EXPORT_STALE,    // freed, or freed and allocated anew, since it was enumerated
+  kFailed = PHOS_EXPORT_FAILED,  // driver_result says why
+};
+
+struct AgentExport {
+  ExportStatus status = ExportStatus::kFailed;
+  int driver_result = 0;  // CUresult
+  ExportType type = ExportType::kNone;
+  std::array<uint8_t, 64> ipc_handle{};  // CUipcMemHandle, for kIpc
+  UniqueFd fd;                           // for kFd
+};
+
+struct AgentOptions {
+  std::chrono::milliseconds start_timeout{3000};    // for each step of loading the agent
+  std::chrono::milliseconds command_timeout{5000};  // for each command
+};
+
+// What the last enumerate() took.
+struct ScanCost {
+  uint64_t driver_calls = 0;
+  std::chrono::nanoseconds time{0};  // in the agent
+  uint64_t probed_bytes = 0;         // of address space
+};
+
+// One thread at a time. Errors name the process; ESRCH: it has ended.
+class Agent {
+ public:
+  // Finds the agent in process `pid`, or loads it on thread `restore_tid`, which sleeps in poll(2).
+  // Refuses, with the process unharmed, one that is stopped, frozen, traced or ending, or has no
+  // libcuda; EBUSY if another phos uses the agent. Works on a locked process too.
+  static Result<Agent> attach(int pid, int restore_tid, const AgentOptions& options = {});
+
+  Agent(Agent&& other) noexcept;
+  Agent& operator=(Agent&&) = delete;
+  // As detach(), whatever it says.
+  ~Agent();
+
+  // All device memory, by address. The process runs meanwhile, so that what is allocated or freed
+  // during the scan may or may not be listed. Every cuMemAlloc above 1 MiB and every VMM mapping is
+  // found; blocks of smaller and pool memory only if their first bytes are in use.
+  //
+  // Must not be called while the process is locked by the driver, which would block the agent until
+  // it is unlocked. ETIMEDOUT: it did not answer; it gives up when it can, and sleeps again.
+  Result<std::vector<AgentAllocation>> enumerate();
+  // The same for what begins in these ranges, which are in ascending order.
+  Result<std::vector<AgentAllocation>> enumerate(std::span<const AddressRange> ranges);
+  const ScanCost& last_scan() const { return cost_; }
+
+  // Handles to allocations as enumerate() described them, one each, in order. The caller owns
+  // them; in the process no descriptor stays open, at most PHOS_EXPORT_MAX_FDS are for a moment.
+  Result<std::vector<AgentExport>> export_memory(std::span<const AgentAllocation> allocations);
+
+  // Lets the agent sleep on in the process, with nothing open, for the next attach().
+  Result<void> detach();
+  // Ends the agent: its thread, mailbox and library leave the process.
+  Result<void> unload();
+
+ private:
+  Agent(int pid, int restore_tid, const AgentOptions& options, Mailbox mailbox)
+      : pid_(pid), restore_tid_(restore_tid), options_(options), mailbox_(std::move(mailbox)) {}
+
+  Result<void> settle();
+  Result<void> run(phos_agent_command command, uint32_t count);
+  Result<void> export_batch(std::span<const AgentAllocation> batch,
+                            std::vector<AgentExport>* exports);
+  Result<std::vector<AgentAllocation>> read_allocations(uint32_t count);
+
+  int pid_;
+  int restore_tid_;
+  AgentOptions options_;
+  std::optional<Mailbox> mailbox_;  // none once detached
+  ScanCost cost_;
+};
+
+// Address ranges of process `pid` in which device memory can lie: inaccessible private memory, and
+// what is mapped from the managed memory driver.
+Result<std::vector<AddressRange>> device_address_ranges(int pid);
+
+}  // namespace phos

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// How the agent comes, stays and goes, and that the process does not notice.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <fstream>
+#include <thread>
+#include <vector>
+
+#include "gpu-tracker/base/proc.h"
+#include "test/agent/fixture.h"
+
+namespace agent_test {
+namespace {
+
+constexpr char kThread[] = PHOS_AGENT_THREAD_NAME;
+
+TEST_F(AgentTest, StaysAsleepWithNothingOpenAndIsFoundAgain) {
+  const Footprint before = footprint(target_.pid());
+  ASSERT_TRUE(attach());
+  const pid_t tid = find_thread(target_.pid(), kThread);
+  ASSERT_NE(tid, 0);
+  Footprint after = footprint(target_.pid());
+  EXPECT_EQ(after.files, before.files);
+  EXPECT_EQ(after.threads.size(), before.threads.size() + 1);
+  ASSERT_TRUE(attach());
+  EXPECT_EQ(find_thread(target_.pid(), kThread), tid);
+  EXPECT_EQ(footprint(target_.pid()), after);
+  EXPECT_EQ(status_field(tid, "State").substr(0, 1), "S");
+  expect_works();
+}
+
+TEST_F(AgentTest, UnloadLeavesNothing) {
+  const Footprint before = footprint(target_.pid());
+  for (int i = 0; i < 5; i++) {
+    auto agent = attach();
+    ASSERT_TRUE(agent) << agent.error().message();
+    ASSERT_TRUE(agent->enumerate());
+    auto gone = agent->unload();
+    ASSERT_TRUE(gone) << gone.error().message();
+    EXPECT_EQ(footprint(target_.pid()), before);
+  }
+  expect_works();
+}
+
+TEST_F(AgentTest, ThreadsOfTheApplicationAreNeverStopped) {
+  const pid_t pid = target_.pid();
+  const pid_t restore = restore_tid(pid);
+  std::atomic<bool> done{false};
+  std::atomic<int> looks{0}, stopped{0};
+  std::vector<pid_t> others = threads_of(pid);
+  std::erase(others, restore);
+  ASSERT_GE(others.size(), 1u);
+  std::thread watcher([&] {
+    while (!done) {
+      for (pid_t tid : others) {
+        auto s = phos::read_proc_status(tid);
+        if (s && (s->tracer_pid || s->state == 't' || s->state == 'T')) stopped++;
+        looks++;
+      }
+    }
+  });
+  for (int i = 0; i < 20; i++) {
+    auto agent = Agent::attach(pid, restore);
+    ASSERT_TRUE(agent) << agent.error().message();
+    EXPECT_TRUE(agent->enumerate());
+    EXPECT_TRUE(agent->unload());
+  }
+  done = true;
+  watcher.join();
+  EXPECT_GT(looks, 20);
+  EXPECT_EQ(stopped, 0);
+}
+
+TEST_F(AgentTest, OnePhosAtATime) {
+  auto first = attach();
+  ASSERT_TRUE(first);
+  auto second = attach();
+  ASSERT_FALSE(second);
+  EXPECT_EQ(second.error().code(), EBUSY);
+  ASSERT_TRUE(first->detach());
+  EXPECT_TRUE(attach());
+}
+
+// setuid() waits until every thread has handled a signal of the C library's.
+TEST_F(AgentTest, ProcessCanChangeItsUser) {
+  ASSERT_TRUE(attach());
+  target_.send("set-user");
+  EXPECT_EQ(target_.reply(5000).value_or("hangs"), "ok");
+}
+
+TEST_F(AgentTest, ProcessEndsAsItWould) {
+  ASSERT_TRUE(attach());
+  target_.close_input();
+  EXPECT_EQ(target_.wait_death(5000).value_or(-1), 0);
+}
+
+TEST_F(AgentTest, ForkedChildHasNoAgent) {
+  ASSERT_TRUE(attach());
+  const std::string reply = value_of(target_.ask("fork"));
+  const pid_t child = atoi(reply.c_str());
+  ASSERT_GT(child, 0);
+  EXPECT_EQ(find_thread(child, kThread), 0);
+  for (const std::string& m : footprint(child).mappings) {
+    EXPECT_EQ(m.find(PHOS_MAILBOX_NAME), std::string::npos) << m;
+  }
+  auto agent = Agent::attach(child, child);
+  EXPECT_FALSE(agent);
+  expect_works();
+  // With the worker's input at its end both return; exit() must not stumble over the agent.
+  target_.close_input();
+  EXPECT_EQ(target_.wait_death(5000).value_or(-1), 0);
+}
+
+TEST_F(AgentTest, LockedProcessTakesTheAgentAndAnswersLater) {
+  ASSERT_EQ(contract::lock(target_.pid()), CUDA_SUCCESS);
+  phos::AgentOptions options;
+  options.command_timeout = std::chrono::milliseconds(200);
+  {
+    auto agent = attach(options);
+    ASSERT_TRUE(agent) << agent.error().message();
+    auto all = agent->enumerate();
+    ASSERT_FALSE(all);
+    EXPECT_EQ(all.error().code(), ETIMEDOUT);
+  }
+  auto busy = attach(options);
+  ASSERT_FALSE(busy);
+  EXPECT_EQ(busy.error().code(), ETIMEDOUT);
+  ASSERT_EQ(contract::unlock(target_.pid()), CUDA_SUCCESS);
+  auto agent = attach();
+  ASSERT_TRUE(agent) << agent.error().message();
+  EXPECT_TRUE(agent->enumerate());
+}
+
+TEST_F(AgentTest, SleepsThroughTheDriversCheckpoint) {
+  const std::string address = value_of(target_.ask("alloc 4194304"));
+  ASSERT_TRUE(attach());
+  ASSERT_EQ(contract::lock(target_.pid()), CUDA_SUCCESS);
+  ASSERT_EQ(contract::checkpoint(target_.pid()), CUDA_SUCCESS);
+  ASSERT_EQ(contract::restore(target_.pid()), CUDA_SUCCESS);
+  ASSERT_EQ(contract::unlock(target_.pid()), CUDA_SUCCESS);
+  const auto all = enumerate();
+  const AgentAllocation* a = at(all, address_of(address));
+  ASSERT_NE(a, nullptr);
+  EXPECT_EQ(a->size, 4 * kMiB);
+}
+
+// ---- A phosd that dies.
+
+// Runs `body` in a child and kills it after `delay`.
+template <typename Body>
+void run_and_kill(std::chrono::microseconds delay, Body body) {
+  pid_t child = fork();
+  if (child == 0) {
+    body();
+    _exit(0);
+  }
+  std::this_thread::sleep_for(delay);
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+}
+
+TEST_F(AgentTest, PhosdKilledAnywhereInAttachHarmsNobody) {
+  const pid_t pid = target_.pid(), tid = restore_tid(pid);
+  const Footprint before = footprint(pid);
+  for (int step = 0; step < 30; step++) {
+    run_and_kill(std::chrono::microseconds(step * 150), [&] {
+      auto agent = Agent::attach(pid, tid);
+      if (agent) (void)agent->enumerate().ok();
+      if (agent) (void)agent->unload().ok();
+    });
+    auto agent = attach();
+    ASSERT_TRUE(agent) << step << ": " << agent.error().message();
+    ASSERT_TRUE(agent->enumerate());
+    EXPECT_EQ(footprint(pid).files, before.files) << step;
+    ASSERT_TRUE(agent->unload());
+    EXPECT_EQ(footprint(pid).threads, before.threads) << step;
+    ASSERT_EQ(target_.ask("ping"), "ok");
+  }
+}
+
+class FaultyDriver : public contract::WorkerTest {
+ protected:
+  void SetUp() override {
+    contract::WorkerTest::SetUp();
+    if (IsSkipped()) return;
+    if (!contract::on_simulation()) GTEST_SKIP() << "a real driver does not fail on request";
+    target_.emplace("cuda", std::vector<std::string>{"PHOS_SIM_FAULTS=" + faults_});
+    pid_ = target_->pid();
+    tid_ = restore_tid(pid_);
+  }
+  void TearDown() override { unlink(faults_.c_str()); }
+  void fail(const std::string& line) { std::ofstream(faults_) << line << "\n"; }
+
+  const std::string faults_ = testing::TempDir() + "faults-" + std::to_string(getpid());
+  std::optional<Worker> target_;
+  pid_t pid_ = 0, tid_ = 0;
+};
+
+TEST_F(FaultyDriver, PhosdKilledInMidCommandIsFollowedByAnother) {
+  fail("cuPointerGetAttribute 5 slow:300");
+  ASSERT_TRUE(Agent::attach(pid_, tid_));  // loaded already: the child is quick
+  run_and_kill(std::chrono::milliseconds(100), [&] {
+    auto agent = Agent::attach(pid_, tid_);
+    if (agent) (void)agent->enumerate().ok();
+  });
+  auto agent = Agent::attach(pid_, tid_);
+  ASSERT_TRUE(agent) << agent.error().message();
+  EXPECT_TRUE(agent->enumerate());
+  EXPECT_EQ(target_->ask("ping"), "ok");
+}
+
+TEST_F(FaultyDriver, DriverThatHangsIsAnErrorInTime) {
+  fail("cuPointerGetAttribute 5 slow:1500");
+  phos::AgentOptions options;
+  options.command_timeout = std::chrono::milliseconds(100);
+  auto agent = Agent::attach(pid_, tid_, options);
+  ASSERT_TRUE(agent) << agent.error().message();
+  const auto start = std::chrono::steady_clock::now();
+  auto all = agent->enumerate();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(1000));
+  ASSERT_FALSE(all);
+  EXPECT_EQ(all.error().code(), ETIMEDOUT);
+  EXPECT_FALSE(agent->detach());
+}
+
+TEST_F(FaultyDriver, DriversErrorIsNamed) {
+  fail("cuPointerGetAttribute * 999");
+  auto agent = Agent::attach(pid_, tid_);
+  ASSERT_TRUE(agent);
+  auto all = agent->enumerate();
+  ASSERT_FALSE(all);
+  EXPECT_EQ(all.error().domain(), phos::Domain::kCuda);
+  EXPECT_EQ(all.error().code(), 999);
+}
+
+TEST_F(FaultyDriver, FailedExportIsToldOfEach) {
+  value_of(target_->ask("alloc 4194304"));
+  fail("cuIpcGetMemHandle * 2");
+  auto agent = Agent::attach(pid_, tid_);
+  ASSERT_TRUE(agent);
+  auto all = agent->enumerate();
+  ASSERT_TRUE(all);
+  auto exports = agent->export_memory(of_kind(*all, AllocationKind::kDevice));
+  ASSERT_TRUE(exports);
+  ASSERT_EQ(exports->size(), 1u);
+  EXPECT_EQ((*exports)[0].status, ExportStatus::kFailed);
+  EXPECT_EQ((*exports)[0].driver_result, 2);
+}
+
+}  // namespace
+}  // namespace agent_test
