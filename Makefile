@@ -10,6 +10,9 @@ CXX      ?= g++
 CC       ?= gcc
 CLANG    ?= clang
 OPT      ?= -O2 -g
+# From the PATH, a CUDA toolkit, or build/ (ci/deps puts it there when there is none).
+NVCC     ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc \
+              $(B)/cuda/bin/nvcc))
 
 # Headers that may come from a package or from build/ (ci/deps puts them there when missing).
 CRIU_INCLUDE ?= $(firstword $(wildcard $(B)/criu/include /usr/include/criu))

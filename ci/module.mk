@@ -16,6 +16,9 @@ endif
 ifeq (,$(and $(CRIU_INCLUDE),$(wildcard $(CRIU_INCLUDE)/criu-plugin.h)))
 $(error criu-plugin.h is missing: run "make deps" (or set CRIU_INCLUDE))
 endif
+ifeq (,$(NVCC))
+$(error nvcc of CUDA 13 is missing: run "make deps" (or set NVCC))
+endif
 ifeq (,$(shell command -v protoc-c))
 $(error protoc-c is missing: run "make deps")
 endif

@@ -14,3 +14,9 @@ $(eval $(call program,bin/phos,tools/phos/main.cpp,lib/libphoscli.a lib/libcriuf
         -lboost_program_options -lprotobuf-c -ldl -lpthread))
 
 all: $(B)/bin/criu $(B)/bin/phos
+
+# What the copy engine is worth on a real GPU. In test/, so that the bundle has it.
+$(eval $(call embed_ptx,tools/bench/read.cu,phos_bench_read_ptx))
+$(eval $(call program,test/copy_bench,tools/bench/copy_engine.cpp gen/tools/bench/read.cu.c,\
+        lib/libphos.a,-ldl -lpthread))
+all: $(B)/test/copy_bench

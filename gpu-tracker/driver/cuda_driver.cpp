@@ -1,38 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/driver/cuda_driver.h"
 
-#include <cuda.h>
 #include <dlfcn.h>
 
 #include <cstdio>
 #include <cstring>
 
+#include "gpu-tracker/driver/cuda_context.h"
+#include "gpu-tracker/driver/cuda_entry_points.h"
+
 namespace phos {
 namespace {
-
-// Every libcuda function phos calls from outside a target, and the driver release that brought it
-// (0: older than any phos could use).
-#define PHOS_CUDA_ENTRY_POINTS(X)               \
-  X(cuInit, 0)                                  \
-  X(cuDriverGetVersion, 0)                      \
-  X(cuGetErrorName, 0)                          \
-  X(cuDeviceGetCount, 0)                        \
-  X(cuDeviceGet, 0)                             \
-  X(cuDeviceGetName, 0)                         \
-  X(cuDeviceTotalMem_v2, 0)                     \
-  X(cuDeviceGetUuid_v2, 470)                    \
-  X(cuCheckpointProcessGetRestoreThreadId, 570) \
-  X(cuCheckpointProcessGetState, 570)           \
-  X(cuCheckpointProcessLock, 570)               \
-  X(cuCheckpointProcessCheckpoint, 570)         \
-  X(cuCheckpointProcessRestore, 570)            \
-  X(cuCheckpointProcessUnlock, 570)
-
-struct EntryPoints {
-#define X(name, since) decltype(&::name) name = nullptr;
-  PHOS_CUDA_ENTRY_POINTS(X)
-#undef X
-};
 
 Error missing_entry_point(const std::string& path, const char* name, int since) {
   if (since == 0) {
@@ -52,7 +30,7 @@ class CudaDriver final : public GpuDriver {
   // `simulated_memory`: the simulated driver's stand-in for rm_client.h; null on a real driver.
   using SimulatedMemory = int (*)(int pid, uint64_t* own, uint64_t* imported);
 
-  CudaDriver(const EntryPoints& cu, SimulatedMemory simulated_memory)
+  CudaDriver(const CudaEntryPoints& cu, SimulatedMemory simulated_memory)
       : cu_(cu), simulated_memory_(simulated_memory) {}
 
   Result<int> api_version() override {
@@ -103,6 +81,10 @@ class CudaDriver final : public GpuDriver {
       gpus.push_back(std::move(info));
     }
     return gpus;
+  }
+
+  Result<std::unique_ptr<GpuContext>> open_context(const GpuUuid& uuid) override {
+    return open_cuda_context(cu_, uuid);
   }
 
   Result<ProcessMemory> process_memory(int pid) override {
@@ -183,12 +165,7 @@ class CudaDriver final : public GpuDriver {
  private:
   // pid 0: the call concerns no process.
   Error error(const std::string& call, int pid, CUresult r) const {
-    const char* name = nullptr;
-    cu_.cuGetErrorName(r, &name);
-    std::string on = pid ? " on process " + std::to_string(pid) : "";
-    return Error(
-        Domain::kCuda, r,
-        call + on + " failed: " + (name ? name : "unknown error") + " (" + std::to_string(r) + ")");
+    return cu_.error(call + (pid ? " on process " + std::to_string(pid) : ""), r);
   }
 
   Result<void> done(const char* call, int pid, CUresult r) const {
@@ -196,7 +173,7 @@ class CudaDriver final : public GpuDriver {
     return {};
   }
 
-  const EntryPoints cu_;
+  const CudaEntryPoints cu_;
   const SimulatedMemory simulated_memory_;
 };
 
@@ -209,7 +186,7 @@ Result<std::unique_ptr<GpuDriver>> open_cuda_driver(const std::string& path) {
                  std::string("NVIDIA's driver library cannot be opened (") + dlerror() +
                      "); install NVIDIA driver 570 or newer");
   }
-  EntryPoints cu;
+  CudaEntryPoints cu;
 #define X(name, since)                                              \
   cu.name = reinterpret_cast<decltype(cu.name)>(dlsym(lib, #name)); \
   if (!cu.name) return missing_entry_point(path, #name, since);

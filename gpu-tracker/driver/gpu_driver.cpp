@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/driver/gpu_driver.h"
 
+#include <cerrno>
 #include <cstdio>
 
 namespace phos {
@@ -12,6 +13,10 @@ std::string format_gpu_uuid(const GpuUuid& u) {
            u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14],
            u[15]);
   return text;
+}
+
+Result<std::unique_ptr<GpuContext>> GpuDriver::open_context(const GpuUuid& uuid) {
+  return Error(Domain::kUsage, ENOTSUP, "this driver opens no context on " + format_gpu_uuid(uuid));
 }
 
 const char* to_string(CudaState state) {

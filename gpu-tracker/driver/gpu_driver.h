@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/driver/gpu_context.h"
 #include "gpu-tracker/driver/rm_client.h"
 
 namespace phos {
@@ -56,6 +57,10 @@ class GpuDriver {
   virtual Result<std::string> release() = 0;
   // GPUs this process sees. Initialises the driver library (tens of milliseconds a GPU).
   virtual Result<std::vector<GpuInfo>> gpus() = 0;
+
+  // phosd's own context on that GPU; initialises the driver library. The default is a refusal, for
+  // drivers that know processes only (of tests).
+  virtual Result<std::unique_ptr<GpuContext>> open_context(const GpuUuid& uuid);
 
   // Device memory `pid` owns and has imported, as the kernel driver accounts it.
   virtual Result<ProcessMemory> process_memory(int pid) = 0;

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # Programs that need NVIDIA's compiler; without it the tests that use them are skipped.
 
-NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 # SASS for the data-centre GPUs of today, PTX for those to come.
 NVCC_ARCHS := -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 \
               -gencode=arch=compute_90,code=compute_90

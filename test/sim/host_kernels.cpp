@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <ctime>
 
+#include "gpu-tracker/copy/kernel_arguments.h"
 #include "test/sim/memory.h"
 #include "test/sim/module.h"
 #include "test/sim/test_kernels.h"
+#include "tools/bench/read_arguments.h"
 
 namespace phos_sim {
 namespace {
@@ -53,6 +55,9 @@ constexpr HostKernel kKernels[] = {
     {"phos_fill", {8, 4, 4}, run_fill},
     {"phos_spin", {8}, run_spin},
     {"phos_touch_global", {4}, run_touch_global},
+    {phos::kHashKernel, {sizeof(phos::HashArguments)}, run_hash_pages},
+    {phos::kCopyHashKernel, {sizeof(phos::HashArguments)}, run_copy_hash_pages},
+    {"phos_bench_read", {sizeof(phos_bench::ReadArguments)}, run_bench_read},
 };
 
 }  // namespace

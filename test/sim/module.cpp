@@ -2,6 +2,7 @@
 // Modules from PTX text: names of entries and module-scope variables are read, code is not.
 #include "test/sim/module.h"
 
+#include <algorithm>
 #include <cctype>
 #include <map>
 #include <memory>
@@ -137,7 +138,7 @@ CUresult copy_arguments(const HostKernel& kernel, void** parameters, void** extr
   size_t at = 0;
   for (int i = 0; i < 8 && kernel.argument_sizes[i]; i++) {
     auto size = static_cast<size_t>(kernel.argument_sizes[i]);
-    at = round_up(at, size);
+    at = round_up(at, std::min<size_t>(size, 8));
     const void* from = packed       ? static_cast<const char*>(packed) + at
                        : parameters ? parameters[i]
                                     : nullptr;

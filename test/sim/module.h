@@ -10,7 +10,7 @@ namespace phos_sim {
 
 // One launch: the arguments, copied at launch time, and how many threads run.
 struct Launch {
-  unsigned char arguments[256];
+  unsigned char arguments[512];
   uint64_t threads;
 
   template <typename T>
@@ -24,11 +24,16 @@ struct Launch {
 // A kernel of the simulation. Runs on the engine thread; a failure is sticky like a GPU fault.
 struct HostKernel {
   const char* name;
-  int argument_sizes[8];  // in order, naturally aligned; 0 ends
+  int argument_sizes[8];  // in order, naturally aligned (structs: to 8); 0 ends
   CUresult (*run)(const Launch& launch);
 };
 // host_kernels.cpp. Null if there is none of that name.
 const HostKernel* find_host_kernel(const char* name);
+
+// copy_kernels.cpp
+CUresult run_hash_pages(const Launch& launch);
+CUresult run_copy_hash_pages(const Launch& launch);
+CUresult run_bench_read(const Launch& launch);
 
 void unload_modules_of(CUcontext context);
 

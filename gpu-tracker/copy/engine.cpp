@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/copy/engine.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "gpu-tracker/base/log.h"
+
+extern "C" const char phos_kernels_ptx[];  // kernels.cu, compiled
+
+namespace phos {
+namespace {
+
+constexpr uint64_t kAlignment = 4096;
+constexpr unsigned kBatches = 2;  // one is hashed while the table of the other is on its way
+
+uint64_t aligned(uint64_t n) {
+  return (n + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+// Table and hashes of a lane, on either side.
+uint64_t lane_bytes(uint32_t pages) {
+  return aligned(uint64_t{pages} * sizeof(PageEntry)) + aligned(uint64_t{pages} * sizeof(PageHash));
+}
+
+}  // namespace
+
+CopyEngine::CopyEngine(GpuContext& context, PinnedPool& pool, CopyEngineOptions options)
+    : context_(context),
+      pool_(pool),
+      options_(options),
+      slot_pages_(static_cast<uint32_t>(pool.buffer_bytes() / kPageBytes)),
+      slots_(options.slots),
+      batches_(kBatches) {
+  layout_.key = 0;
+  layout_.lanes = aligned(sizeof(uint32_t) * kLevel2Words);
+  const uint64_t lanes =
+      options.slots * lane_bytes(slot_pages_) + kBatches * lane_bytes(options.hash_batch_pages);
+  layout_.staging = layout_.lanes + lanes;
+  layout_.total = layout_.staging + uint64_t{options.slots} * slot_pages_ * kPageBytes;
+  host_bytes_ = layout_.staging;  // the same, without the staging memory
+}
+
+Result<std::unique_ptr<CopyEngine>> CopyEngine::create(GpuContext& context, PinnedPool& pool,
+                                                       const PageHashKey& key,
+                                                       CopyEngineOptions options) {
+  std::unique_ptr<CopyEngine> engine(new CopyEngine(context, pool, options));
+  if (auto r = engine->set_up(key); !r) return r.error().wrap("starting the copy engine");
+  return engine;
+}
+
+Result<void> CopyEngine::set_up(const PageHashKey& key) {
+  auto multiprocessors = context_.multiprocessors();
+  if (!multiprocessors) return multiprocessors.error();
+  blocks_ = static_cast<unsigned>(*multiprocessors) * kBlocksPerMultiprocessor;
+
+  auto module = context_.load_module(phos_kernels_ptx);
+  if (!module) return module.error();
+  module_ = *module;
+  auto hash = context_.kernel(module_, kHashKernel);
+  if (!hash) return hash.error();
+  hash_kernel_ = *hash;
+  auto copy = context_.kernel(module_, kCopyHashKernel);
+  if (!copy) return copy.error();
+  copy_kernel_ = *copy;
+
+  for (GpuStream* stream : {&uploads_, &kernels_, &transfers_}) {
+    auto created = context_.create_stream();
+    if (!created) return created.error();
+    *stream = *created;
+  }
+
+  auto device = context_.allocate(layout_.total);
+  if (!device) return device.error();
+  device_ = *device;
+  void* host = mmap(nullptr, host_bytes_, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  if (host == MAP_FAILED) return Error::from_errno(errno, "mapping host memory for page tables");
+  host_ = static_cast<uint8_t*>(host);
+  if (auto r = context_.register_host(host_, host_bytes_); !r) return r;
+  host_registered_ = true;
+
+  uint64_t device_at = device_ + layout_.lanes;
+  uint8_t* host_at = host_ + layout_.lanes;
+  if (auto r = set_up_lanes(slots_, slot_pages_, device_at, host_at); !r) return r;
+  if (auto r = set_up_lanes(batches_, options_.hash_batch_pages, device_at, host_at); !r) return r;
+  uint64_t staging = device_ + layout_.staging;
+  for (Lane& slot : slots_) {
+    slot.staging = staging;
+    staging += uint64_t{slot_pages_} * kPageBytes;
+  }
+  return use_key(key);
+}
+
+Result<void> CopyEngine::set_up_lanes(std::vector<Lane>& lanes, uint32_t pages, uint64_t& device,
+                                      uint8_t*& host) {
+  const uint64_t table = aligned(uint64_t{pages} * sizeof(PageEntry));
+  for (Lane& lane : lanes) {
+    lane.table = device;
+    lane.hashes = device + table;
+    lane.host_table = reinterpret_cast<PageEntry*>(host);
+    lane.host_hashes = reinterpret_cast<PageHash*>(host + table);
+    device += lane_bytes(pages);
+    host += lane_bytes(pages);
+    for (GpuEvent* event : {&lane.ready, &lane.begin, &lane.hashed, &lane.done}) {
+      auto created = context_.create_event();
+      if (!created) return created.error();
+      *event = *created;
+    }
+  }
+  return {};
+}
+
+// Undoes as much of set_up as was done. Errors have no one to go to but the log: the context, which
+// owns all of it, will be closed.
+CopyEngine::~CopyEngine() {
+  auto note = [](Result<void> r) {
+    if (!r) log(LogLevel::kWarn, "copy", "stopping the engine: %s", r.error().message().c_str());
+  };
+  for (auto* lanes : {&slots_, &batches_}) {
+    for (Lane& lane : *lanes) {
+      for (GpuEvent event : {lane.ready, lane.begin, lane.hashed, lane.done}) {
+        if (event) note(context_.destroy_event(event));
+      }
+    }
+  }
+  for (GpuStream stream : {uploads_, kernels_, transfers_}) {
+    if (stream) note(context_.destroy_stream(stream));
+  }
+  if (host_registered_) note(context_.unregister_host(host_));
+  if (host_) munmap(host_, host_bytes_);
+  if (device_) note(context_.free(device_));
+  if (module_) note(context_.unload_module(module_));
+}
+
+Result<void> CopyEngine::use_key(const PageHashKey& key) {
+  if (auto r = begin({}); !r) return r;
+  memcpy(arguments_.level1, key.level1().data(), sizeof arguments_.level1);
+  memcpy(arguments_.level3, key.level3().data(), sizeof arguments_.level3);
+  arguments_.level2 = device_ + layout_.key;
+  const size_t bytes = sizeof(uint32_t) * kLevel2Words;
+  memcpy(host_ + layout_.key, key.level2().data(), bytes);
+  auto r = context_.copy_to_device(arguments_.level2, host_ + layout_.key, bytes, uploads_);
+  if (r) r = context_.synchronize(uploads_);
+  return end(r);
+}
+
+Result<void> CopyEngine::check(std::span<const PageRef> pages) const {
+  for (const PageRef& page : pages) {
+    if (page.address % 16 == 0 && page.bytes > 0 && page.bytes <= kPageBytes) continue;
+    char text[160];
+    snprintf(
+        text, sizeof text,
+        "page %zu (%u bytes at 0x%llx): the address must be a multiple of 16, the size 1 to %u",
+        static_cast<size_t>(&page - pages.data()), page.bytes,
+        static_cast<unsigned long long>(page.address), kPageBytes);
+    return Error(Domain::kUsage, EINVAL, text);
+  }
+  return {};
+}
+
+Result<void> CopyEngine::begin(std::span<const PageRef> pages) const {
+  if (broken_) {
+    return Error(Domain::kCuda, ENODEV,
+                 "the copy engine is out of order since an earlier CUDA error; open the GPU again");
+  }
+  return check(pages);
+}
+
+Result<void> CopyEngine::end(Result<void> result) {
+  if (result) return result;
+  for (GpuStream stream : {uploads_, kernels_, transfers_}) {
+    if (!context_.synchronize(stream)) broken_ = true;
+  }
+  for (Lane& slot : slots_) {
+    // Whether a GPU that does not answer still writes to host memory nobody can tell.
+    if (broken_) slot.buffer.abandon();
+    slot.buffer.reset();
+  }
+  return result;
+}
+
+}  // namespace phos

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// CopyEngine: hashes GPU memory where it is, and copies it to host buffers together with the hashes
+// of the very bytes that were copied, while its owner goes on writing to it.
+//
+//   source pages --kernel: copy and hash--> staging slot --DMA--> host buffer --> sink
+//
+// The kernel fills the slots of a ring in device memory on one stream, the DMA engine drains them
+// on another; hashes follow their pages on the same stream. The ring is deep enough to keep the DMA
+// engine busy while the kernel waits for its time slice on a GPU that another process keeps busy.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <stop_token>
+#include <vector>
+
+#include "gpu-tracker/base/result.h"
+#include "gpu-tracker/copy/page_hash.h"
+#include "gpu-tracker/copy/pinned_pool.h"
+#include "gpu-tracker/driver/gpu_context.h"
+
+namespace phos {
+
+// A page of device memory, by the engine's own address of it. `address` is a multiple of 16,
+// `bytes` 1 to kPageBytes (less than that: the end of an allocation).
+struct PageRef {
+  uint64_t address;
+  uint32_t bytes = kPageBytes;
+};
+
+// How much of the GPU an operation may take from others. May be changed at any time, by any thread.
+class Pace {
+ public:
+  // Share of the GPU's time that phos's kernels take at most: 0.05 slows others down by 5 %. 0, the
+  // default: no limit. (DMA costs others next to nothing and is not limited: about 1 %.)
+  void set_max_slowdown(double share) { max_slowdown_ = share; }
+  double max_slowdown() const { return max_slowdown_; }
+
+ private:
+  std::atomic<double> max_slowdown_{0};
+};
+
+// Pages first, first + 1, ... of a copy, as many as there are hashes. Page i of them is at
+// data + i * kPageBytes, with zeros after a page's end.
+struct CopiedPages {
+  size_t first = 0;
+  std::vector<PageHash> hashes;
+  PinnedPool::Buffer buffer;
+};
+
+// Takes what was copied, in order; called on the thread that called copy(). Should not take long:
+// keep the buffer and write it out elsewhere. An error ends the copy.
+using CopySink = std::function<Result<void>(CopiedPages)>;
+
+// Pages to load, laid out as in CopiedPages, and what they must hash to once they are on the GPU.
+struct PagesToLoad {
+  std::vector<PageRef> pages;
+  std::vector<PageHash> hashes;
+  PinnedPool::Buffer buffer;
+};
+
+// The next pages to load; nothing at the end. An error ends the load.
+using LoadSource = std::function<Result<std::optional<PagesToLoad>>()>;
+
+struct CopyEngineOptions {
+  // Staging slots, each as large as a pool buffer. 8 of 32 MiB are 4.8 ms of PCIe 5 x16.
+  unsigned slots = 8;
+  // Pages hashed by one launch: 4 GiB, 1 ms of an H200.
+  uint32_t hash_batch_pages = 65536;
+};
+
+// One GPU. Operations are called by one thread at a time and return when they are done. After an
+// error the engine is idle, and usable again unless broken() says that the GPU failed for good.
+class CopyEngine {
+ public:
+  // `context` and `pool` outlive the engine; the pool is attached to some context. Takes
+  // device_bytes() of device memory.
+  static Result<std::unique_ptr<CopyEngine>> create(GpuContext& context, PinnedPool& pool,
+                                                    const PageHashKey& key,
+                                                    CopyEngineOptions options = {});
+  ~CopyEngine();
+  CopyEngine(const CopyEngine&) = delete;
+  CopyEngine& operator=(const CopyEngine&) = delete;
+
+  // The key of the hashes from now on.
+  Result<void> use_key(const PageHashKey& key);
+
+  // Hashes pages in place: hashes[i] is that of pages[i] at some time during the call. A page that
+  // is being written to gives the hash of a mixture.
+  Result<void> hash(std::span<const PageRef> pages, std::span<PageHash> hashes, const Pace& pace,
+                    std::stop_token stop = {});
+
+  // Copies pages to host buffers. Each hash is that of the bytes in the buffer, whatever happens to
+  // the source meanwhile.
+  Result<void> copy(std::span<const PageRef> pages, const CopySink& sink, const Pace& pace,
+                    std::stop_token stop = {});
+
+  // Loads pages and hashes them on the device. Fails with Domain::kFormat at the first buffer with
+  // a page that is not what it should be.
+  Result<void> load(const LoadSource& source, std::stop_token stop = {});
+
+  // Device memory that the engine has allocated, without the context's own.
+  uint64_t device_bytes() const { return layout_.total; }
+  // No further operation will succeed: make a new context and engine.
+  bool broken() const { return broken_; }
+
+ private:
+  // Where things are in the one allocation of device memory, and in that of host memory.
+  struct Layout {
+    uint64_t key = 0, lanes = 0, staging = 0, total = 0;
+  };
+  // What one launch works with. Slots have staging memory besides.
+  struct Lane {
+    uint64_t table = 0, hashes = 0, staging = 0;  // device
+    PageEntry* host_table = nullptr;
+    PageHash* host_hashes = nullptr;
+    GpuEvent ready = nullptr, begin = nullptr, hashed = nullptr, done = nullptr;
+    // while in flight
+    size_t first = 0;
+    uint32_t count = 0;
+    std::vector<PageHash> expected;  // of a load
+    PinnedPool::Buffer buffer;
+  };
+  class Flight;
+
+  CopyEngine(GpuContext& context, PinnedPool& pool, CopyEngineOptions options);
+
+  Result<void> set_up(const PageHashKey& key);
+  Result<void> set_up_lanes(std::vector<Lane>& lanes, uint32_t pages, uint64_t& device,
+                            uint8_t*& host);
+  Result<void> check(std::span<const PageRef> pages) const;
+  Result<void> begin(std::span<const PageRef> pages) const;
+  // Ends an operation: after an error, waits until the GPU no longer uses anything of it.
+  Result<void> end(Result<void> result);
+
+  Result<void> run_hash(std::span<const PageRef> pages, std::span<PageHash> hashes,
+                        const Pace& pace, std::stop_token stop);
+  Result<void> run_copy(std::span<const PageRef> pages, const CopySink& sink, const Pace& pace,
+                        std::stop_token stop);
+  Result<void> run_load(const LoadSource& source, std::stop_token stop);
+
+  // Fills the lane's page table, sends it, and starts a kernel over it once it has arrived.
+  Result<void> launch(Lane& lane, GpuKernel kernel, size_t first, std::span<const PageRef> pages);
+  // Queues the way back of the lane's hashes; `done` is when they are here.
+  Result<void> fetch_hashes(Lane& lane, GpuStream stream);
+  Result<void> start_hash(Lane& lane, size_t first, std::span<const PageRef> pages);
+  Result<void> start_copy(Lane& lane, size_t first, std::span<const PageRef> pages,
+                          PinnedPool::Buffer buffer);
+  Result<void> start_load(Lane& lane, PagesToLoad work);
+  // Waits for the lane and learns how fast the kernel was.
+  Result<void> finish(Lane& lane, double* ns_per_page);
+
+  GpuContext& context_;
+  PinnedPool& pool_;
+  const CopyEngineOptions options_;
+  const uint32_t slot_pages_;
+  Layout layout_;
+  uint64_t device_ = 0;      // the allocation
+  uint8_t* host_ = nullptr;  // pinned
+  uint64_t host_bytes_ = 0;
+  bool host_registered_ = false;
+  GpuModule module_ = nullptr;
+  GpuKernel hash_kernel_ = nullptr, copy_kernel_ = nullptr;
+  GpuStream uploads_ = nullptr, kernels_ = nullptr, transfers_ = nullptr;
+  unsigned blocks_ = 0;
+  HashArguments arguments_ = {};
+  std::vector<Lane> slots_, batches_;
+  // Kernel time a page, undisturbed: the least seen so far. 0: not known yet.
+  double hash_ns_ = 0, copy_ns_ = 0;
+  bool broken_ = false;
+};
+
+}  // namespace phos

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// What a CopyEngine does: hash, copy, load.
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "gpu-tracker/copy/engine.h"
+
+namespace phos {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Nanoseconds = std::chrono::duration<double, std::nano>;
+
+// Assumed of a GPU until it has been measured: 330 GB/s.
+constexpr double kFirstNsPerPage = 200;
+
+Error cancelled(const char* what) {
+  return Error(Domain::kErrno, ECANCELED, std::string(what) + " was cancelled");
+}
+
+// Spaces kernel launches out so that they take no more than the allowed share of the GPU's time.
+class Pacer {
+ public:
+  Pacer(const Pace& pace, std::stop_token stop) : pace_(pace), stop_(std::move(stop)) {}
+
+  // Returns when a kernel of `pages` may start, or when `stop` is requested.
+  void wait_turn(uint32_t pages, double ns_per_page) {
+    const double share = pace_.max_slowdown();
+    if (share <= 0 || share >= 1) {
+      due_ = Clock::time_point();
+      return;
+    }
+    std::mutex mutex;
+    std::unique_lock<std::mutex> hold(mutex);
+    std::condition_variable_any never;
+    never.wait_until(hold, stop_, due_, [] { return false; });
+    const double busy = pages * (ns_per_page > 0 ? ns_per_page : kFirstNsPerPage);
+    due_ = std::max(due_, Clock::now()) +
+           std::chrono::duration_cast<Clock::duration>(Nanoseconds(busy / share));
+  }
+
+ private:
+  const Pace& pace_;
+  const std::stop_token stop_;
+  Clock::time_point due_;
+};
+
+}  // namespace
+
+// The lanes that the GPU works on, oldest first.
+class CopyEngine::Flight {
+ public:
+  explicit Flight(std::vector<Lane>& lanes) : lanes_(lanes) {}
+  bool empty() const { return !flying_; }
+  bool full() const { return flying_ == lanes_.size(); }
+  Lane& take_off() { return lanes_[(oldest_ + flying_++) % lanes_.size()]; }
+  Lane& oldest() { return lanes_[oldest_]; }
+  void land() {
+    oldest_ = (oldest_ + 1) % lanes_.size();
+    flying_--;
+  }
+
+ private:
+  std::vector<Lane>& lanes_;
+  size_t oldest_ = 0, flying_ = 0;
+};
+
+Result<void> CopyEngine::hash(std::span<const PageRef> pages, std::span<PageHash> hashes,
+                              const Pace& pace, std::stop_token stop) {
+  if (hashes.size() != pages.size()) {
+    return Error(Domain::kUsage, EINVAL, "hashing GPU memory: not as many hashes as pages");
+  }
+  if (auto r = begin(pages); !r) return r.error().wrap("hashing GPU memory");
+  return end(run_hash(pages, hashes, pace, std::move(stop)));
+}
+
+Result<void> CopyEngine::copy(std::span<const PageRef> pages, const CopySink& sink,
+                              const Pace& pace, std::stop_token stop) {
+  if (auto r = begin(pages); !r) return r.error().wrap("copying GPU memory");
+  return end(run_copy(pages, sink, pace, std::move(stop)));
+}
+
+Result<void> CopyEngine::load(const LoadSource& source, std::stop_token stop) {
+  if (auto r = begin({}); !r) return r.error().wrap("loading GPU memory");
+  return end(run_load(source, std::move(stop)));
+}
+
+Result<void> CopyEngine::run_hash(std::span<const PageRef> pages, std::span<PageHash> hashes,
+                                  const Pace& pace, std::stop_token stop) {
+  Flight flight(batches_);
+  Pacer pacer(pace, stop);
+  for (size_t next = 0; next < pages.size() || !flight.empty();) {
+    if (stop.stop_requested()) return cancelled("hashing GPU memory");
+    if (next < pages.size() && !flight.full()) {
+      const auto n = std::min<size_t>(pages.size() - next, options_.hash_batch_pages);
+      pacer.wait_turn(static_cast<uint32_t>(n), hash_ns_);
+      if (auto r = start_hash(flight.take_off(), next, pages.subspan(next, n)); !r) return r;
+      next += n;
+      continue;
+    }
+    Lane& lane = flight.oldest();
+    if (auto r = finish(lane, &hash_ns_); !r) return r;
+    std::copy_n(lane.host_hashes, lane.count, hashes.begin() + static_cast<ptrdiff_t>(lane.first));
+    flight.land();
+  }
+  return {};
+}
+
+Result<void> CopyEngine::run_copy(std::span<const PageRef> pages, const CopySink& sink,
+                                  const Pace& pace, std::stop_token stop) {
+  Flight flight(slots_);
+  Pacer pacer(pace, stop);
+  for (size_t next = 0; next < pages.size() || !flight.empty();) {
+    if (stop.stop_requested()) return cancelled("copying GPU memory");
+    if (next < pages.size() && !flight.full()) {
+      auto buffer = pool_.try_acquire();
+      // To wait for a buffer while holding some that nobody has seen yet could take for ever.
+      if (!buffer && flight.empty()) {
+        auto acquired = pool_.acquire(stop);
+        if (!acquired) return acquired.error();
+        buffer = std::move(*acquired);
+      }
+      if (buffer) {
+        const auto n = std::min<size_t>(pages.size() - next, slot_pages_);
+        pacer.wait_turn(static_cast<uint32_t>(n), copy_ns_);
+        auto r = start_copy(flight.take_off(), next, pages.subspan(next, n), std::move(*buffer));
+        if (!r) return r;
+        next += n;
+        continue;
+      }
+    }
+    Lane& lane = flight.oldest();
+    if (auto r = finish(lane, &copy_ns_); !r) return r;
+    CopiedPages copied;
+    copied.first = lane.first;
+    copied.hashes.assign(lane.host_hashes, lane.host_hashes + lane.count);
+    copied.buffer = std::move(lane.buffer);
+    flight.land();
+    if (auto r = sink(std::move(copied)); !r) return r;
+  }
+  return {};
+}
+
+Result<void> CopyEngine::run_load(const LoadSource& source, std::stop_token stop) {
+  Flight flight(slots_);
+  bool more = true;
+  while (more || !flight.empty()) {
+    if (stop.stop_requested()) return cancelled("loading GPU memory");
+    if (more && !flight.full()) {
+      auto work = source();
+      if (!work) return work.error();
+      more = work->has_value();
+      if (!more) continue;
+      if (auto r = check((*work)->pages); !r) return r.error().wrap("loading GPU memory");
+      if ((*work)->pages.empty() || (*work)->pages.size() > slot_pages_ ||
+          (*work)->hashes.size() != (*work)->pages.size() || !(*work)->buffer) {
+        return Error(Domain::kUsage, EINVAL, "loading GPU memory: no buffer full of pages");
+      }
+      if (auto r = start_load(flight.take_off(), std::move(**work)); !r) return r;
+      continue;
+    }
+    Lane& lane = flight.oldest();
+    if (auto r = finish(lane, &hash_ns_); !r) return r;
+    lane.buffer.reset();
+    const auto wrong = std::mismatch(lane.expected.begin(), lane.expected.end(), lane.host_hashes);
+    if (wrong.first != lane.expected.end()) {
+      char text[120];
+      const PageEntry& page = lane.host_table[wrong.first - lane.expected.begin()];
+      snprintf(text, sizeof text, "GPU memory at 0x%llx is not what was saved: its hash differs",
+               static_cast<unsigned long long>(page.address));
+      return Error(Domain::kFormat, EBADMSG, text);
+    }
+    flight.land();
+  }
+  return {};
+}
+
+Result<void> CopyEngine::launch(Lane& lane, GpuKernel kernel, size_t first,
+                                std::span<const PageRef> pages) {
+  lane.first = first;
+  lane.count = static_cast<uint32_t>(pages.size());
+  for (size_t i = 0; i < pages.size(); i++) {
+    lane.host_table[i] = {pages[i].address, pages[i].bytes, 0};
+  }
+  HashArguments arguments = arguments_;
+  arguments.pages = lane.table;
+  arguments.hashes = lane.hashes;
+  arguments.staging = lane.staging;
+  arguments.count = lane.count;
+  const unsigned blocks = std::min(blocks_, lane.count);
+  auto r = context_.copy_to_device(lane.table, lane.host_table, lane.count * sizeof(PageEntry),
+                                   uploads_);
+  if (r) r = context_.record(lane.ready, uploads_);
+  if (r) r = context_.wait(kernels_, lane.ready);
+  if (r) r = context_.record(lane.begin, kernels_);
+  if (r) r = context_.launch(kernel, blocks, kHashThreads, &arguments, kernels_);
+  if (r) r = context_.record(lane.hashed, kernels_);
+  return r;
+}
+
+Result<void> CopyEngine::fetch_hashes(Lane& lane, GpuStream stream) {
+  auto r =
+      context_.copy_to_host(lane.host_hashes, lane.hashes, lane.count * sizeof(PageHash), stream);
+  if (r) r = context_.record(lane.done, stream);
+  return r;
+}
+
+Result<void> CopyEngine::start_hash(Lane& lane, size_t first, std::span<const PageRef> pages) {
+  auto r = launch(lane, hash_kernel_, first, pages);
+  if (r) r = context_.wait(transfers_, lane.hashed);
+  if (r) r = fetch_hashes(lane, transfers_);
+  return r;
+}
+
+Result<void> CopyEngine::start_copy(Lane& lane, size_t first, std::span<const PageRef> pages,
+                                    PinnedPool::Buffer buffer) {
+  lane.buffer = std::move(buffer);
+  auto r = launch(lane, copy_kernel_, first, pages);
+  if (r) r = context_.wait(transfers_, lane.hashed);
+  if (r) {
+    r = context_.copy_to_host(lane.buffer.data(), lane.staging, uint64_t{lane.count} * kPageBytes,
+                              transfers_);
+  }
+  if (r) r = fetch_hashes(lane, transfers_);
+  return r;
+}
+
+// The hashes come back on the kernels' stream: the next buffer's DMA need not wait for them.
+Result<void> CopyEngine::start_load(Lane& lane, PagesToLoad work) {
+  lane.buffer = std::move(work.buffer);
+  lane.expected = std::move(work.hashes);
+  const auto& pages = work.pages;
+  for (size_t i = 0; i < pages.size();) {  // pages that follow each other go in one piece
+    size_t end = i + 1;
+    uint64_t bytes = pages[i].bytes;
+    while (end < pages.size() && bytes == (end - i) * kPageBytes &&
+           pages[end].address == pages[i].address + bytes) {
+      bytes += pages[end++].bytes;
+    }
+    auto r = context_.copy_to_device(pages[i].address, lane.buffer.data() + i * kPageBytes, bytes,
+                                     transfers_);
+    if (!r) return r;
+    i = end;
+  }
+  auto r = context_.record(lane.done, transfers_);
+  if (r) r = context_.wait(kernels_, lane.done);
+  if (r) r = launch(lane, hash_kernel_, 0, pages);
+  if (r) r = fetch_hashes(lane, kernels_);
+  return r;
+}
+
+Result<void> CopyEngine::finish(Lane& lane, double* ns_per_page) {
+  if (auto r = context_.synchronize(lane.done); !r) return r;
+  auto ms = context_.elapsed_ms(lane.begin, lane.hashed);
+  if (!ms) return ms.error();
+  const double ns = *ms * 1e6 / lane.count;
+  if (*ns_per_page == 0 || ns < *ns_per_page) *ns_per_page = ns;
+  return {};
+}
+
+}  // namespace phos

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/copy/page_hash.h"
+
+#include <emmintrin.h>
+#include <sys/random.h>
+
+#include <bit>
+#include <cerrno>
+#include <cstring>
+
+namespace phos {
+namespace {
+
+static_assert(std::endian::native == std::endian::little,
+              "numbers are read and written as they are");
+
+using u128 = unsigned __int128;
+constexpr u128 kPrime = (static_cast<u128>(1) << 127) - 1;
+
+u128 join(uint64_t low, uint64_t high) {
+  return static_cast<u128>(high) << 64 | low;
+}
+
+Result<void> fill_randomly(void* to, size_t bytes) {
+  auto* at = static_cast<uint8_t*>(to);
+  while (bytes) {
+    ssize_t n = getrandom(at, bytes, 0);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return Error::from_errno(errno, "getting random bytes for a page hash key");
+    at += n;
+    bytes -= static_cast<size_t>(n);
+  }
+  return {};
+}
+
+// Four NH sums, of the iterations.
+using Sums = std::array<uint64_t, kNhIterations>;
+
+// Level 1 for all chunks: chunk t is the vectors t, t + 256, ... of the page. Two products at a
+// time: SSE2's pmuludq multiplies the even words.
+void hash_chunks(const uint32_t* key, const uint8_t* page, Sums* out) {
+  __m128i sums[kHashThreads][kNhIterations] = {};
+  for (uint32_t j = 0; j < kVectors; j++) {
+    __m128i keys[kNhIterations];
+    for (uint32_t i = 0; i < kNhIterations; i++) {
+      keys[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(key + 4 * j + 2 * i));
+    }
+    for (uint32_t t = 0; t < kHashThreads; t++) {
+      const __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i*>(page) + t);
+      for (uint32_t i = 0; i < kNhIterations; i++) {
+        const __m128i x = _mm_add_epi32(m, keys[i]);
+        sums[t][i] = _mm_add_epi64(sums[t][i], _mm_mul_epu32(x, _mm_srli_epi64(x, 32)));
+      }
+    }
+    page += 16 * kHashThreads;
+  }
+  for (uint32_t t = 0; t < kHashThreads; t++) {
+    for (uint32_t i = 0; i < kNhIterations; i++) {
+      const __m128i both = sums[t][i];
+      out[t][i] = static_cast<uint64_t>(
+          _mm_cvtsi128_si64(_mm_add_epi64(both, _mm_unpackhi_epi64(both, both))));
+    }
+  }
+}
+
+// Level 2: NH over the words of level 1, low half of each sum first.
+Sums hash_words(const uint32_t* key, const Sums* chunks) {
+  Sums sums = {};
+  for (uint32_t t = 0; t < kHashThreads; t++) {
+    for (uint64_t chunk : chunks[t]) {
+      const auto low = static_cast<uint32_t>(chunk), high = static_cast<uint32_t>(chunk >> 32);
+      for (uint32_t i = 0; i < kNhIterations; i++) {
+        sums[i] += uint64_t{low + key[2 * i]} * (high + key[2 * i + 1]);
+      }
+      key += 2;
+    }
+  }
+  return sums;
+}
+
+// a * b modulo the prime, for b < 2^32.
+u128 multiply(u128 a, uint32_t b) {
+  // a = high * 2^64 + low; 2^127 = 1.
+  const u128 low = static_cast<u128>(static_cast<uint64_t>(a)) * b;  // below 2^96
+  const u128 high = (a >> 64) * b;                                   // below 2^95
+  const u128 sum = low + ((high & ((u128{1} << 63) - 1)) << 64) + (high >> 63);
+  return sum % kPrime;
+}
+
+}  // namespace
+
+Result<PageHashKey> PageHashKey::generate() {
+  PageHashKey key;
+  if (auto r = fill_randomly(key.level1_.data(), sizeof key.level1_); !r) return r.error();
+  if (auto r = fill_randomly(key.level2_.data(), sizeof key.level2_); !r) return r.error();
+  for (auto& number : key.level3_) {
+    do {  // 127 random bits; all ones is no number modulo the prime
+      if (auto r = fill_randomly(number.data(), sizeof number); !r) return r.error();
+      number[1] &= ~uint64_t{0} >> 1;
+    } while (join(number[0], number[1]) >= kPrime);
+  }
+  return key;
+}
+
+std::string PageHashKey::to_bytes() const {
+  std::string bytes;
+  bytes.append(reinterpret_cast<const char*>(level1_.data()), sizeof level1_);
+  bytes.append(reinterpret_cast<const char*>(level2_.data()), sizeof level2_);
+  bytes.append(reinterpret_cast<const char*>(level3_.data()), sizeof level3_);
+  return bytes;
+}
+
+Result<PageHashKey> PageHashKey::from_bytes(std::span<const uint8_t> bytes) {
+  PageHashKey key;
+  static_assert(sizeof key.level1_ + sizeof key.level2_ + sizeof key.level3_ == kBytes);
+  if (bytes.size() != kBytes) {
+    return Error(Domain::kFormat, EINVAL,
+                 "a page hash key has " + std::to_string(kBytes) + " bytes, this one has " +
+                     std::to_string(bytes.size()));
+  }
+  const uint8_t* at = bytes.data();
+  memcpy(key.level1_.data(), at, sizeof key.level1_);
+  memcpy(key.level2_.data(), at += sizeof key.level1_, sizeof key.level2_);
+  memcpy(key.level3_.data(), at += sizeof key.level2_, sizeof key.level3_);
+  for (auto& number : key.level3_) {
+    if (join(number[0], number[1]) >= kPrime) {
+      return Error(
+          Domain::kFormat, EINVAL,
+          "the page hash key is damaged: a number of its third level is not below 2^127-1");
+    }
+  }
+  return key;
+}
+
+PageHash hash_page(const PageHashKey& key, const void* page, size_t bytes) {
+  alignas(16) uint8_t padded[kPageBytes];
+  if (bytes < kPageBytes) {
+    memcpy(padded, page, bytes);
+    memset(padded + bytes, 0, kPageBytes - bytes);
+    page = padded;
+  }
+  Sums chunks[kHashThreads];
+  hash_chunks(key.level1().data(), static_cast<const uint8_t*>(page), chunks);
+  const Sums sums = hash_words(key.level2().data(), chunks);
+  u128 hash = 0;
+  for (uint32_t i = 0; i < kLevel3Words; i++) {
+    const auto& number = key.level3()[i];
+    hash +=
+        multiply(join(number[0], number[1]), static_cast<uint32_t>(sums[i / 2] >> (i % 2 * 32)));
+    if (hash >= kPrime) hash -= kPrime;
+  }
+  PageHash result;
+  memcpy(result.bytes.data(), &hash, sizeof hash);
+  return result;
+}
+
+}  // namespace phos

@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// usage: copy_bench [--mib N] [--rounds N] [--pool-mib N] [--slots N] [--slowdown SHARE]
+// [--no-load]
+//
+// How fast the copy engine is on the first GPU, against what the hardware can do: prints JSON. The
+// four kinds of run take turns, so that clocks and neighbours are the same for all:
+//   dma    cuMemcpyDtoHAsync into pinned buffers, nothing else
+//   copy   CopyEngine::copy into a sink that throws the buffers away
+//   read   a kernel that only reads memory
+//   hash   CopyEngine::hash
+// Unless --no-load, a second process then keeps the GPU busy with the read kernel, and the runs say
+// how fast the engine is then, and what share of its speed that process keeps.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "gpu-tracker/copy/engine.h"
+#include "gpu-tracker/driver/cuda_driver.h"
+#include "tools/bench/read_arguments.h"
+
+extern "C" const char phos_bench_read_ptx[];
+
+namespace {
+
+using namespace phos;
+using Clock = std::chrono::steady_clock;
+
+struct Options {
+  uint64_t mib = 8192;
+  int rounds = 7;
+  uint64_t pool_mib = 8192;
+  unsigned slots = CopyEngineOptions().slots;
+  double slowdown = 0;
+  bool load = true;
+};
+
+[[noreturn]] void die(const std::string& why) {
+  fprintf(stderr, "copy_bench: %s\n", why.c_str());
+  exit(1);
+}
+void need(const Result<void>& r) {
+  if (!r) die(r.error().message());
+}
+template <typename T>
+T need(Result<T> r) {
+  if (!r) die(r.error().message());
+  return std::move(*r);
+}
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+struct Summary {
+  double median, least, most;
+};
+Summary summarize(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return {v[v.size() / 2], v.front(), v.back()};
+}
+
+// One GPU, its memory full of random bytes, and the ways to read it.
+class Bench {
+ public:
+  Bench(GpuDriver& driver, const Options& options) : options_(options) {
+    const auto gpus = need(driver.gpus());
+    if (gpus.empty()) die("there is no GPU");
+    name_ = gpus[0].name;
+    context_ = need(driver.open_context(gpus[0].uuid));
+    blocks_ = 4 * static_cast<unsigned>(need(context_->multiprocessors()));
+    stream_ = need(context_->create_stream());
+    read_ =
+        need(context_->kernel(need(context_->load_module(phos_bench_read_ptx)), "phos_bench_read"));
+    out_ = need(context_->allocate(4096));
+    bytes_ = options.mib << 20;
+    source_ = need(context_->allocate(bytes_));
+  }
+
+  GpuContext& context() { return *context_; }
+  const std::string& name() const { return name_; }
+
+  void open_engine(PinnedPool& pool) {
+    pool_ = &pool;
+    need(pool.attach(*context_));
+    CopyEngineOptions options;
+    options.slots = options_.slots;
+    engine_ = need(CopyEngine::create(*context_, pool, key_, options));
+    pace_.set_max_slowdown(options_.slowdown);
+    for (uint64_t at = 0; at < bytes_; at += kPageBytes) {
+      pages_.push_back({source_ + at, kPageBytes});
+    }
+    hashes_.resize(pages_.size());
+    fill();
+  }
+  CopyEngine& engine() { return *engine_; }
+
+  void read() {
+    const phos_bench::ReadArguments arguments = {source_, bytes_ / 16, out_};
+    need(context_->launch(read_, blocks_, 512, &arguments, stream_));
+    need(context_->synchronize(stream_));
+  }
+  void hash() { need(engine_->hash(pages_, hashes_, pace_)); }
+  void copy() {
+    need(engine_->copy(
+        pages_, [](CopiedPages) -> Result<void> { return {}; }, pace_));
+  }
+  // As many transfers in flight as the engine has.
+  void dma() {
+    std::vector<PinnedPool::Buffer> buffers;
+    for (unsigned i = 0; i < options_.slots; i++) buffers.push_back(need(pool_->acquire({})));
+    size_t next = 0;
+    for (uint64_t at = 0; at < bytes_; at += pool_->buffer_bytes()) {
+      auto& buffer = buffers[next++ % buffers.size()];
+      need(context_->copy_to_host(buffer.data(), source_ + at, pool_->buffer_bytes(), stream_));
+    }
+    need(context_->synchronize(stream_));
+  }
+
+  // Hashes in place, and those that came with copied bytes, against the CPU's.
+  bool verify() {
+    hash();
+    size_t wrong = 0, seen = 0;
+    need(engine_->copy(
+        pages_,
+        [&](CopiedPages copied) -> Result<void> {
+          for (size_t i = 0; i < copied.hashes.size(); i += 61) {
+            const auto expected =
+                hash_page(key_, copied.buffer.data() + i * kPageBytes, kPageBytes);
+            wrong += copied.hashes[i] != expected || hashes_[copied.first + i] != expected;
+            seen++;
+          }
+          return {};
+        },
+        pace_));
+    return !wrong && seen;
+  }
+
+  // Gigabytes a second.
+  double rate(const std::function<void()>& run) {
+    const auto begin = Clock::now();
+    run();
+    return static_cast<double>(bytes_) / 1e9 / seconds_since(begin);
+  }
+
+ private:
+  void fill() {
+    auto buffer = need(pool_->acquire({}));
+    std::mt19937_64 random(1);
+    auto* words = reinterpret_cast<uint64_t*>(buffer.data());
+    for (size_t i = 0; i < pool_->buffer_bytes() / 8; i++) words[i] = random();
+    for (uint64_t at = 0; at < bytes_; at += pool_->buffer_bytes()) {
+      need(context_->copy_to_device(source_ + at, words, pool_->buffer_bytes(), stream_));
+    }
+    need(context_->synchronize(stream_));
+  }
+
+  const Options options_;
+  std::string name_;
+  const PageHashKey key_ = need(PageHashKey::generate());
+  Pace pace_;
+  std::unique_ptr<GpuContext> context_;
+  std::unique_ptr<CopyEngine> engine_;
+  PinnedPool* pool_ = nullptr;
+  GpuStream stream_ = nullptr;
+  GpuKernel read_ = nullptr;
+  unsigned blocks_ = 0;
+  uint64_t bytes_ = 0, source_ = 0, out_ = 0;
+  std::vector<PageRef> pages_;
+  std::vector<PageHash> hashes_;
+};
+
+// A process that reads its own memory on the GPU over and over, and counts.
+class Neighbour {
+ public:
+  struct Shared {
+    std::atomic<uint64_t> reads{0};
+    std::atomic<bool> go{false};
+  };
+
+  // Before this process has called CUDA: a forked child of a CUDA process cannot.
+  explicit Neighbour(uint64_t mib) {
+    void* p =
+        mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) die("mmap failed");
+    shared_ = new (p) Shared;
+    pid_ = fork();
+    if (pid_ == 0) run(mib);
+  }
+  ~Neighbour() {
+    kill(pid_, SIGKILL);
+    waitpid(pid_, nullptr, 0);
+  }
+  Neighbour(const Neighbour&) = delete;
+  Neighbour& operator=(const Neighbour&) = delete;
+
+  void start() {
+    shared_->go = true;
+    while (shared_->reads < 10) usleep(10000);
+  }
+  void stop() { shared_->go = false; }
+  // Reads a second while `work` runs; repeated for half a second at least.
+  double rate(const std::function<void()>& work) {
+    const uint64_t before = shared_->reads;
+    const auto begin = Clock::now();
+    do {
+      work();
+    } while (seconds_since(begin) < 0.5);
+    return static_cast<double>(shared_->reads - before) / seconds_since(begin);
+  }
+
+ private:
+  [[noreturn]] void run(uint64_t mib) {
+    while (!shared_->go) usleep(10000);
+    Options options;
+    options.mib = std::min<uint64_t>(mib, 1024);
+    auto driver = need(open_cuda_driver());
+    Bench bench(*driver, options);
+    while (getppid() != 1) {
+      while (!shared_->go) usleep(10000);
+      bench.read();
+      shared_->reads++;
+    }
+    _exit(0);
+  }
+
+  Shared* shared_ = nullptr;
+  pid_t pid_ = -1;
+};
+
+// Time to make a pool of this size, alone and with pinning.
+void bench_pool(GpuContext& context, uint64_t bytes, bool huge) {
+  PinnedPoolOptions options;
+  options.max_bytes = bytes;
+  options.huge_pages = huge;
+  PinnedPool pool(options);
+  auto begin = Clock::now();
+  need(pool.reserve(bytes));
+  const double make = seconds_since(begin);
+  begin = Clock::now();
+  need(pool.attach(context));
+  const double pin = seconds_since(begin);
+  const auto s = pool.statistics();
+  printf("  \"pool_%s\": {\"mib\": %llu, \"huge_mib\": %llu, \"make_s\": %.3f, \"pin_s\": %.3f},\n",
+         huge ? "huge" : "small",
+         static_cast<unsigned long long>(s.buffers * options.buffer_bytes >> 20),
+         static_cast<unsigned long long>(s.huge_bytes >> 20), make, pin);
+}
+
+using Runs = std::map<std::string, std::vector<double>>;
+
+double median(const Runs& runs, const char* name) {
+  return summarize(runs.at(name)).median;
+}
+
+void print(const Runs& runs, const char* title) {
+  printf("  \"%s\": {\n", title);
+  for (const auto& [name, values] : runs) {
+    const Summary s = summarize(values);
+    printf("    \"%s\": {\"median\": %.1f, \"min\": %.1f, \"max\": %.1f},\n", name.c_str(),
+           s.median, s.least, s.most);
+  }
+}
+
+void bench_alone(Bench& bench, int rounds) {
+  Runs runs;
+  for (int i = 0; i <= rounds; i++) {
+    const std::pair<const char*, double> results[] = {{"dma", bench.rate([&] { bench.dma(); })},
+                                                      {"copy", bench.rate([&] { bench.copy(); })},
+                                                      {"read", bench.rate([&] { bench.read(); })},
+                                                      {"hash", bench.rate([&] { bench.hash(); })}};
+    if (i == 0) continue;  // to warm up
+    for (const auto& [name, rate] : results) runs[name].push_back(rate);
+  }
+  print(runs, "alone_gb_per_s");
+  printf("    \"copy_to_dma\": %.3f, \"hash_to_read\": %.3f\n  },\n",
+         median(runs, "copy") / median(runs, "dma"), median(runs, "hash") / median(runs, "read"));
+}
+
+void bench_loaded(Bench& bench, Neighbour& neighbour, int rounds) {
+  neighbour.start();
+  Runs runs, kept;
+  for (int i = 0; i < rounds; i++) {
+    const double alone = neighbour.rate([] { usleep(100000); });
+    for (const auto& [name, run] : std::map<std::string, std::function<void()>>{
+             {"dma", [&] { bench.dma(); }}, {"copy", [&] { bench.copy(); }}, {"hash", [&] {
+                                                                                bench.hash();
+                                                                              }}}) {
+      std::vector<double> rates;
+      kept[name].push_back(neighbour.rate([&] { rates.push_back(bench.rate(run)); }) / alone * 100);
+      runs[name].push_back(summarize(rates).median);
+    }
+  }
+  neighbour.stop();
+  print(runs, "gpu_busy_gb_per_s");
+  printf("    \"copy_to_dma\": %.3f\n  },\n", median(runs, "copy") / median(runs, "dma"));
+  print(kept, "neighbour_speed_percent");
+  printf("    \"rounds\": %d\n  },\n", rounds);
+}
+
+Options parse(int argc, char** argv) {
+  Options o;
+  for (int i = 1; i < argc; i++) {
+    const std::string name = argv[i];
+    if (name == "--no-load") {
+      o.load = false;
+      continue;
+    }
+    if (++i == argc) die("usage: see the top of tools/bench/copy_engine.cpp");
+    const double value = atof(argv[i]);
+    if (name == "--mib") {
+      o.mib = static_cast<uint64_t>(value);
+    } else if (name == "--rounds") {
+      o.rounds = static_cast<int>(value);
+    } else if (name == "--pool-mib") {
+      o.pool_mib = static_cast<uint64_t>(value);
+    } else if (name == "--slots") {
+      o.slots = static_cast<unsigned>(value);
+    } else if (name == "--slowdown") {
+      o.slowdown = value;
+    } else {
+      die("unknown option " + name);
+    }
+  }
+  if (!o.mib || o.mib % 32 || o.rounds < 1 || !o.slots)
+    die("sizes must be multiples of 32 MiB, counts positive");
+  return o;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Options options = parse(argc, argv);
+  std::unique_ptr<Neighbour> neighbour;
+  if (options.load) neighbour = std::make_unique<Neighbour>(options.mib);
+  auto driver = need(open_cuda_driver());
+  PinnedPoolOptions pool_options;
+  pool_options.max_bytes = uint64_t{options.slots + 8} * pool_options.buffer_bytes;
+  PinnedPool pool(pool_options);
+  Bench bench(*driver, options);
+  printf("{\n  \"gpu\": \"%s\",\n  \"mib\": %llu, \"rounds\": %d, \"slots\": %u,\n",
+         bench.name().c_str(), static_cast<unsigned long long>(options.mib), options.rounds,
+         options.slots);
+  const auto own = [&] { return need(driver->process_memory(getpid())).own >> 20; };
+  const uint64_t before = own() - options.mib;
+  bench.open_engine(pool);
+  printf("  \"context_mib\": %llu, \"engine_mib\": %llu,\n",
+         static_cast<unsigned long long>(before),
+         static_cast<unsigned long long>(bench.engine().device_bytes() >> 20));
+  const bool verified = bench.verify();
+  printf("  \"hashes_verified\": %s,\n", verified ? "true" : "false");
+  bench_alone(bench, options.rounds);
+  if (neighbour) bench_loaded(bench, *neighbour, options.rounds);
+  if (options.pool_mib) {
+    bench_pool(bench.context(), options.pool_mib << 20, true);
+    bench_pool(bench.context(), options.pool_mib << 20, false);
+  }
+  need(pool.detach());
+  printf("  \"total_mib\": %llu\n}\n", static_cast<unsigned long long>(own()));
+  return verified ? 0 : 1;
+}
