@@ -87,7 +87,7 @@ Result<Agent> Agent::attach(int pid, int restore_tid, const AgentOptions& option
   auto mailbox = load_agent(pid, restore_tid, options);
   if (!mailbox) return mailbox.error();
   Agent agent(pid, restore_tid, options, std::move(*mailbox));
-  // A phosd that died may have left a command under way, or descriptors open.
+  // A phosd that died may have left descriptors open.
   if (auto r = agent.run(PHOS_COMMAND_CLOSE, 0); !r) return r.error();
   return agent;
 }

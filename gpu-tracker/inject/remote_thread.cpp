@@ -232,8 +232,9 @@ Result<void> RemoteThread::call(uint64_t function, const std::vector<uint64_t>& 
   regs.orig_rax = ~0ull;     // no system call to be restarted
   regs.eflags &= ~0x400ull;  // the ABI wants the direction flag clear
   const uint64_t all_blocked = ~uint64_t{0};
-  if (ptrace(PTRACE_SETSIGMASK, tid_, sizeof all_blocked, &all_blocked) < 0 ||
-      ptrace(PTRACE_SETREGS, tid_, nullptr, &regs) < 0) {
+  // In this order: if we die in between, the frame brings the mask back.
+  if (ptrace(PTRACE_SETREGS, tid_, nullptr, &regs) < 0 ||
+      ptrace(PTRACE_SETSIGMASK, tid_, sizeof all_blocked, &all_blocked) < 0) {
     return on_thread(tid_, "preparing a call on");
   }
   // Until the function's own return: the entry of rt_sigreturn with our frame.
