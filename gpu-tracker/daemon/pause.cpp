@@ -43,7 +43,7 @@ Error refuse_virtual_host_memory(int pid, uint64_t bytes) {
 
 // Between two tries, so that processes that work in step are met at different points of it.
 void let_run_for_a_moment() {
-  static std::minstd_rand random(std::random_device{}());
+  thread_local std::minstd_rand random(std::random_device{}());
   std::this_thread::sleep_for(milliseconds(1 + random() % 20));
 }
 
