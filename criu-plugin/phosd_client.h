@@ -12,11 +12,11 @@
 
 #include "gpu-tracker/abi/phosd.pb-c.h"
 
-/* Starts phosd for this run of criu, once. On RESTORE the recorded device files are handed to
- * device_files.h. */
+/* Opens a session with this node's phosd, once; starts phosd if none runs. On RESTORE the recorded
+ * device files are handed to device_files.h. */
 int phosd_start(Phos__Wire__Stage stage);
 bool phosd_started(void);
-/* Closes the connection; phosd brings back what it still holds, then exits. */
+/* Ends the session; phosd brings back what it still holds of ours. */
 void phosd_stop(void);
 
 /* A CUDA process. */

@@ -56,6 +56,8 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
     }
   }
   restored_ = std::move(*set);
+  dump_id_ =
+      restored_.processes.empty() ? restored_.files.dump_id : restored_.processes.front().dump_id;
   to_resume_ = static_cast<uint32_t>(restored_.processes.size());
   return restored_.files;
 }

@@ -27,7 +27,8 @@ struct FoundProcess {
   CudaState state;
 };
 
-// Not thread-safe. Every call may block in the driver for as long as the target does not answer.
+// Not thread-safe; several sessions may share a driver, each on a thread of its own. Every call may
+// block in the driver for as long as the target does not answer.
 class Session {
  public:
   // Both outlive the session. `lock_dir`: where one lock file a process keeps two dumps apart.
@@ -71,6 +72,9 @@ class Session {
   // CRIU is done. On failure or --leave-running the plugin has called undo(); on success the tasks
   // are about to be killed, unless a post-dump script keeps them: recover() tells.
   Result<void> finish(bool success);
+
+  // Of the dump that is made or restored; zeros as long as there is none.
+  const DumpId& dump_id() const { return dump_id_; }
 
   // Brings back every process still held, once nobody traces it any more. Returns when none is
   // left: brought back, gone, or given up with the reason in the log.

@@ -204,6 +204,7 @@ class FailedDump(CriuTest):
         pids = [criu.pid]
         if who == 'phosd':
             pids = wait_until(self.phosd_pids, 'phosd to run')
+            self.phosd_killed = sig == signal.SIGKILL
         for pid in pids:
             os.kill(pid, sig)
         return criu
@@ -401,6 +402,7 @@ class OtherMachine(CriuTest):
     """The simulated machine's GPUs are changed between dump and restore."""
 
     def machine(self, *gpus):
+        self.stop_phosd()  # a running driver never sees its machine's GPUs change
         path = os.path.join(self.directory, 'machine')
         with open(path, 'w') as f:
             f.write(''.join(f'gpu {uuid * 16} {gib << 30} {name}\n' for uuid, gib, name in gpus))
