@@ -21,6 +21,7 @@ int run_restore(const std::vector<std::string>& args);
 int run_status(const std::vector<std::string>& args);
 int run_show(const std::vector<std::string>& args);
 int run_check(const std::vector<std::string>& args);
+int run_daemon(const std::vector<std::string>& args);
 
 // What a command accepts, for parsing and for its --help.
 struct Syntax {

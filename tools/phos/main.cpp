@@ -28,6 +28,7 @@ constexpr Command kCommands[] = {
     {"show", "print what is in a directory of images", phos::cli::run_show},
     {"check", "tell whether this machine can dump and restore CUDA processes",
      phos::cli::run_check},
+    {"daemon", "ask for, start or stop phosd, which does the work", phos::cli::run_daemon},
 };
 
 void print_help() {
