@@ -7,37 +7,15 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
 #include <memory>
 #include <optional>
-#include <string_view>
 
 #include "gpu-tracker/image/codec.h"
 #include "gpu-tracker/image/container.h"
+#include "gpu-tracker/image/names.h"
 
 namespace phos {
 namespace {
-
-constexpr const char kFilesName[] = "phos-files.img";
-
-std::string process_name(int pid) {
-  return "phos-" + std::to_string(pid) + ".img";
-}
-
-// The pid in "phos-<pid>.img", written as we write it (no sign, no leading zero); 0 otherwise.
-int pid_in_name(const std::string& name) {
-  std::string_view digits = name;
-  if (!digits.starts_with("phos-") || !digits.ends_with(".img")) return 0;
-  digits.remove_prefix(5);
-  digits.remove_suffix(4);
-  int pid = 0;
-  std::from_chars(digits.data(), digits.data() + digits.size(), pid);
-  return pid > 0 && process_name(pid) == name ? pid : 0;
-}
-
-bool is_image_name(const std::string& name) {
-  return pid_in_name(name) || name == kFilesName;
-}
 
 // Sorted, so that messages and removals do not depend on the file system's order.
 Result<std::vector<std::string>> list_names(int dir_fd) {

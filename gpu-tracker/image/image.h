@@ -35,7 +35,11 @@ enum class ImageError {
   kMixedDumps = 10,
   kNoSuitableGpu = 11,
   kDriverTooOld = 12,
+  kIncomplete = 14,  // a file of the dump is missing, or holds too few pages
 };
+
+// Pages are cut from the start of an allocation; the rest of its last page counts as zeros.
+inline constexpr uint32_t kImagePageSize = 65536;
 
 enum class MemoryKind { kUnknown = 0, kDevice, kVirtual, kPool, kManaged, kHost };
 const char* to_string(MemoryKind kind);

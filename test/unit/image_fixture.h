@@ -8,7 +8,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -75,6 +77,22 @@ inline void write_bytes(const std::string& path, const Bytes& bytes) {
   ASSERT_EQ(write(fd.get(), bytes.data(), bytes.size()), static_cast<ssize_t>(bytes.size()));
   ASSERT_EQ(fchmod(fd.get(), 0600), 0);
 }
+
+// Zeroed pages, aligned as page I/O wants them.
+class AlignedPages {
+ public:
+  explicit AlignedPages(size_t pages)
+      : data_(static_cast<uint8_t*>(aligned_alloc(4096, pages * 65536))) {
+    memset(data_, 0, pages * 65536);
+  }
+  AlignedPages(const AlignedPages&) = delete;
+  AlignedPages& operator=(const AlignedPages&) = delete;
+  ~AlignedPages() { free(data_); }
+  uint8_t* operator[](size_t page) { return data_ + page * 65536; }
+
+ private:
+  uint8_t* data_;
+};
 
 // The ImageError of a failed result; 0 if it succeeded or failed in another domain.
 template <typename R>
