@@ -15,8 +15,9 @@ namespace phos {
 
 inline constexpr uint32_t kImageVersion = 1;
 inline constexpr char kImageMagic[8] = {'P', 'H', 'O', 'S', 'I', 'M', 'G', '\0'};
-// Two million allocations fit; more than that is not a process but a broken file.
-inline constexpr uint64_t kMaxPayload = 64u << 20;
+// The hashes of a terabyte of pages are 256 MiB, and as many extents as there can be less than that
+// again; more than this is not a process but a broken file.
+inline constexpr uint64_t kMaxPayload = 1u << 30;
 
 enum class FileKind : uint32_t { kProcess = 1, kFiles = 2 };
 
