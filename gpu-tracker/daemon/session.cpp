@@ -43,6 +43,7 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
   image_dir_ = std::move(image_dir);
   auto set = read_image_set(image_dir_.get());
   if (!set) return set.error();
+  if (auto r = check_stage(*set); !r) return r.error();
   if (!set->processes.empty()) {
     auto api = driver_.api_version();
     if (!api) return api.error();

@@ -250,6 +250,21 @@ TEST_F(Cli, RestoreAndShowRefuseADamagedImage) {
   expect_refused(run(phos({"show", dir})), "phos-4242.img");
 }
 
+TEST_F(Cli, RestoreRefusesAPreDump) {
+  std::string dir = make_dump(true);
+  int fd = open(dir.c_str(), O_DIRECTORY | O_RDONLY | O_CLOEXEC);
+  auto image = read_process_image(fd, 4242);
+  ASSERT_TRUE(image.ok());
+  image->stage = DumpStage::kPreDump;
+  auto written = write_process_image(fd, *image);
+  close(fd);
+  ASSERT_TRUE(written.ok());
+  expect_refused(run(phos({"restore", "-D", dir})), "was made by a pre-dump");
+  Outcome o = run(phos({"show", dir}));
+  EXPECT_EQ(o.code, 0) << o.err;
+  EXPECT_EQ(o.out.rfind("pre-dump 0707", 0), 0u) << o.out;
+}
+
 TEST_F(Cli, RestoreOfCudaProcessesNeedsTheDriver) {
   if (open_cuda_driver()) GTEST_SKIP() << "this machine has a CUDA driver library";
   expect_refused(run(phos({"restore", "-D", make_dump(true)})), "the dump holds CUDA processes");
