@@ -41,7 +41,7 @@ ROOMS = {
     "kmod/": [ABI],
     "test/": [TRACKER, "tools/", "criu-plugin/", "bpf/"],
 }
-MAY_INCLUDE_CUDA = (DRIVER, "test/sim/", "test/contract/")
+MAY_INCLUDE_CUDA = (DRIVER, "test/sim/", "test/contract/", "test/track/")
 MAY_INCLUDE_CRIU = ("criu-plugin/", "test/criu/")  # the tests have plugins of their own
 # Rooms whose code runs in a foreign process or in the kernel: no C++ library there.
 C_LIBRARY_ONLY = ("criu-plugin/", "gpu-tracker/agent/", "bpf/", "kmod/")

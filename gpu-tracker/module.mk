@@ -13,5 +13,5 @@ $(B)/obj/gpu-tracker/driver/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 
 $(eval $(call archive,lib/libphos.a,$(TRACKER_SRCS)))
 
-$(eval $(call program,libexec/phos/phosd,gpu-tracker/daemon/main.cpp,lib/libphos.a,-lprotobuf-c -lz -ldl -lpthread,))
+$(eval $(call program,libexec/phos/phosd,gpu-tracker/daemon/main.cpp,lib/libphos.a,-lprotobuf-c $(TRACK_LIBS) -ldl -lpthread,))
 all: $(B)/libexec/phos/phosd

@@ -225,10 +225,11 @@ def make_tiers(options):
     return [
         Tier("unit", [program("unit")]),
         Tier("tools", [program("tools"), scripts("tools")]),
-        Tier("sim", [program("contract")], sim),
+        Tier("sim", [program("contract"), program("track")], sim),
         Tier("criu", [scripts("criu")], sim, no_root),
-        Tier("gpu", [program("contract"), scripts("criu"), scripts("gpu")], {"PHOS_GPU": "real"},
-             gpu_missing() or no_root, os.environ.get("REQUIRE_GPU") == "1"),
+        Tier("gpu", [program("contract"), program("track"), scripts("criu"), scripts("gpu")],
+             {"PHOS_GPU": "real"}, gpu_missing() or no_root,
+             os.environ.get("REQUIRE_GPU") == "1"),
     ]
 
 
