@@ -19,6 +19,9 @@ endif
 ifeq (,$(shell command -v protoc-c))
 $(error protoc-c is missing: run "make deps")
 endif
+ifeq (,$(and $(shell command -v $(CLANG)),$(wildcard /usr/include/bpf/bpf_helpers.h)))
+$(error clang or libbpf's headers are missing: run "make deps" (or set CLANG))
+endif
 endif
 
 .PHONY: help deps criu check check-gpu demo lint fmt tidy install uninstall bundle clean distclean

@@ -63,8 +63,8 @@ class ActivityWatch {
   };
 
   // Probes libcuda in process `pid` (thread group leader, which must have it mapped; containers are
-  // no obstacle). Takes about 20 ms. Costs the process about a microsecond a counted call. ENOTSUP,
-  // EPERM: the kernel cannot, or this process may not.
+  // no obstacle). Takes about 20 ms. Costs the process one to two microseconds a counted call.
+  // ENOTSUP, EPERM: the kernel cannot, or this process may not.
   static Result<std::unique_ptr<ActivityWatch>> start(int pid) { return start(pid, Options()); }
   static Result<std::unique_ptr<ActivityWatch>> start(int pid, const Options& options);
 

@@ -5,7 +5,7 @@
 
 namespace phos {
 
-DirtyAnswer ContentSource::ask(uint64_t address, uint64_t size) {
+DirtyAnswer ContentSource::ask(uint64_t /*address*/, uint64_t /*size*/) {
   return {DirtyAnswer::Verdict::kMaybeDirty, "only its content tells"};
 }
 
@@ -44,7 +44,7 @@ std::string ActivitySource::obstacle() const {
   return "";
 }
 
-DirtyAnswer ActivitySource::ask(uint64_t address, uint64_t size) {
+DirtyAnswer ActivitySource::ask(uint64_t /*address*/, uint64_t /*size*/) {
   update();
   std::string reason = obstacle();
   if (reason.empty() && !proof_.no_outside_writer) {
