@@ -72,6 +72,7 @@ class CopyTest : public CudaTest {
   void TearDown() override {
     close();
     pool_.reset();
+    if (context_) cuCtxSetCurrent(context_);  // closing a context leaves none current
     CudaTest::TearDown();
   }
 
