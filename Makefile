@@ -6,6 +6,7 @@ PREFIX   ?= /usr/local
 # Where stock CRIU looks for plugins by default (CR_PLUGIN_DEFAULT in criu/include/plugin.h).
 PLUGINDIR  ?= /usr/lib/criu
 LIBEXECDIR ?= $(PREFIX)/libexec/phos
+SYSTEMDUNITDIR ?= $(PREFIX)/lib/systemd/system
 CXX      ?= g++
 CC       ?= gcc
 CLANG    ?= clang

@@ -19,14 +19,15 @@ CUDA = re.compile(r"(.*/)?(cu(da|blas|fft|rand|sparse|solver|pti)\w*|nvml|nvrtc|
                   r"\.h(pp)?$")
 CRIU = re.compile(r"(criu[-_]plugin\.h|(criu|compel|libcriu)/.*)$")
 
-ABI, BASE = "gpu-tracker/abi/", "gpu-tracker/base/"
+ABI, BASE, CLIENT = "gpu-tracker/abi/", "gpu-tracker/base/", "gpu-tracker/client/"
 DRIVER, IMAGE = "gpu-tracker/driver/", "gpu-tracker/image/"
 TRACKER = "gpu-tracker/"
 
 # folder: the folders of this tree it may include from (itself always). The longest match counts.
 ROOMS = {
-    "criu-plugin/": [ABI],
+    "criu-plugin/": [ABI, CLIENT],
     ABI: [],
+    CLIENT: [ABI],
     BASE: [ABI],
     "gpu-tracker/agent/": [ABI],
     "gpu-tracker/inject/": [ABI, BASE],
@@ -41,10 +42,10 @@ ROOMS = {
     "kmod/": [ABI],
     "test/": [TRACKER, "tools/", "criu-plugin/", "bpf/"],
 }
-MAY_INCLUDE_CUDA = (DRIVER, "test/sim/", "test/contract/")
+MAY_INCLUDE_CUDA = (DRIVER, "test/sim/", "test/contract/", "test/track/")
 MAY_INCLUDE_CRIU = ("criu-plugin/", "test/criu/")  # the tests have plugins of their own
 # Rooms whose code runs in a foreign process or in the kernel: no C++ library there.
-C_LIBRARY_ONLY = ("criu-plugin/", "gpu-tracker/agent/", "bpf/", "kmod/")
+C_LIBRARY_ONLY = ("criu-plugin/", CLIENT, "gpu-tracker/agent/", "bpf/", "kmod/")
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 

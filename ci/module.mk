@@ -6,6 +6,7 @@ NPROC  := $(shell nproc 2>/dev/null || echo 1)
 # A sub-make builds on all processors unless the caller chose a number.
 MAKE_ALL = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(NPROC)) all
 MAN_PAGES = $(wildcard docs/*.[1-8] docs/man/*.[1-8] tools/*.[1-8] tools/*/*.[1-8])
+UNITS     := gpu-tracker/daemon/systemd
 FRONT_END_MARK := phos criu front end: not stock criu
 
 # Say what to do before the compiler fails in the middle of it. (`make` alone means `make all`.)
@@ -22,13 +23,17 @@ endif
 ifeq (,$(shell command -v protoc-c))
 $(error protoc-c is missing: run "make deps")
 endif
+ifeq (,$(and $(shell command -v $(CLANG)),$(wildcard /usr/include/bpf/bpf_helpers.h)))
+$(error clang or libbpf's headers are missing: run "make deps" (or set CLANG))
+endif
 endif
 
 .PHONY: help deps criu check check-gpu demo lint fmt tidy install uninstall bundle clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile ci/module.mk
-	@echo 'Variables: B=build PREFIX=/usr/local DESTDIR= PLUGINDIR=/usr/lib/criu OPT="-O2 -g" V=1'
+	@echo 'Variables: B=build PREFIX=/usr/local DESTDIR= PLUGINDIR=/usr/lib/criu' \
+	  'SYSTEMDUNITDIR=/usr/local/lib/systemd/system OPT="-O2 -g" V=1'
 
 deps: ## install what building and testing needs (apt, as root), and CRIU's plugin header
 	$(Q)B=$(B) ci/deps
@@ -76,6 +81,9 @@ install: all ## install below PREFIX; the plugin goes where stock CRIU looks for
 	$(Q)if [ -d $(B)/criu/src ]; then \
 	  install -D -m 0755 $(B)/criu/criu $(DESTDIR)$(LIBEXECDIR)/criu; \
 	  echo "install: CRIU, which this machine does not have in 4.2, is $(LIBEXECDIR)/criu"; fi
+	$(Q)install -D -m 0644 $(UNITS)/phosd.socket $(DESTDIR)$(SYSTEMDUNITDIR)/phosd.socket
+	$(Q)sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' $(UNITS)/phosd.service.in | \
+	  install -D -m 0644 /dev/stdin $(DESTDIR)$(SYSTEMDUNITDIR)/phosd.service
 	$(Q)for page in $(MAN_PAGES); do \
 	  install -D -m 0644 $$page $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/} || exit 1; \
 	done
@@ -84,7 +92,8 @@ uninstall: ## remove what install put there
 	$(Q)f=$(DESTDIR)$(PREFIX)/sbin/criu; \
 	if grep -qs '$(FRONT_END_MARK)' $$f; then rm -f $$f; fi
 	$(Q)rm -f $(DESTDIR)$(PREFIX)/bin/phos $(DESTDIR)$(LIBEXECDIR)/phosd $(DESTDIR)$(LIBEXECDIR)/criu \
-	  $(DESTDIR)$(PLUGINDIR)/phos_plugin.so
+	  $(DESTDIR)$(PLUGINDIR)/phos_plugin.so \
+	  $(addprefix $(DESTDIR)$(SYSTEMDUNITDIR)/phosd,.socket .service)
 	$(Q)for page in $(MAN_PAGES); do \
 	  rm -f $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}; done
 	$(Q)rmdir $(DESTDIR)$(LIBEXECDIR) 2>/dev/null || true

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # The plugin; criu resolves its undefined symbols when it loads it.
 
-PLUGIN_SRCS := $(wildcard criu-plugin/*.c) gen/gpu-tracker/abi/phosd.pb-c.c
+PLUGIN_SRCS := $(wildcard criu-plugin/*.c gpu-tracker/client/*.c) gen/gpu-tracker/abi/phosd.pb-c.c
 
 $(B)/obj/criu-plugin/%.c.o: CPPFLAGS += -isystem $(CRIU_INCLUDE)
 

@@ -4,7 +4,8 @@
  * itself, as the tracer of the frozen tasks, is in restore_thread.h.
  *
  * Hook order on dump: init, PAUSE_DEVICES for each task (still running), CHECKPOINT_DEVICES
- * (frozen), HANDLE_DEVICE_VMA and DUMP_EXT_FILE, exit (frozen). On restore: init, RESTORE_EXT_FILE
+ * (frozen), HANDLE_DEVICE_VMA and DUMP_EXT_FILE, exit (frozen). On pre-dump: init, PAUSE_DEVICES,
+ * HANDLE_DEVICE_VMA, no exit. On restore: init, RESTORE_EXT_FILE
  * and UPDATE_VMA_MAP in the restored tasks, RESUME_DEVICES_LATE (frozen), exit.
  */
 #include <dirent.h>
@@ -44,6 +45,7 @@ static struct paused *paused_list;
 static bool enabled;
 static bool in_inventory;
 static bool root_seen;
+static bool pre_dump;
 /* Restore of an image that may or may not have needed us (see claim_image). */
 static bool unclaimed;
 
@@ -137,6 +139,26 @@ static unsigned int lock_timeout(unsigned int alarm_left)
 	return alarm_left < MAX_TIMEOUT_S ? alarm_left : MAX_TIMEOUT_S;
 }
 
+static int ignore_found(const struct phosd_process *process)
+{
+	return 0;
+}
+
+/*
+ * A pre-dump leaves the tasks running: all of it is copying. CRIU calls exit() for none (4.2), so
+ * the images are complete and the connection closed when this returns.
+ */
+static int pre_dump_tree(int pid)
+{
+	int ret = phosd_start(PHOS__WIRE__STAGE__PRE_DUMP) || phosd_inspect(pid, ignore_found) ||
+				  phosd_copy() || phosd_finish(true)
+			  ? -1
+			  : 0;
+
+	phosd_stop();
+	return ret;
+}
+
 int phos_plugin_pause_devices(int pid)
 {
 	struct timespec start, end;
@@ -154,6 +176,9 @@ int phos_plugin_pause_devices(int pid)
 		root_seen = true;
 		return -ENOTSUP;
 	}
+	/* Children that began to use CUDA since wait for the next round. */
+	if (pre_dump && root_seen)
+		return -ENOTSUP;
 	root_seen = true;
 
 	/*
@@ -161,7 +186,11 @@ int phos_plugin_pause_devices(int pid)
 	 * is the driver's to use for its wait; our own work must not be cut off in the middle.
 	 */
 	left = alarm(0);
-	if (phosd_start(PHOS__WIRE__STAGE__DUMP) || phosd_inspect(pid, add_paused))
+	if (pre_dump) {
+		ret = pre_dump_tree(pid);
+		goto out;
+	}
+	if (phosd_start(PHOS__WIRE__STAGE__DUMP) || phosd_inspect(pid, add_paused) || phosd_copy())
 		goto out;
 	clock_gettime(CLOCK_MONOTONIC, &start);
 	ret = phosd_lock(lock_timeout(left) * 1000) ? -1 : 0;
@@ -214,6 +243,8 @@ int phos_plugin_handle_device_vma(int fd, const struct stat *st)
 
 	if (!enabled || !device_files_recognise(fd, st, path))
 		return -ENOTSUP;
+	if (pre_dump)
+		return 0;
 	phos_info("a mapping of %s is restored without its contents: the driver has no state for "
 		  "this "
 		  "process",
@@ -446,9 +477,8 @@ static bool have_nvidia_driver(void)
 static int phos_plugin_init(int stage)
 {
 	root_seen = false;
-	/* Pre-dump is not supported yet: CRIU itself then refuses processes that have the GPU
-	 * mapped. */
-	enabled = stage == CR_PLUGIN_STAGE__DUMP || stage == CR_PLUGIN_STAGE__RESTORE;
+	pre_dump = stage == CR_PLUGIN_STAGE__PRE_DUMP;
+	enabled = pre_dump || stage == CR_PLUGIN_STAGE__DUMP || stage == CR_PLUGIN_STAGE__RESTORE;
 	if (!enabled)
 		return 0;
 	if (stage == CR_PLUGIN_STAGE__RESTORE)

@@ -1,34 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "criu-plugin/phosd_client.h"
 
-#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <libgen.h>
 #include <limits.h>
 #include <poll.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "criu-plugin.h"
 #include "criu-plugin/criu_api.h"
 #include "criu-plugin/device_files.h"
-
-/* As in gpu-tracker/daemon/wire.h. */
-#define PROTOCOL_VERSION 1
-#define MAX_PACKET       (256 * 1024)
+#include "gpu-tracker/abi/protocol.h"
+#include "gpu-tracker/client/phosd_connect.h"
 
 /* phosd initialises the driver library in hello: a tenth of a second, seconds on a cold machine. */
 #define HELLO_TIMEOUT_MS 60000
+#define HELLO_ATTEMPTS   3
 /* The driver moves device memory at about 2 GB/s; a machine that swaps is slower. */
 #define MOVE_TIMEOUT_MS (15 * 60 * 1000)
 /* What phosd needs beyond the time the driver is given. */
@@ -36,102 +29,40 @@
 
 static int sock = -1;
 
+/* Below the plugin's prefix: <prefix>/lib/criu/phos_plugin.so, <prefix>/libexec/phos/phosd. */
 static bool find_phosd(char *path, size_t size)
 {
-	const char *from_env = secure_getenv("PHOS_PHOSD");
 	char plugin[PATH_MAX];
 	Dl_info info;
+	bool known = dladdr(&sock, &info) && info.dli_fname && realpath(info.dli_fname, plugin);
 
-	if (from_env) {
-		snprintf(path, size, "%s", from_env);
-		return access(path, X_OK) == 0;
-	}
-	/* Beside the plugin: <prefix>/lib/criu/phos_plugin.so, <prefix>/libexec/phos/phosd. */
-	if (dladdr(&sock, &info) && info.dli_fname && realpath(info.dli_fname, plugin)) {
-		snprintf(path, size, "%s/../../libexec/phos/phosd", dirname(plugin));
-		if (access(path, X_OK) == 0)
-			return true;
-	}
-	snprintf(path, size, "%s/phosd", PHOS_LIBEXECDIR);
-	return access(path, X_OK) == 0;
+	return phosd_program(known ? dirname(plugin) : NULL, "../../libexec/phos/phosd", path,
+			     size);
 }
 
-static void close_from(int first)
+static int connect_or_start(void)
 {
-	DIR *dir = opendir("/proc/self/fd");
-	struct dirent *entry;
+	char program[PATH_MAX], socket_path[PATH_MAX], why[PATH_MAX + 256];
+	int fd;
 
-	while (dir && (entry = readdir(dir))) {
-		int fd = atoi(entry->d_name);
-
-		if (fd >= first && fd != dirfd(dir))
-			close(fd);
+	phosd_socket_path(socket_path, sizeof(socket_path));
+	fd = phosd_connect(socket_path);
+	if (fd == -ENOENT || fd == -ECONNREFUSED) {
+		if (!find_phosd(program, sizeof(program))) {
+			phos_err("phosd is not where it should be (%s); install phos again, or "
+				 "name phosd in the environment variable PHOS_PHOSD",
+				 program);
+			return -ENOENT;
+		}
+		fd = phosd_connect_or_start(socket_path, program, why, sizeof(why));
+		if (fd < 0)
+			phos_err("phosd cannot be started: %s", why);
+	} else if (fd < 0) {
+		phos_err("phosd cannot be reached at %s: %s", socket_path, strerror(-fd));
 	}
-	if (dir)
-		closedir(dir);
-}
-
-/* In a fresh child of criu: nothing of criu's may stay open or blocked in phosd. */
-static void exec_phosd(const char *path, int fd)
-{
-	char arg[16];
-	sigset_t none;
-	int null;
-
-	setsid();
-	if (fork() != 0) /* phosd is no child of criu, which waits for children it does not know */
-		_exit(0);
-	null = open("/dev/null", O_RDWR);
-	if (dup2(fd, 3) < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
-		_exit(1);
-	fcntl(3, F_SETFD, 0);
-	if (syscall(SYS_close_range, 4U, ~0U, 0U)) /* before Linux 5.9 */
-		close_from(4);
-	/* The GPUs are the machine's, whatever criu's caller restricts itself to. */
-	unsetenv("CUDA_VISIBLE_DEVICES");
-	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
-	snprintf(arg, sizeof(arg), "%d", 3);
-	execl(path, "phosd", "--session", arg, (char *)NULL);
-	_exit(1);
-}
-
-static int spawn(void)
-{
-	char path[PATH_MAX];
-	int pair[2], status, subreaper = 0;
-	pid_t child;
-
-	if (!find_phosd(path, sizeof(path))) {
-		phos_err("phosd is not where it should be (%s); install phos again, or name phosd "
-			 "in "
-			 "the environment variable PHOS_PHOSD",
-			 path);
-		return -ENOENT;
-	}
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
-		phos_err("socketpair: %s", strerror(errno));
-		return -errno;
-	}
-	/* A criu that is a subreaper would get phosd as a child, and wait for it at the end. */
-	prctl(PR_GET_CHILD_SUBREAPER, &subreaper);
-	if (subreaper)
-		prctl(PR_SET_CHILD_SUBREAPER, 0);
-	child = fork();
-	if (child < 0) {
-		phos_err("fork: %s", strerror(errno));
-		close(pair[0]);
-		close(pair[1]);
-		return -ENOMEM;
-	}
-	if (child == 0)
-		exec_phosd(path, pair[1]);
-	close(pair[1]);
-	while (waitpid(child, &status, 0) < 0 && errno == EINTR)
-		;
-	if (subreaper)
-		prctl(PR_SET_CHILD_SUBREAPER, 1);
-	sock = pair[0];
+	if (fd < 0)
+		return fd;
+	sock = fd;
 	return 0;
 }
 
@@ -192,36 +123,22 @@ static Phos__Wire__Reply *receive_reply(int timeout_ms, int *error)
 		*error = r ? -errno : -ETIMEDOUT;
 		return NULL;
 	}
-	packet = malloc(MAX_PACKET);
+	packet = malloc(PHOS_MAX_PACKET);
 	if (!packet) {
 		*error = -ENOMEM;
 		return NULL;
 	}
-	n = recv(sock, packet, MAX_PACKET, 0);
+	n = recv(sock, packet, PHOS_MAX_PACKET, 0);
 	reply = n > 0 ? phos__wire__reply__unpack(NULL, n, packet) : NULL;
 	*error = reply ? 0 : n < 0 ? -errno : n == 0 ? -EPIPE : -EPROTO;
 	free(packet);
 	return reply;
 }
 
-/* Sends, waits, logs. Returns NULL when there is no answer or the answer is no. */
-static Phos__Wire__Reply *call(const Phos__Wire__Request *request, int fd, int timeout_ms,
-			       int *error)
+static void print_log(const Phos__Wire__Reply *reply)
 {
-	Phos__Wire__Reply *reply;
 	size_t i;
 
-	if (sock < 0) {
-		*error = -ENOTCONN;
-		return NULL;
-	}
-	*error = send_request(request, fd);
-	reply = *error ? NULL : receive_reply(timeout_ms, error);
-	if (!reply) {
-		phos_err("phosd does not answer: %s", strerror(-*error));
-		phosd_stop();
-		return NULL;
-	}
 	for (i = 0; i < reply->n_log; i++) {
 		unsigned int level = reply->log[i]->level;
 
@@ -232,12 +149,56 @@ static Phos__Wire__Reply *call(const Phos__Wire__Request *request, int fd, int t
 		else
 			print_on_level(level, "phos: %s\n", reply->log[i]->text);
 	}
+}
+
+/* Sends and waits; NULL: no answer. */
+static Phos__Wire__Reply *exchange(const Phos__Wire__Request *request, int fd, int timeout_ms,
+				   int *error)
+{
+	Phos__Wire__Reply *reply;
+
+	*error = send_request(request, fd);
+	/* A phosd that turns us away answers before it is asked, and hangs up. */
+	if (*error && *error != -EPIPE)
+		return NULL;
+	/* Long work accounts for itself now and then: that it does is what we wait for. */
+	for (;;) {
+		reply = receive_reply(timeout_ms, error);
+		if (!reply || !reply->more)
+			return reply;
+		print_log(reply);
+		phos__wire__reply__free_unpacked(reply, NULL);
+	}
+}
+
+/*
+ * Of a request that got this answer: to CRIU's log with it. Returns NULL when there is no answer or
+ * the answer is no.
+ */
+static Phos__Wire__Reply *judge(Phos__Wire__Reply *reply, int *error)
+{
+	if (!reply) {
+		phos_err("phosd does not answer: %s", strerror(-*error));
+		phosd_stop();
+		return NULL;
+	}
+	print_log(reply);
 	if (reply->ok)
 		return reply;
 	phos_err("%s", reply->error ? reply->error : "phosd failed without a reason");
 	phos__wire__reply__free_unpacked(reply, NULL);
 	*error = -EIO;
 	return NULL;
+}
+
+static Phos__Wire__Reply *call(const Phos__Wire__Request *request, int fd, int timeout_ms,
+			       int *error)
+{
+	if (sock < 0) {
+		*error = -ENOTCONN; /* why was said when the connection was lost */
+		return NULL;
+	}
+	return judge(exchange(request, fd, timeout_ms, error), error);
 }
 
 static int call_done(const Phos__Wire__Request *request, int timeout_ms)
@@ -251,6 +212,28 @@ static int call_done(const Phos__Wire__Request *request, int timeout_ms)
 	return 0;
 }
 
+/*
+ * Opens the connection and says hello. A phosd that is being killed still lets clients in until the
+ * kernel has closed its listening socket, and hangs up on them: one that had been accepted, then
+ * one that was waiting. By then the socket is closed, so that the third attempt starts a phosd.
+ */
+static Phos__Wire__Reply *say_hello(const Phos__Wire__Request *request, int *error)
+{
+	Phos__Wire__Reply *reply = NULL;
+	int attempt;
+
+	for (attempt = 0; attempt < HELLO_ATTEMPTS; attempt++) {
+		*error = connect_or_start();
+		if (*error)
+			return NULL;
+		reply = exchange(request, criu_get_image_dir(), HELLO_TIMEOUT_MS, error);
+		if (reply || (*error != -EPIPE && *error != -ECONNRESET))
+			break;
+		phosd_stop();
+	}
+	return judge(reply, error);
+}
+
 int phosd_start(Phos__Wire__Stage stage)
 {
 	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
@@ -261,14 +244,11 @@ int phosd_start(Phos__Wire__Stage stage)
 
 	if (sock >= 0)
 		return 0;
-	error = spawn();
-	if (error)
-		return error;
-	hello.protocol = PROTOCOL_VERSION;
+	hello.protocol = PHOS_PROTOCOL_VERSION;
 	hello.stage = stage;
 	request.op_case = PHOS__WIRE__REQUEST__OP_HELLO;
 	request.hello = &hello;
-	reply = call(&request, criu_get_image_dir(), HELLO_TIMEOUT_MS, &error);
+	reply = say_hello(&request, &error);
 	if (!reply) {
 		phosd_stop();
 		return error;
@@ -337,6 +317,16 @@ int phosd_inspect(int pid, int (*add)(const struct phosd_process *process))
 	}
 	phos__wire__reply__free_unpacked(reply, NULL);
 	return error;
+}
+
+int phosd_copy(void)
+{
+	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
+	Phos__Wire__Copy copy = PHOS__WIRE__COPY__INIT;
+
+	request.op_case = PHOS__WIRE__REQUEST__OP_COPY;
+	request.copy = &copy;
+	return call_done(&request, MOVE_TIMEOUT_MS);
 }
 
 int phosd_lock(unsigned int timeout_ms)

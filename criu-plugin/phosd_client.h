@@ -12,11 +12,11 @@
 
 #include "gpu-tracker/abi/phosd.pb-c.h"
 
-/* Starts phosd for this run of criu, once. On RESTORE the recorded device files are handed to
- * device_files.h. */
+/* Opens a session with this node's phosd, once; starts phosd if none runs. On RESTORE the recorded
+ * device files are handed to device_files.h. */
 int phosd_start(Phos__Wire__Stage stage);
 bool phosd_started(void);
-/* Closes the connection; phosd brings back what it still holds, then exits. */
+/* Ends the session; phosd brings back what it still holds of ours. */
 void phosd_stop(void);
 
 /* A CUDA process. */
@@ -28,6 +28,8 @@ struct phosd_process {
 
 /* Calls `add` for each CUDA process of the tree; stops at its first error. Nothing is locked. */
 int phosd_inspect(int pid, int (*add)(const struct phosd_process *process));
+/* Copies the GPU memory of all that was found while it runs, for as long as that is worth it. */
+int phosd_copy(void);
 /* Locks all that was found. `timeout_ms`: for submitted GPU work to finish. */
 int phosd_lock(unsigned int timeout_ms);
 int phosd_checkpoint(int pid);

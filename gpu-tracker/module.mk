@@ -3,7 +3,7 @@
 # code (an agent, kernels, BPF objects) brings a module.mk, which adds to TRACKER_SRCS.
 
 TRACKER_SRCS := $(wildcard $(addprefix gpu-tracker/,base/*.cpp driver/*.cpp image/*.cpp \
-                           inject/*.cpp copy/*.cpp track/*.cpp daemon/*.cpp))
+                           inject/*.cpp copy/*.cpp track/*.cpp daemon/*.cpp client/*.c))
 TRACKER_SRCS := $(filter-out gpu-tracker/daemon/main.cpp,$(TRACKER_SRCS))
 TRACKER_SRCS += gen/gpu-tracker/abi/phosd.pb-c.c gen/gpu-tracker/abi/image.pb-c.c
 
@@ -13,5 +13,6 @@ $(B)/obj/gpu-tracker/driver/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 
 $(eval $(call archive,lib/libphos.a,$(TRACKER_SRCS)))
 
-$(eval $(call program,libexec/phos/phosd,gpu-tracker/daemon/main.cpp,lib/libphos.a,-lprotobuf-c -lz -ldl -lpthread,))
+$(eval $(call program,libexec/phos/phosd,gpu-tracker/daemon/main.cpp,lib/libphos.a,\
+        -lboost_program_options -lprotobuf-c $(TRACK_LIBS) -ldl -lpthread,))
 all: $(B)/libexec/phos/phosd

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Runs phos's test tiers and says for each test: ok, FAIL or SKIP.
 
-Tiers: unit, tools (GoogleTest programs), sim (the driver contract on the simulated GPU), criu
-(real dumps and restores by CRIU on the simulated GPU; root), gpu (the contract and test/gpu on a
-real one). A tier that cannot run here is one SKIP with its reason; REQUIRE_GPU=1 makes a missing
-GPU a failure. After each tier test/oracle.py checks that nothing was left behind.
+Tiers: unit, tools (GoogleTest programs), sim (the driver contract and the agent on the simulated
+GPU), criu (real dumps and restores by CRIU on the simulated GPU; root), gpu (all of these and
+test/gpu on a real one). A tier that cannot run here is one SKIP with its reason; REQUIRE_GPU=1
+makes a missing GPU a failure. After each tier test/oracle.py checks that nothing was left behind.
 
 Tests find in their environment: PHOS_BUILD (the build directory), PHOS_CRIU (stock criu), PHOS_GPU
 (sim or real), PHOS_TEST_ID (to be passed on to every process they start).
@@ -225,10 +225,12 @@ def make_tiers(options):
     return [
         Tier("unit", [program("unit")]),
         Tier("tools", [program("tools"), scripts("tools")]),
-        Tier("sim", [program("contract")], sim),
+        Tier("sim", [program("contract"), program("agent"), program("track")], sim),
         Tier("criu", [scripts("criu")], sim, no_root),
-        Tier("gpu", [program("contract"), scripts("criu"), scripts("gpu")], {"PHOS_GPU": "real"},
-             gpu_missing() or no_root, os.environ.get("REQUIRE_GPU") == "1"),
+        Tier("gpu", [program("contract"), program("agent"), program("track"), scripts("criu"),
+                     scripts("gpu")],
+             {"PHOS_GPU": "real"}, gpu_missing() or no_root,
+             os.environ.get("REQUIRE_GPU") == "1"),
     ]
 
 

@@ -122,7 +122,7 @@ struct phos_export {
 #define PHOS_EXPORT_MAX_FDS 16u
 
 struct phos_mailbox {
-  uint64_t magic; /* written last, when the rest of the header is valid */
+  uint64_t magic;
   uint32_t version;
   uint32_t header_size; /* sizeof(struct phos_mailbox) */
   uint64_t total_size;  /* PHOS_MAILBOX_SIZE */
@@ -130,10 +130,11 @@ struct phos_mailbox {
   uint32_t state; /* futex */
   uint32_t start_step;
   int32_t start_code;
-  int32_t thread_id;        /* of the agent, in the target's pid namespace */
-  uint64_t library_handle;  /* what dlopen() returned for the agent, for dlclose() */
-  uint64_t libcuda_handle;  /* a reference to libcuda, to be given back likewise */
-  uint64_t finish_function; /* of the agent, no arguments: once ENDED or FAILED, frees the rest */
+  int32_t thread_id;       /* of the agent, in the target's pid namespace */
+  uint64_t library_handle; /* what dlopen() returned for the agent */
+  uint64_t libcuda_handle; /* a reference of the agent's own */
+  /* Of the agent, no arguments: once ENDED or FAILED, takes all of it out of the process. */
+  uint64_t finish_function;
 
   uint32_t command_seq; /* futex; written by phosd */
   uint32_t done_seq;    /* futex; written by the agent */

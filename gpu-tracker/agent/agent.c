@@ -20,7 +20,7 @@
 #define GUARD_SIZE 4096u
 
 /* Of linux/fcntl.h, which cannot be included beside fcntl.h. */
-#define ADD_SEALS 1033 /* F_ADD_SEALS */
+#define ADD_SEALS 1033          /* F_ADD_SEALS */
 #define SEALS (0x1 | 0x2 | 0x4) /* F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW */
 
 /* phosd writes into this before the library is loaded; hence volatile. */
@@ -44,6 +44,7 @@ struct c_library {
   int (*join)(pthread_t, void**);
 };
 static struct c_library g_libc;
+__attribute__((used)) static int (*g_dlclose)(void*); /* for finish() */
 
 static void set_state(uint32_t state) {
   __atomic_store_n(&g_mailbox->state, state, __ATOMIC_RELEASE);
@@ -103,14 +104,46 @@ static void* serve(void* unused) {
   }
 }
 
-/* Called by phosd on the restore thread, once ENDED or FAILED and before dlclose(). */
-static void finish(void) {
+/* Frees everything but the library itself, whose handle it returns (0: unknown). */
+__attribute__((used, noinline)) static uint64_t release(void) {
   struct phos_mailbox* m = g_mailbox;
-  if (!m) return;
+  if (!m) return 0;
   g_mailbox = NULL;
+  const uint64_t library = m->library_handle;
   if (g_has_thread) g_libc.join(g_thread, NULL);
   if (g_stack) sys3(SYS_munmap, (long)g_stack, STACK_SIZE + GUARD_SIZE, 0);
+  if (m->libcuda_handle) g_libc.dlclose((void*)m->libcuda_handle);
   sys3(SYS_munmap, (long)m, (long)PHOS_MAILBOX_SIZE, 0);
+  return library;
+}
+
+/*
+ * Called by phosd on the restore thread, once ENDED or FAILED. Ends in dlclose() of the library by
+ * a jump: then there is no code here to come back to, and the caller need not survive until a
+ * second call.
+ */
+__attribute__((naked)) static void finish(void) {
+  __asm__(
+      "sub $8, %rsp\n"
+      "call release\n"
+      "add $8, %rsp\n"
+      "test %rax, %rax\n"
+      "je 1f\n"
+      "mov %rax, %rdi\n"
+      "jmp *g_dlclose(%rip)\n"
+      "1: ret\n");
+}
+
+/* Writes the header before the file is mapped: a mailbox in /proc/PID/maps is one that is valid. */
+static long write_header(int fd) {
+  const struct {
+    uint64_t magic;
+    uint32_t version, header_size;
+    uint64_t total_size;
+  } head = {PHOS_MAILBOX_MAGIC, PHOS_MAILBOX_VERSION, PHOS_MAILBOX_PAYLOAD, PHOS_MAILBOX_SIZE};
+  _Static_assert(sizeof head == offsetof(struct phos_mailbox, state), "all up to the state");
+  const long written = sys6(SYS_pwrite64, fd, (long)&head, sizeof head, 0, 0, 0);
+  return written == sizeof head ? 0 : -1;
 }
 
 /* Sealed, so that nothing can take the pages away from under phosd's mapping. */
@@ -119,6 +152,7 @@ static struct phos_mailbox* make_mailbox(void) {
       (int)sys3(SYS_memfd_create, (long)PHOS_MAILBOX_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING, 0);
   if (fd < 0) return NULL;
   long at = sys3(SYS_ftruncate, fd, (long)PHOS_MAILBOX_SIZE, 0);
+  if (at == 0) at = write_header(fd);
   if (at == 0) at = sys3(SYS_fcntl, fd, ADD_SEALS, SEALS);
   if (at == 0) {
     at = sys6(SYS_mmap, 0, (long)PHOS_MAILBOX_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -145,6 +179,7 @@ static bool load_c_library(void) {
   c->dlopen = (void* (*)(const char*, int))g_config.dlopen;
   c->dlsym = (void* (*)(void*, const char*))g_config.dlsym;
   c->dlclose = find_in_libc("dlclose");
+  g_dlclose = c->dlclose;
   c->dladdr1 = find_in_libc("dladdr1");
   c->attr_init = find_in_libc("pthread_attr_init");
   c->attr_setstack = find_in_libc("pthread_attr_setstack");
@@ -197,11 +232,7 @@ __attribute__((constructor)) static void start(void) {
   struct phos_mailbox* m = make_mailbox();
   if (!m) return;
   g_mailbox = m;
-  m->version = PHOS_MAILBOX_VERSION;
-  m->header_size = PHOS_MAILBOX_PAYLOAD;
-  m->total_size = PHOS_MAILBOX_SIZE;
   m->finish_function = (uint64_t)finish;
-  __atomic_store_n(&m->magic, PHOS_MAILBOX_MAGIC, __ATOMIC_RELEASE);
 
   int32_t code = 0;
   uint32_t step = PHOS_START_MAILBOX;

@@ -6,15 +6,9 @@
 
 /* The order is that of struct driver. */
 static const char* const kNames[] = {
-    "cuPointerGetAttribute",
-    "cuPointerGetAttributes",
-    "cuDeviceGet",
-    "cuDeviceGetUuid_v2",
-    "cuCtxPushCurrent_v2",
-    "cuCtxPopCurrent_v2",
-    "cuIpcGetMemHandle",
-    "cuMemRetainAllocationHandle",
-    "cuMemExportToShareableHandle",
+    "cuPointerGetAttribute", "cuPointerGetAttributes",      "cuDeviceGet",
+    "cuDeviceGetUuid_v2",    "cuCtxPushCurrent_v2",         "cuCtxPopCurrent_v2",
+    "cuIpcGetMemHandle",     "cuMemRetainAllocationHandle", "cuMemExportToShareableHandle",
     "cuMemRelease",
 };
 _Static_assert(sizeof kNames == sizeof(struct driver), "one name a function");
@@ -56,7 +50,7 @@ int driver_facts(const struct driver* driver, uint64_t address, struct memory_fa
   for (size_t i = 0; i < FACTS; i++) {
     attributes[i] = kFacts[i].attribute;
     data[i] = (char*)facts + kFacts[i].field;
-    *(uint64_t*)data[i] = 0;  /* what the driver does not know it does not write */
+    *(uint64_t*)data[i] = 0; /* what the driver does not know it does not write */
   }
   return driver->pointer_get_attributes(FACTS, attributes, data, address);
 }

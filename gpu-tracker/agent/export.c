@@ -61,8 +61,8 @@ static void export_one(const struct driver* driver, struct phos_export* e) {
     e->status = PHOS_EXPORT_FULL;
     return;
   }
-  e->driver_result = e->type == PHOS_EXPORT_IPC ? export_ipc(driver, &before, e)
-                                                : export_fd(driver, &before, e);
+  e->driver_result =
+      e->type == PHOS_EXPORT_IPC ? export_ipc(driver, &before, e) : export_fd(driver, &before, e);
   if (e->driver_result) {
     e->status = PHOS_EXPORT_FAILED;
   } else {

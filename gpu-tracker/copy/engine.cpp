@@ -28,6 +28,25 @@ uint64_t lane_bytes(uint32_t pages) {
   return aligned(uint64_t{pages} * sizeof(PageEntry)) + aligned(uint64_t{pages} * sizeof(PageHash));
 }
 
+Result<uint8_t*> map_pinned(GpuContext& context, uint64_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE,
+                 -1, 0);
+  if (p == MAP_FAILED) return Error::from_errno(errno, "mapping host memory for page tables");
+  if (auto r = context.register_host(p, bytes); !r) {
+    (void)context.unregister_host(p);  // in case that only the reply was lost
+    munmap(p, bytes);
+    return r.error();
+  }
+  return static_cast<uint8_t*>(p);
+}
+
+// Memory that the driver still holds must not come back as something else: it stays.
+Result<void> unmap_pinned(GpuContext& context, uint8_t* p, uint64_t bytes) {
+  auto r = context.unregister_host(p);
+  if (r) munmap(p, bytes);
+  return r;
+}
+
 }  // namespace
 
 CopyEngine::CopyEngine(GpuContext& context, PinnedPool& pool, CopyEngineOptions options)
@@ -78,12 +97,9 @@ Result<void> CopyEngine::set_up(const PageHashKey& key) {
   auto device = context_.allocate(layout_.total);
   if (!device) return device.error();
   device_ = *device;
-  void* host = mmap(nullptr, host_bytes_, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-  if (host == MAP_FAILED) return Error::from_errno(errno, "mapping host memory for page tables");
-  host_ = static_cast<uint8_t*>(host);
-  if (auto r = context_.register_host(host_, host_bytes_); !r) return r;
-  host_registered_ = true;
+  auto host = map_pinned(context_, host_bytes_);
+  if (!host) return host.error();
+  host_ = *host;
 
   uint64_t device_at = device_ + layout_.lanes;
   uint8_t* host_at = host_ + layout_.lanes;
@@ -132,8 +148,7 @@ CopyEngine::~CopyEngine() {
   for (GpuStream stream : {uploads_, kernels_, transfers_}) {
     if (stream) note(context_.destroy_stream(stream));
   }
-  if (host_registered_) note(context_.unregister_host(host_));
-  if (host_) munmap(host_, host_bytes_);
+  if (host_) note(unmap_pinned(context_, host_, host_bytes_));
   if (device_) note(context_.free(device_));
   if (module_) note(context_.unload_module(module_));
 }

@@ -162,7 +162,6 @@ class CopyEngine {
   uint64_t device_ = 0;      // the allocation
   uint8_t* host_ = nullptr;  // pinned
   uint64_t host_bytes_ = 0;
-  bool host_registered_ = false;
   GpuModule module_ = nullptr;
   GpuKernel hash_kernel_ = nullptr, copy_kernel_ = nullptr;
   GpuStream uploads_ = nullptr, kernels_ = nullptr, transfers_ = nullptr;

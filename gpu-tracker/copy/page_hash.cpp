@@ -135,7 +135,7 @@ Result<PageHashKey> PageHashKey::from_bytes(std::span<const uint8_t> bytes) {
 PageHash hash_page(const PageHashKey& key, const void* page, size_t bytes) {
   alignas(16) uint8_t padded[kPageBytes];
   if (bytes < kPageBytes) {
-    memcpy(padded, page, bytes);
+    if (bytes) memcpy(padded, page, bytes);
     memset(padded + bytes, 0, kPageBytes - bytes);
     page = padded;
   }

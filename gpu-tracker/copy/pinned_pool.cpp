@@ -106,7 +106,11 @@ void PinnedPool::Buffer::abandon() {
 PinnedPool::PinnedPool(PinnedPoolOptions options) : options_(std::move(options)) {}
 
 PinnedPool::~PinnedPool() {
-  if (auto r = detach(); !r) log(LogLevel::kWarn, "copy", "%s", r.error().message().c_str());
+  if (auto r = detach(); !r) {
+    log(LogLevel::kWarn, "copy", "the host buffers stay as they are: %s",
+        r.error().message().c_str());
+    return;  // memory that the driver still holds must not come back as something else
+  }
   for (const Region& r : regions_) munmap(r.start, r.bytes);
 }
 
@@ -116,8 +120,9 @@ Result<void> PinnedPool::attach(GpuContext& context) {
   for (size_t i = 0; i < regions_.size(); i++) {
     auto r = context.register_host(regions_[i].start, regions_[i].bytes);
     if (r) continue;
-    // What cannot be undone stays pinned until the context goes; there is nothing else to do.
-    while (i-- > 0) (void)context.unregister_host(regions_[i].start);
+    // What cannot be undone stays pinned until the context goes; there is nothing else to do. The
+    // one that failed is among them in case that only the reply was lost.
+    for (size_t undo = i + 1; undo-- > 0;) (void)context.unregister_host(regions_[undo].start);
     return r;
   }
   context_ = &context;
@@ -200,14 +205,13 @@ bool PinnedPool::may_grow() const {
   return !exhausted_ && (statistics_.buffers + 1) * options_.buffer_bytes <= options_.max_bytes;
 }
 
-// Whole buffers; 0 if memory is too short for one.
+// Whole buffers, for `wanted` bytes; 0 if memory is too short for one.
 uint64_t PinnedPool::next_step(uint64_t wanted) const {
-  const uint64_t buffer = options_.buffer_bytes;
-  const uint64_t left = options_.max_bytes - statistics_.buffers * buffer;
-  uint64_t step = std::min(
-      {std::max(wanted, buffer * kLeastBuffers), std::max(options_.step_bytes, buffer), left});
-  step = std::min(step, options_.available() / 2);
-  return round_down(step, buffer);
+  const uint64_t buffer = options_.buffer_bytes, have = statistics_.buffers * buffer;
+  uint64_t step = (wanted + buffer - 1) / buffer * buffer;
+  if (have < kLeastBuffers * buffer) step = std::max(step, kLeastBuffers * buffer - have);
+  step = std::min({step, std::max(options_.step_bytes, buffer), options_.max_bytes - have});
+  return round_down(std::min(step, options_.available() / 2), buffer);
 }
 
 Result<void> PinnedPool::grow(std::unique_lock<std::mutex>& hold, uint64_t bytes) {
@@ -220,6 +224,7 @@ Result<void> PinnedPool::grow(std::unique_lock<std::mutex>& hold, uint64_t bytes
   if (step) region = make_region(step);
   if (region && context) {
     if (auto r = context->register_host(region->start, step); !r) {
+      (void)context->unregister_host(region->start);  // in case that only the reply was lost
       munmap(region->start, step);
       region = r.error();
     }

@@ -43,7 +43,7 @@ Error refuse_virtual_host_memory(int pid, uint64_t bytes) {
 
 // Between two tries, so that processes that work in step are met at different points of it.
 void let_run_for_a_moment() {
-  static std::minstd_rand random(std::random_device{}());
+  thread_local std::minstd_rand random(std::random_device{}());
   std::this_thread::sleep_for(milliseconds(1 + random() % 20));
 }
 
@@ -228,6 +228,10 @@ Result<void> Session::lock(unsigned timeout_ms) {
     auto memory = driver_.process_memory(pid);
     if (memory && memory->imported) return refuse_imports(pid, memory->imported);
     if (memory) held.memory = *memory;
+  }
+  for (int pid : wanted) {
+    auto it = held_.find(pid);
+    if (it != held_.end()) complete_copy(pid, &it->second);
   }
   return {};
 }

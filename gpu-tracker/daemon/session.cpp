@@ -26,11 +26,12 @@ constexpr std::chrono::milliseconds kDyingTime{1000};
 
 }  // namespace
 
-Session::Session(GpuDriver& driver, std::string lock_dir)
-    : driver_(driver), lock_dir_(std::move(lock_dir)) {}
+Session::Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines)
+    : driver_(driver), lock_dir_(std::move(lock_dir)), engines_(engines) {}
 
-Result<void> Session::begin_dump(UniqueFd image_dir) {
+Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage) {
   image_dir_ = std::move(image_dir);
+  stage_ = stage;
   if (getrandom(dump_id_.data(), dump_id_.size(), 0) != static_cast<ssize_t>(dump_id_.size())) {
     return Error::from_errno(errno, "getrandom");
   }
@@ -43,6 +44,7 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
   image_dir_ = std::move(image_dir);
   auto set = read_image_set(image_dir_.get());
   if (!set) return set.error();
+  if (auto r = check_stage(*set); !r) return r.error();
   if (!set->processes.empty()) {
     auto api = driver_.api_version();
     if (!api) return api.error();
@@ -56,6 +58,8 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
     }
   }
   restored_ = std::move(*set);
+  dump_id_ =
+      restored_.processes.empty() ? restored_.files.dump_id : restored_.processes.front().dump_id;
   to_resume_ = static_cast<uint32_t>(restored_.processes.size());
   return restored_.files;
 }
@@ -84,10 +88,10 @@ Result<void> Session::checkpoint(int pid) {
   const auto took = since(start);
   log(LogLevel::kInfo, "daemon", "%s: GPU memory moved to host memory in %.1f ms",
       process(pid).c_str(), took.count() / 1000.0);
-  return write_image(pid, held, took);
+  return write_image(pid, &held, took);
 }
 
-Result<void> Session::write_image(int pid, const Held& held, microseconds checkpoint_time) {
+Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_time) {
   auto status = read_proc_status(pid);
   if (!status) return status.error();
   auto release = driver_.release();
@@ -98,16 +102,22 @@ Result<void> Session::write_image(int pid, const Held& held, microseconds checkp
   image.dump_id = dump_id_;
   image.pid = status->vpid;
   image.comm = status->comm;
-  image.state = held.found;
+  image.stage = stage_;
+  image.state = held->found;
   image.driver_release = *release;
   image.driver_api = *api;
   image.created_us = static_cast<uint64_t>(
       duration_cast<microseconds>(std::chrono::system_clock::now().time_since_epoch()).count());
   image.phos_version = PHOS_VERSION;
   image.gpus = gpus_;
-  image.device_bytes = held.memory.own;
-  image.timings.lock_us = static_cast<uint64_t>(held.lock_time.count());
+  image.device_bytes = held->memory.own;
+  image.timings.scan_us = static_cast<uint64_t>(held->scan_time.count());
+  image.timings.lock_us = static_cast<uint64_t>(held->lock_time.count());
   image.timings.checkpoint_us = static_cast<uint64_t>(checkpoint_time.count());
+  if (held->copy) {
+    if (auto r = held->copy->finish(&image); !r) return r;
+    held->copy.reset();
+  }
   return write_process_image(image_dir_.get(), image);
 }
 
@@ -200,6 +210,9 @@ Result<void> Session::add_file(const DeviceFile& file) {
 }
 
 Result<void> Session::finish(bool success) {
+  if (success && stage_ == DumpStage::kPreDump) {
+    if (auto r = finish_pre_dump(); !r) return r;
+  }
   finished_ = success;
   if (dumping_ && !success) return remove_images(image_dir_.get(), dump_id_);
   return {};
@@ -251,11 +264,14 @@ bool Session::recover_one(int pid, Held* held) {
 }
 
 void Session::recover() {
+  for (auto& member : held_) member.second.copy.reset();
   if (dumping_ && !finished_) {
     if (auto r = remove_images(image_dir_.get(), dump_id_); !r) {
       log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
     }
   }
+  // A pre-dump has locked nothing.
+  if (stage_ == DumpStage::kPreDump) held_.clear();
   auto pause = kRecoverPoll;
   while (!held_.empty()) {
     bool failing = false;

@@ -8,13 +8,17 @@
 
 #include <array>
 #include <chrono>
+#include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/daemon/gpu_engines.h"
+#include "gpu-tracker/daemon/live_copy.h"
 #include "gpu-tracker/daemon/process_lock.h"
 #include "gpu-tracker/driver/gpu_driver.h"
 #include "gpu-tracker/image/image.h"
@@ -27,14 +31,27 @@ struct FoundProcess {
   CudaState state;
 };
 
-// Not thread-safe. Every call may block in the driver for as long as the target does not answer.
+// When to stop copying the memory of processes that run.
+struct CopyLimits {
+  unsigned max_rounds = 8;
+  std::chrono::milliseconds budget{60000};  // begin no further round after this time
+  double max_slowdown = 0;  // share of its speed the application may lose; 0: no limit
+};
+
+// Told of each round of each process, one at a time, on any thread. False: give up.
+using CopyProgress = std::function<bool(int pid, unsigned number, const RoundReport& report)>;
+
+// Not thread-safe; several sessions may share a driver, each on a thread of its own. Every call may
+// block in the driver for as long as the target does not answer.
 class Session {
  public:
-  // Both outlive the session. `lock_dir`: where one lock file a process keeps two dumps apart.
-  Session(GpuDriver& driver, std::string lock_dir);
+  // All outlive the session. `lock_dir`: where one lock file a process keeps two dumps apart.
+  // `engines`: null if GPU memory is left to the driver.
+  Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines = nullptr);
 
-  // A dump into `image_dir` (takes ownership). Removes phos images of an earlier dump there.
-  Result<void> begin_dump(UniqueFd image_dir);
+  // A dump or pre-dump into `image_dir` (takes ownership). Removes phos images of an earlier dump
+  // there. It builds on what the directory's link `parent` leads to.
+  Result<void> begin_dump(UniqueFd image_dir, DumpStage stage = DumpStage::kDump);
 
   // A restore from `image_dir`: refuses images this machine cannot take.
   Result<FilesImage> begin_restore(UniqueFd image_dir);
@@ -43,8 +60,12 @@ class Session {
   // restored; holds the others. Returns all CUDA processes of that tree which the session holds.
   Result<std::vector<FoundProcess>> inspect(int pid);
 
+  // Copies the GPU memory of all held processes that were found running, while they run. A dump
+  // goes on without what cannot be copied; a pre-dump fails.
+  Result<void> copy(const CopyLimits& limits, const CopyProgress& progress);
+
   // Locks all held processes that were found running and are not locked yet: submitted work is
-  // finished and new CUDA calls block. On failure they run again.
+  // finished and new CUDA calls block. Completes what copy() has begun. On failure they run again.
   Result<void> lock(unsigned timeout_ms);
 
   // The task is frozen, has device files open and was not found to use CUDA. Refuses it if it uses
@@ -69,8 +90,12 @@ class Session {
   Result<void> add_file(const DeviceFile& file);
 
   // CRIU is done. On failure or --leave-running the plugin has called undo(); on success the tasks
-  // are about to be killed, unless a post-dump script keeps them: recover() tells.
+  // are about to be killed, unless a post-dump script keeps them: recover() tells. Completes the
+  // images of a pre-dump and lets go of its processes.
   Result<void> finish(bool success);
+
+  // Of the dump that is made or restored; zeros as long as there is none.
+  const DumpId& dump_id() const { return dump_id_; }
 
   // Brings back every process still held, once nobody traces it any more. Returns when none is
   // left: brought back, gone, or given up with the reason in the log.
@@ -86,7 +111,8 @@ class Session {
     uint64_t start_time;
     ProcessLock lock;
     ProcessMemory memory;
-    std::chrono::microseconds lock_time{0};
+    std::chrono::microseconds scan_time{0}, lock_time{0};
+    std::unique_ptr<LiveCopy> copy;
     bool locked = false;            // by us
     bool failure_reported = false;  // of bringing it back
   };
@@ -102,16 +128,25 @@ class Session {
   Result<bool> try_lock(const std::vector<int>& pids, unsigned timeout_ms);
   std::vector<int> to_lock() const;
 
-  Result<void> write_image(int pid, const Held& held, std::chrono::microseconds checkpoint_time);
+  std::optional<PreviousPages> open_previous(int vpid) const;
+  Result<void> start_copy(int pid, Held* held);
+  Result<void> run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
+                          const CopyProgress& progress);
+  void complete_copy(int pid, Held* held);
+  Result<void> finish_pre_dump();
+
+  Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
   Result<void> bring_back(int pid, CudaState target);
   // True when done with it.
   bool recover_one(int pid, Held* held);
 
   GpuDriver& driver_;
   const std::string lock_dir_;
+  GpuEngines* const engines_;
   UniqueFd image_dir_;
   Group held_;
   DumpId dump_id_{};
+  DumpStage stage_ = DumpStage::kDump;
   bool dumping_ = false;
   bool finished_ = false;
   std::vector<GpuInfo> gpus_;

@@ -6,6 +6,9 @@
 #include <cerrno>
 #include <cstring>
 
+#include "gpu-tracker/abi/protocol.h"
+#include "gpu-tracker/abi/version.h"
+
 namespace phos {
 namespace {
 
@@ -18,10 +21,51 @@ char* mutable_string(const std::string& s) {
   return const_cast<char*>(s.c_str());
 }
 
+// A status as a message; the message refers to it.
+class PackedStatus {
+ public:
+  explicit PackedStatus(const NodeStatus& status) : sessions_(status.sessions.size()) {
+    phos__wire__daemon_status__init(&message_);
+    message_.pid = status.pid;
+    message_.version = mutable_string(version_);
+    message_.protocol = PHOS_PROTOCOL_VERSION;
+    message_.socket = mutable_string(status.config.socket);
+    message_.max_sessions = status.config.max_sessions;
+    message_.pool_size = status.config.pool_size;
+    message_.idle_timeout = static_cast<uint32_t>(status.config.idle_timeout.count());
+    for (size_t i = 0; i < sessions_.size(); i++) {
+      const SessionStatus& from = status.sessions[i];
+      Phos__Wire__SessionStatus& to = sessions_[i];
+      phos__wire__session_status__init(&to);
+      to.id = from.id;
+      to.client_pid = from.client_pid;
+      to.stage = from.stage;
+      to.has_pid = from.pid != 0;
+      to.pid = from.pid;
+      if (!from.checkpoint.empty()) to.checkpoint = mutable_string(from.checkpoint);
+      to.has_recovering = true;
+      to.recovering = from.recovering;
+      pointers_.push_back(&to);
+    }
+    message_.n_sessions = pointers_.size();
+    message_.sessions = pointers_.data();
+  }
+  PackedStatus(const PackedStatus&) = delete;
+  PackedStatus& operator=(const PackedStatus&) = delete;
+
+  Phos__Wire__DaemonStatus* get() { return &message_; }
+
+ private:
+  const std::string version_ = PHOS_VERSION;
+  Phos__Wire__DaemonStatus message_;
+  std::vector<Phos__Wire__SessionStatus> sessions_;
+  std::vector<Phos__Wire__SessionStatus*> pointers_;
+};
+
 }  // namespace
 
 Result<std::optional<ReceivedRequest>> receive_request(int socket) {
-  std::vector<uint8_t> buffer(kMaxPacket);
+  std::vector<uint8_t> buffer(PHOS_MAX_PACKET);
   iovec io = {buffer.data(), buffer.size()};
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
   msghdr msg = {};
@@ -33,7 +77,7 @@ Result<std::optional<ReceivedRequest>> receive_request(int socket) {
   do {
     n = recvmsg(socket, &msg, MSG_CMSG_CLOEXEC);
   } while (n < 0 && errno == EINTR);
-  if (n < 0) return Error::from_errno(errno, "receiving from criu");
+  if (n < 0) return Error::from_errno(errno, "receiving a request");
   ReceivedRequest received;
   for (cmsghdr* c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
     if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
@@ -81,6 +125,24 @@ Result<void> send_reply(int socket, const ReplyData& data) {
   reply.n_files = files.size();
   reply.files = file_pointers.data();
 
+  std::vector<Phos__Wire__Round> rounds(data.rounds.size());
+  std::vector<Phos__Wire__Round*> round_pointers;
+  for (size_t i = 0; i < rounds.size(); i++) {
+    const RoundReport& report = data.rounds[i].report;
+    phos__wire__round__init(&rounds[i]);
+    rounds[i].pid = data.rounds[i].pid;
+    rounds[i].number = data.rounds[i].number;
+    rounds[i].checked_bytes = report.checked_bytes;
+    rounds[i].copied_bytes = report.round.bytes;
+    rounds[i].total_bytes = report.total_bytes;
+    rounds[i].microseconds = report.round.us;
+    round_pointers.push_back(&rounds[i]);
+  }
+  reply.n_rounds = rounds.size();
+  reply.rounds = round_pointers.data();
+  reply.has_more = data.more;
+  reply.more = data.more;
+
   std::vector<Phos__Wire__LogLine> lines(data.log.size());
   std::vector<Phos__Wire__LogLine*> line_pointers;
   for (size_t i = 0; i < lines.size(); i++) {
@@ -92,14 +154,17 @@ Result<void> send_reply(int socket, const ReplyData& data) {
   reply.n_log = lines.size();
   reply.log = line_pointers.data();
 
+  std::optional<PackedStatus> daemon;
+  if (data.daemon) reply.daemon = daemon.emplace(*data.daemon).get();
+
   std::vector<uint8_t> packet(phos__wire__reply__get_packed_size(&reply));
-  if (packet.size() > kMaxPacket) return protocol_error("reply too large");
+  if (packet.size() > PHOS_MAX_PACKET) return protocol_error("reply too large");
   phos__wire__reply__pack(&reply, packet.data());
   ssize_t n;
   do {
     n = send(socket, packet.data(), packet.size(), MSG_NOSIGNAL);
   } while (n < 0 && errno == EINTR);
-  if (n < 0) return Error::from_errno(errno, "replying to criu");
+  if (n < 0) return Error::from_errno(errno, "replying");
   return {};
 }
 

@@ -50,8 +50,9 @@ class CudaDriver final : public GpuDriver {
     char line[512] = "";
     const char* got = fgets(line, sizeof line, f);
     fclose(f);
-    for (char* word = got ? strtok(line, " \t\n") : nullptr; word;
-         word = strtok(nullptr, " \t\n")) {
+    char* rest = nullptr;
+    for (char* word = got ? strtok_r(line, " \t\n", &rest) : nullptr; word;
+         word = strtok_r(nullptr, " \t\n", &rest)) {
       int major = 0, minor = 0;
       if (sscanf(word, "%d.%d", &major, &minor) == 2) return std::string(word);
     }

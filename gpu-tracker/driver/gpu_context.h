@@ -35,7 +35,7 @@ using GpuKernel = struct GpuKernelObject*;
 
 class GpuContext {
  public:
-  // Closes the context; waits for nothing. What still runs on the GPU is lost.
+  // Closes the context and leaves the calling thread without one. What still runs is lost.
   virtual ~GpuContext() = default;
 
   // ---- the device

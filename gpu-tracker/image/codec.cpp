@@ -2,15 +2,14 @@
 #include "gpu-tracker/image/codec.h"
 
 #include <algorithm>
-#include <cinttypes>
 #include <climits>
-#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
-#include <set>
 
 #include "gpu-tracker/abi/image.pb-c.h"
 #include "gpu-tracker/image/container.h"
+#include "gpu-tracker/image/rules.h"
 
 namespace phos {
 namespace {
@@ -28,110 +27,11 @@ static_assert(static_cast<int>(MemoryKind::kHost) == PHOS__IMAGE__MEMORY_KIND__H
 static_assert(static_cast<int>(MemoryPath::kDriver) == PHOS__IMAGE__MEMORY_PATH__DRIVER);
 static_assert(static_cast<int>(MemoryPath::kReleased) == PHOS__IMAGE__MEMORY_PATH__RELEASED);
 static_assert(static_cast<int>(MemoryPath::kShared) == PHOS__IMAGE__MEMORY_PATH__SHARED);
-
-constexpr size_t kMaxGpus = 1024;
-
-Error bad_field(const std::string& what) {
-  return image_error(ImageError::kBadField, what);
-}
-
-std::string hex(uint64_t value) {
-  char text[20];
-  snprintf(text, sizeof text, "0x%" PRIx64, value);
-  return text;
-}
-
-bool has_nul(const std::string& text) {
-  return text.find('\0') != std::string::npos;
-}
-
-template <typename Enum>
-bool between(Enum value, Enum first, Enum last) {
-  return static_cast<int>(value) >= static_cast<int>(first) &&
-         static_cast<int>(value) <= static_cast<int>(last);
-}
-
-// ---- rules, the same for writing and reading ----
-
-Result<void> check_dump_id(const DumpId& id) {
-  if (id == DumpId{}) return bad_field("dump_id is all zeros");
-  return {};
-}
-
-Result<void> check_gpus(const std::vector<GpuInfo>& gpus) {
-  if (gpus.size() > kMaxGpus) return bad_field(std::to_string(gpus.size()) + " GPUs are listed");
-  std::set<GpuUuid> seen;
-  for (const GpuInfo& gpu : gpus) {
-    if (has_nul(gpu.name)) return bad_field("a GPU's name holds a NUL byte");
-    if (!seen.insert(gpu.uuid).second) {
-      return bad_field("GPU " + format_gpu_uuid(gpu.uuid) + " is listed twice");
-    }
-  }
-  return {};
-}
-
-Result<void> check_allocations(const std::vector<AllocationInfo>& allocations, size_t gpu_count) {
-  for (const AllocationInfo& a : allocations) {
-    std::string name = "allocation at " + hex(a.address);
-    if (a.address == 0) return bad_field("an allocation is at address 0");
-    if (a.size == 0) return bad_field(name + " has size 0");
-    if (a.size - 1 > UINT64_MAX - a.address) return bad_field(name + " ends beyond 2^64");
-    if (a.gpu < -1 || a.gpu >= static_cast<int64_t>(gpu_count)) {
-      return bad_field(name + " is on GPU " + std::to_string(a.gpu) + ", but " +
-                       std::to_string(gpu_count) + " are listed");
-    }
-    if (!between(a.kind, MemoryKind::kUnknown, MemoryKind::kHost)) {
-      return bad_field(name + " has unknown kind " + std::to_string(static_cast<int>(a.kind)));
-    }
-    if (!between(a.path, MemoryPath::kDriver, MemoryPath::kShared)) {
-      return bad_field(name + " has unknown path " + std::to_string(static_cast<int>(a.path)));
-    }
-  }
-  std::vector<const AllocationInfo*> sorted;
-  sorted.reserve(allocations.size());
-  for (const AllocationInfo& a : allocations) sorted.push_back(&a);
-  std::sort(sorted.begin(), sorted.end(),
-            [](const auto* a, const auto* b) { return a->address < b->address; });
-  for (size_t i = 1; i < sorted.size(); i++) {
-    // Differences, not sums: the last allocation may end at 2^64.
-    if (sorted[i]->address - sorted[i - 1]->address < sorted[i - 1]->size) {
-      return bad_field("allocations at " + hex(sorted[i - 1]->address) + " and " +
-                       hex(sorted[i]->address) + " overlap");
-    }
-  }
-  return {};
-}
-
-Result<void> check(const ProcessImage& image) {
-  if (auto ok = check_dump_id(image.dump_id); !ok) return ok;
-  if (image.pid <= 0) return bad_field("pid " + std::to_string(image.pid) + " is not positive");
-  if (has_nul(image.comm)) return bad_field("comm holds a NUL byte");
-  if (has_nul(image.driver_release)) return bad_field("driver_release holds a NUL byte");
-  if (has_nul(image.phos_version)) return bad_field("phos_version holds a NUL byte");
-  if (!between(image.state, CudaState::kRunning, CudaState::kCheckpointed)) {
-    return bad_field("state " + std::to_string(static_cast<int>(image.state)) +
-                     " is none that a process can be restored to");
-  }
-  if (image.driver_api <= 0) {
-    return bad_field("driver_api " + std::to_string(image.driver_api) + " is not a CUDA version");
-  }
-  if (auto ok = check_gpus(image.gpus); !ok) return ok;
-  return check_allocations(image.allocations, image.gpus.size());
-}
-
-Result<void> check(const FilesImage& image) {
-  if (auto ok = check_dump_id(image.dump_id); !ok) return ok;
-  std::set<uint32_t> seen;
-  for (const DeviceFile& file : image.files) {
-    std::string name = "device file " + std::to_string(file.id);
-    if (!seen.insert(file.id).second) return bad_field(name + " is listed twice");
-    if (file.path.empty() || file.path[0] != '/' || file.path.size() >= PATH_MAX ||
-        has_nul(file.path)) {
-      return bad_field(name + ": its path is not an absolute path");
-    }
-  }
-  return {};
-}
+static_assert(static_cast<int>(PageSource::kHere) == PHOS__IMAGE__PAGE_SOURCE__HERE);
+static_assert(static_cast<int>(PageSource::kParent) == PHOS__IMAGE__PAGE_SOURCE__PARENT);
+static_assert(static_cast<int>(PageSource::kZero) == PHOS__IMAGE__PAGE_SOURCE__ZERO);
+static_assert(static_cast<int>(DumpStage::kDump) == PHOS__IMAGE__STAGE__DUMP);
+static_assert(static_cast<int>(DumpStage::kPreDump) == PHOS__IMAGE__STAGE__PRE_DUMP);
 
 // ---- structs to messages; the message borrows the struct's memory ----
 
@@ -141,6 +41,10 @@ ProtobufCBinaryData borrow(const std::array<uint8_t, 16>& bytes) {
 
 ProtobufCBinaryData borrow(const std::string& bytes) {
   return {bytes.size(), reinterpret_cast<uint8_t*>(const_cast<char*>(bytes.data()))};
+}
+
+ProtobufCBinaryData borrow(const std::vector<uint8_t>& bytes) {
+  return {bytes.size(), const_cast<uint8_t*>(bytes.data())};
 }
 
 char* borrow_text(const std::string& text) {
@@ -161,18 +65,59 @@ std::vector<uint8_t> pack(const ProtobufCMessage& message) {
   return bytes;
 }
 
+// The extents of an allocation, as the schema has them.
+struct ExtentArrays {
+  explicit ExtentArrays(const std::vector<PageExtent>& extents) {
+    pages.reserve(extents.size());
+    sources.reserve(extents.size());
+    for (const PageExtent& e : extents) {
+      pages.push_back(e.pages);
+      sources.push_back(static_cast<Phos__Image__PageSource>(e.source));
+      if (e.source == PageSource::kHere) slots.push_back(e.slot);
+    }
+  }
+  std::vector<uint32_t> pages, slots;
+  std::vector<Phos__Image__PageSource> sources;
+};
+
+Phos__Image__Allocation to_message(const AllocationInfo& a, ExtentArrays& extents) {
+  Phos__Image__Allocation m = PHOS__IMAGE__ALLOCATION__INIT;
+  m.address = a.address;
+  m.size = a.size;
+  m.gpu = a.gpu;
+  m.kind = static_cast<Phos__Image__MemoryKind>(a.kind);
+  m.path = static_cast<Phos__Image__MemoryPath>(a.path);
+  m.buffer_id = a.buffer_id;
+  m.has_buffer_id = a.buffer_id != 0;
+  m.hashes = {a.hashes.size() * sizeof(SavedHash),
+              reinterpret_cast<uint8_t*>(const_cast<SavedHash*>(a.hashes.data()))};
+  m.has_hashes = !a.hashes.empty();
+  m.n_extent_pages = extents.pages.size();
+  m.extent_pages = extents.pages.data();
+  m.n_extent_source = extents.sources.size();
+  m.extent_source = extents.sources.data();
+  m.n_extent_slot = extents.slots.size();
+  m.extent_slot = extents.slots.data();
+  return m;
+}
+
 // ---- messages to structs ----
 
-// protobuf-c's allocations, limited: a repeated field costs it many times its size on the wire.
-// The smallest valid element (9 bytes) takes about 150.
+// protobuf-c's allocations, limited: a repeated message costs it many times its size on the wire.
+// The smallest valid element (9 bytes) takes about 150. What makes a payload large are the pages,
+// and those are in packed arrays, whose smallest element (1 byte) takes 4.
 class BoundedAllocator {
  public:
-  explicit BoundedAllocator(size_t payload_size) : left_(payload_size * 32 + 4096) {}
+  explicit BoundedAllocator(size_t payload_size)
+      : left_(std::min(payload_size, kSmallPayload) * 32 +
+              (std::max(payload_size, kSmallPayload) - kSmallPayload) * 4 + 4096) {}
   BoundedAllocator(const BoundedAllocator&) = delete;
   BoundedAllocator& operator=(const BoundedAllocator&) = delete;
   ProtobufCAllocator* get() { return &table_; }
 
  private:
+  static constexpr size_t kSmallPayload = 64u << 20;
+
   static void* allocate(void* self, size_t size) {
     size_t& left = static_cast<BoundedAllocator*>(self)->left_;
     if (size > left) return nullptr;
@@ -225,6 +170,41 @@ std::string to_string(const ProtobufCBinaryData& data) {
   return data.len ? std::string(reinterpret_cast<char*>(data.data), data.len) : std::string();
 }
 
+Result<std::vector<PageExtent>> to_extents(const Phos__Image__Allocation& m) {
+  if (m.n_extent_source != m.n_extent_pages) {
+    return bad_field("an allocation has " + std::to_string(m.n_extent_pages) + " extents and " +
+                     std::to_string(m.n_extent_source) + " sources of extents");
+  }
+  std::vector<PageExtent> extents(m.n_extent_pages);
+  uint32_t page = 0;  // may wrap: the rules find the gap
+  size_t slot = 0;
+  for (size_t i = 0; i < extents.size(); i++) {
+    extents[i] = {page, m.extent_pages[i], static_cast<PageSource>(m.extent_source[i])};
+    page += m.extent_pages[i];
+    if (extents[i].source != PageSource::kHere) continue;
+    if (slot == m.n_extent_slot) return bad_field("an allocation has an extent without a slot");
+    extents[i].slot = m.extent_slot[slot++];
+  }
+  if (slot != m.n_extent_slot) return bad_field("an allocation has a slot without an extent");
+  return extents;
+}
+
+Result<AllocationInfo> to_allocation(const Phos__Image__Allocation& m) {
+  AllocationInfo a{m.address, m.size, m.gpu, static_cast<MemoryKind>(m.kind),
+                   static_cast<MemoryPath>(m.path)};
+  if (m.has_buffer_id) a.buffer_id = m.buffer_id;
+  if (m.hashes.len % sizeof(SavedHash) != 0) {
+    return bad_field("an allocation's hashes have " + std::to_string(m.hashes.len) +
+                     " bytes, not 16 for each page");
+  }
+  a.hashes.resize(m.hashes.len / sizeof(SavedHash));
+  if (m.hashes.len) memcpy(a.hashes.data(), m.hashes.data, m.hashes.len);
+  auto extents = to_extents(m);
+  if (!extents) return extents.error();
+  a.extents = std::move(*extents);
+  return a;
+}
+
 }  // namespace
 
 Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
@@ -237,15 +217,20 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
     m.total_bytes = gpu.total_bytes;
     gpus.push_back(m);
   }
+  std::vector<ExtentArrays> extents;
   std::vector<Phos__Image__Allocation> allocations;
+  extents.reserve(image.allocations.size());  // the messages point into it
   for (const AllocationInfo& a : image.allocations) {
-    Phos__Image__Allocation m = PHOS__IMAGE__ALLOCATION__INIT;
-    m.address = a.address;
-    m.size = a.size;
-    m.gpu = a.gpu;
-    m.kind = static_cast<Phos__Image__MemoryKind>(a.kind);
-    m.path = static_cast<Phos__Image__MemoryPath>(a.path);
-    allocations.push_back(m);
+    allocations.push_back(to_message(a, extents.emplace_back(a.extents)));
+  }
+  std::vector<Phos__Image__Round> rounds;
+  for (const DumpRound& round : image.rounds) {
+    Phos__Image__Round m = PHOS__IMAGE__ROUND__INIT;
+    m.pages = round.pages;
+    m.dirty_pages = round.dirty_pages;
+    m.bytes = round.bytes;
+    m.us = round.us;
+    rounds.push_back(m);
   }
   Phos__Image__Timings timings = PHOS__IMAGE__TIMINGS__INIT;
   timings.scan_us = image.timings.scan_us;
@@ -257,6 +242,7 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
 
   auto gpu_pointers = pointers(gpus);
   auto allocation_pointers = pointers(allocations);
+  auto round_pointers = pointers(rounds);
   Phos__Image__Process m = PHOS__IMAGE__PROCESS__INIT;
   m.dump_id = borrow(image.dump_id);
   m.pid = image.pid;
@@ -273,6 +259,15 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   m.timings = &timings;
   m.device_bytes = image.device_bytes;
   m.has_device_bytes = image.device_bytes != 0;
+  m.stage = static_cast<Phos__Image__Stage>(image.stage);
+  m.parent_dump_id = borrow(image.parent_dump_id);
+  m.has_parent_dump_id = image.parent_dump_id != DumpId{};
+  m.page_size = kImagePageSize;
+  m.has_page_size = !image.hash_key.empty();
+  m.hash_key = borrow(image.hash_key);
+  m.has_hash_key = !image.hash_key.empty();
+  m.n_rounds = round_pointers.size();
+  m.rounds = round_pointers.data();
   return pack(m.base);
 }
 
@@ -317,9 +312,30 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
   }
   image.allocations.reserve(m->n_allocations);
   for (size_t i = 0; i < m->n_allocations; i++) {
-    const Phos__Image__Allocation& a = *m->allocations[i];
-    image.allocations.push_back({a.address, a.size, a.gpu, static_cast<MemoryKind>(a.kind),
-                                 static_cast<MemoryPath>(a.path)});
+    auto a = to_allocation(*m->allocations[i]);
+    if (!a) return a.error();
+    image.allocations.push_back(std::move(*a));
+  }
+  image.stage = static_cast<DumpStage>(m->stage);
+  if (m->has_parent_dump_id) {
+    auto parent = to_16_bytes(m->parent_dump_id, "parent_dump_id");
+    if (!parent) return parent.error();
+    if (*parent == DumpId{}) return bad_field("parent_dump_id is all zeros");
+    image.parent_dump_id = *parent;
+  }
+  if (m->has_page_size && m->page_size != kImagePageSize) {
+    return bad_field("the pages have " + std::to_string(m->page_size) + " bytes instead of " +
+                     std::to_string(kImagePageSize));
+  }
+  if (m->has_hash_key) {
+    image.hash_key.assign(m->hash_key.data, m->hash_key.data + m->hash_key.len);
+  }
+  if (m->has_page_size == image.hash_key.empty()) {
+    return bad_field("only one of page_size and hash_key is there");
+  }
+  for (size_t i = 0; i < m->n_rounds; i++) {
+    const Phos__Image__Round& round = *m->rounds[i];
+    image.rounds.push_back({round.pages, round.dirty_pages, round.bytes, round.us});
   }
   if (m->has_device_bytes) image.device_bytes = m->device_bytes;
   if (const Phos__Image__Timings* t = m->timings) {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// The container around an image's payload: a checked header, and the file system rules (who may own
-// an image, how one is replaced). Internal to this room.
+// The container around an image's payload: a checked header. Internal to this room.
 #pragma once
 
 #include <bit>
@@ -10,14 +9,15 @@
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
-#include "gpu-tracker/image/image.h"
+#include "gpu-tracker/image/file.h"
 
 namespace phos {
 
 inline constexpr uint32_t kImageVersion = 1;
 inline constexpr char kImageMagic[8] = {'P', 'H', 'O', 'S', 'I', 'M', 'G', '\0'};
-// Two million allocations fit; more than that is not a process but a broken file.
-inline constexpr uint64_t kMaxPayload = 64u << 20;
+// The hashes of a terabyte of pages are 256 MiB, and as many extents as there can be less than that
+// again; more than this is not a process but a broken file.
+inline constexpr uint64_t kMaxPayload = 1u << 30;
 
 enum class FileKind : uint32_t { kProcess = 1, kFiles = 2 };
 
@@ -39,24 +39,10 @@ static_assert(offsetof(FileHeader, payload_length) == 16);
 static_assert(offsetof(FileHeader, payload_crc) == 24);
 static_assert(offsetof(FileHeader, header_crc) == 28);
 
-// CRC-32C (Castagnoli), as in iSCSI: of "123456789" it is 0xe3069283.
-uint32_t crc32c(const void* data, size_t size);
-
-// "<directory>/<name>" for messages; just the name if the directory's path cannot be had.
-std::string describe_file(int dir_fd, const std::string& name);
-
-// Text from a file or a process, fit for a one-line message on a terminal.
-std::string printable(const std::string& text);
-
-Error image_error(ImageError code, const std::string& message);
-
 Result<void> write_container(int dir_fd, const std::string& name, FileKind kind,
                              const std::vector<uint8_t>& payload);
 
 // The payload, checksum verified. Reads at most the file's size.
 Result<std::vector<uint8_t>> read_container(int dir_fd, const std::string& name, FileKind kind);
-
-// Makes a rename or unlink in the directory durable.
-Result<void> sync_directory(int dir_fd);
 
 }  // namespace phos

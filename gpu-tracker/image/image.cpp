@@ -7,37 +7,18 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
 #include <memory>
 #include <optional>
-#include <string_view>
 
+#include "gpu-tracker/image/chain.h"
 #include "gpu-tracker/image/codec.h"
 #include "gpu-tracker/image/container.h"
+#include "gpu-tracker/image/names.h"
+#include "gpu-tracker/image/page_file.h"
+#include "gpu-tracker/image/page_header.h"
 
 namespace phos {
 namespace {
-
-constexpr const char kFilesName[] = "phos-files.img";
-
-std::string process_name(int pid) {
-  return "phos-" + std::to_string(pid) + ".img";
-}
-
-// The pid in "phos-<pid>.img", written as we write it (no sign, no leading zero); 0 otherwise.
-int pid_in_name(const std::string& name) {
-  std::string_view digits = name;
-  if (!digits.starts_with("phos-") || !digits.ends_with(".img")) return 0;
-  digits.remove_prefix(5);
-  digits.remove_suffix(4);
-  int pid = 0;
-  std::from_chars(digits.data(), digits.data() + digits.size(), pid);
-  return pid > 0 && process_name(pid) == name ? pid : 0;
-}
-
-bool is_image_name(const std::string& name) {
-  return pid_in_name(name) || name == kFilesName;
-}
 
 // Sorted, so that messages and removals do not depend on the file system's order.
 Result<std::vector<std::string>> list_names(int dir_fd) {
@@ -61,6 +42,20 @@ Result<void> remove_file(int dir_fd, const std::string& name) {
   return Error::from_errno(errno, "cannot remove " + describe_file(dir_fd, name));
 }
 
+struct PageFileId {
+  DumpId dump_id;
+};
+
+// Whose pages file it is.
+Result<PageFileId> read_page_file_id(int dir_fd, const std::string& name) {
+  uint64_t size = 0;
+  auto fd = open_image(dir_fd, name, 0, &size);
+  if (!fd) return fd.error();
+  auto header = read_page_header(fd->get(), size, describe_file(dir_fd, name));
+  if (!header) return header.error();
+  return PageFileId{std::to_array(header->dump_id)};
+}
+
 // nullopt: the file is not a sound image, so it is nobody's. Error: it could not be read at all.
 Result<std::optional<DumpId>> dump_id_of(int dir_fd, const std::string& name) {
   auto id_or_error = [](const auto& image) -> Result<std::optional<DumpId>> {
@@ -68,8 +63,29 @@ Result<std::optional<DumpId>> dump_id_of(int dir_fd, const std::string& name) {
     if (image.error().domain() == Domain::kFormat) return std::optional<DumpId>();
     return image.error();
   };
+  if (parse_page_file_name(name).pid) return id_or_error(read_page_file_id(dir_fd, name));
   int pid = pid_in_name(name);
   return pid ? id_or_error(read_process_image(dir_fd, pid)) : id_or_error(read_files_image(dir_fd));
+}
+
+// Pages files that are there must be this dump's. Which ones must be there the chains know.
+Result<void> check_page_files(int dir_fd, const std::vector<std::string>& names,
+                              const ImageSet& set) {
+  for (const std::string& name : names) {
+    const PageFileName parsed = parse_page_file_name(name);
+    if (!parsed.pid) continue;
+    auto image = std::find_if(set.processes.begin(), set.processes.end(),
+                              [&](const ProcessImage& p) { return p.pid == parsed.pid; });
+    if (image == set.processes.end()) {
+      return image_error(ImageError::kIncomplete,
+                         describe_file(dir_fd, name) + " is there, but no " +
+                             process_name(parsed.pid) +
+                             ": the dump was interrupted, or not all of it was copied");
+    }
+    auto file = PageFile::open(dir_fd, parsed.pid, parsed.gpu, image->dump_id, PageIo::kCached);
+    if (!file) return file.error();
+  }
+  return {};
 }
 
 }  // namespace
@@ -82,6 +98,31 @@ std::string format_dump_id(const DumpId& id) {
     text += kDigits[byte & 15];
   }
   return text;
+}
+
+const char* to_string(DumpStage stage) {
+  return stage == DumpStage::kPreDump ? "pre-dump" : "dump";
+}
+
+PageCounts count_pages(const AllocationInfo& allocation) {
+  PageCounts counts;
+  for (const PageExtent& e : allocation.extents) {
+    (e.source == PageSource::kHere     ? counts.here
+     : e.source == PageSource::kParent ? counts.parent
+                                       : counts.zero) += e.pages;
+  }
+  return counts;
+}
+
+PageCounts count_pages(const ProcessImage& image) {
+  PageCounts counts;
+  for (const AllocationInfo& a : image.allocations) {
+    const PageCounts one = count_pages(a);
+    counts.here += one.here;
+    counts.parent += one.parent;
+    counts.zero += one.zero;
+  }
+  return counts;
 }
 
 const char* to_string(MemoryKind kind) {
@@ -154,6 +195,13 @@ Result<ImageSet> read_image_set(int dir_fd) {
       auto image = read_process_image(dir_fd, pid);
       if (!image) return image.error();
       if (auto ok = same_dump(name, image->dump_id); !ok) return ok.error();
+      if (!set.processes.empty() && set.processes.front().stage != image->stage) {
+        return image_error(
+            ImageError::kMixedDumps,
+            describe_file(dir_fd, name) + " was made by a " + to_string(image->stage) + ", " +
+                process_name(set.processes.front().pid) + " by a " +
+                to_string(set.processes.front().stage) + ": they do not belong together");
+      }
       set.processes.push_back(std::move(*image));
     } else if (name == kFilesName) {
       auto image = read_files_image(dir_fd);
@@ -165,6 +213,13 @@ Result<ImageSet> read_image_set(int dir_fd) {
   set.files.dump_id = first_id;
   std::sort(set.processes.begin(), set.processes.end(),
             [](const auto& a, const auto& b) { return a.pid < b.pid; });
+  if (auto ok = check_page_files(dir_fd, *names, set); !ok) return ok.error();
+  for (ProcessImage& image : set.processes) {
+    auto chain = PageChain::open(dir_fd, std::move(image), PageIo::kCached);
+    if (!chain) return chain.error();
+    set.chains.push_back(chain->levels());
+    image = std::move(*chain).take_image();
+  }
   return set;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // phos's image files: `phos-<pid>.img`, one for each CUDA process, and `phos-files.img`, in CRIU's
 // image directory. This room is their only reader and writer; docs/image-format.md specifies them.
+// The pages of GPU memory are in files of their own (page_file.h) and form chains (chain.h).
 //
 // `dir_fd` is always an open directory, used with the *at calls; it stays the caller's. Functions
 // keep no state and may be called from any thread. Errors are Domain::kErrno for what the kernel
@@ -35,7 +36,13 @@ enum class ImageError {
   kMixedDumps = 10,
   kNoSuitableGpu = 11,
   kDriverTooOld = 12,
+  kBrokenChain = 13,  // a parent is missing, or is not the one that the images were made with
+  kIncomplete = 14,   // a file of the dump is missing, or holds too few pages
+  kPreDumpOnly = 15,  // made by a pre-dump: nothing to restore from
 };
+
+// Pages are cut from the start of an allocation; the rest of its last page counts as zeros.
+inline constexpr uint32_t kImagePageSize = 65536;
 
 enum class MemoryKind { kUnknown = 0, kDevice, kVirtual, kPool, kManaged, kHost };
 const char* to_string(MemoryKind kind);
@@ -44,13 +51,39 @@ const char* to_string(MemoryKind kind);
 enum class MemoryPath { kDriver = 0, kReleased, kShared };
 const char* to_string(MemoryPath path);
 
+// Where a saved page is; see abi/image.proto.
+enum class PageSource { kHere = 0, kParent, kZero };
+
+// A run of pages.
+struct PageExtent {
+  uint32_t first_page = 0;
+  uint32_t pages = 0;  // never 0
+  PageSource source = PageSource::kHere;
+  uint32_t slot = 0;  // kHere: of the first page; the others follow it
+  auto operator<=>(const PageExtent&) const = default;
+};
+
+// A page's keyed hash. This room compares hashes and never makes one (verify_chain's callback
+// does).
+using SavedHash = std::array<uint8_t, 16>;
+
 struct AllocationInfo {
   uint64_t address = 0;
   uint64_t size = 0;  // bytes, never 0
   int gpu = -1;       // index into ProcessImage::gpus, -1: host
   MemoryKind kind = MemoryKind::kUnknown;
   MemoryPath path = MemoryPath::kDriver;
+  uint64_t buffer_id = 0;  // CU_POINTER_ATTRIBUTE_BUFFER_ID; 0: not known
+  // Both empty: no page is saved. Otherwise one hash for each page, of the bytes that were saved,
+  // and extents that cover all pages in ascending order.
+  std::vector<SavedHash> hashes = {};
+  std::vector<PageExtent> extents = {};
 };
+
+// Pages of 64 KiB in an allocation, the last one perhaps short.
+inline uint64_t page_count(const AllocationInfo& a) {
+  return a.size / kImagePageSize + (a.size % kImagePageSize != 0);
+}
 
 // Microseconds of wall time; 0: not measured.
 struct Timings {
@@ -58,6 +91,18 @@ struct Timings {
   uint64_t lock_us = 0;
   uint64_t checkpoint_us = 0;
 };
+
+// One pass over a process's memory; see abi/image.proto.
+struct DumpRound {
+  uint64_t pages = 0;
+  uint64_t dirty_pages = 0;
+  uint64_t bytes = 0;
+  uint64_t us = 0;
+  auto operator<=>(const DumpRound&) const = default;
+};
+
+enum class DumpStage { kDump = 0, kPreDump };
+const char* to_string(DumpStage stage);  // "dump", "pre-dump"
 
 struct ProcessImage {
   DumpId dump_id{};
@@ -72,7 +117,19 @@ struct ProcessImage {
   std::vector<AllocationInfo> allocations;  // any order, no two may overlap
   Timings timings;
   uint64_t device_bytes = 0;  // GPU memory owned, as the kernel driver accounts it; 0: not known
+  DumpStage stage = DumpStage::kDump;
+  DumpId parent_dump_id{};        // all zeros: no parent
+  std::vector<uint8_t> hash_key;  // empty: no pages are saved
+  std::vector<DumpRound> rounds;
 };
+
+// Saved pages by where they are.
+struct PageCounts {
+  uint64_t here = 0, parent = 0, zero = 0;
+  auto operator<=>(const PageCounts&) const = default;
+};
+PageCounts count_pages(const AllocationInfo& allocation);
+PageCounts count_pages(const ProcessImage& image);
 
 // A /dev/nvidia* file to reopen.
 struct DeviceFile {
@@ -96,15 +153,28 @@ Result<void> write_files_image(int dir_fd, const FilesImage& image);
 Result<ProcessImage> read_process_image(int dir_fd, int pid);
 Result<FilesImage> read_files_image(int dir_fd);
 
+// One directory of the chain that a process's pages are spread over.
+struct ChainLevel {
+  std::string directory;  // for messages
+  DumpId dump_id{};
+  DumpStage stage = DumpStage::kDump;
+  uint64_t created_us = 0;
+  PageCounts pages;
+};
+
 // All phos images of a directory.
 struct ImageSet {
   std::vector<ProcessImage> processes;  // by pid
   FilesImage files;                     // no files: none were recorded
+  // The chain of each process, in the order of `processes`: this directory first, the oldest last.
+  std::vector<std::vector<ChainLevel>> chains;
 };
-// Other names are ignored. Fails if any image is bad or two dumps are mixed; an empty set is fine.
+// Other names are ignored. Fails if any image is bad, if two dumps are mixed, or if a process's
+// pages are not all there, in this directory or in its parents (see PageChain::open). Reads no
+// pages. An empty set is fine.
 Result<ImageSet> read_image_set(int dir_fd);
 
-// Undoes a failed dump: removes the images that carry `id` and leaves everything else, also what
+// Undoes a failed dump: removes the files that carry `id` and leaves everything else, also what
 // cannot be read as an image.
 Result<void> remove_images(int dir_fd, const DumpId& id);
 // Start of a dump: removes every file that has the name of a phos image, whatever is in it.
@@ -115,6 +185,9 @@ Result<void> remove_all_images(int dir_fd);
 // goes to a GPU of the same name with at least as much memory. No GPU is used twice.
 Result<std::vector<GpuPair>> plan_gpu_mapping(const std::vector<GpuInfo>& recorded,
                                               const std::vector<GpuInfo>& present);
+
+// Refuses images that were made by a pre-dump.
+Result<void> check_stage(const ImageSet& set);
 
 // Refuses a driver whose CUDA version (GpuDriver::api_version) is older than the recorded one.
 Result<void> check_driver(const ProcessImage& image, int present_api_version);

@@ -70,6 +70,18 @@ Result<std::vector<GpuPair>> plan_gpu_mapping(const std::vector<GpuInfo>& record
   return pairs;
 }
 
+Result<void> check_stage(const ImageSet& set) {
+  for (const ProcessImage& image : set.processes) {
+    if (image.stage == DumpStage::kDump) continue;
+    return image_error(ImageError::kPreDumpOnly,
+                       "phos-" + std::to_string(image.pid) + ".img was made by a pre-dump (" +
+                           format_dump_id(image.dump_id) +
+                           "): there is nothing to restore from; use the directory of the dump "
+                           "that was made after it");
+  }
+  return {};
+}
+
 Result<void> check_driver(const ProcessImage& image, int present_api_version) {
   if (present_api_version >= image.driver_api) return {};
   return image_error(ImageError::kDriverTooOld,

@@ -65,9 +65,53 @@ DumpId dump_id_of(const ImageSet& set) {
   return set.processes.empty() ? set.files.dump_id : set.processes.front().dump_id;
 }
 
-void write_process(JsonWriter& json, const ProcessImage& p) {
+// Empty for a set that was not read from a directory.
+std::vector<ChainLevel> chain_of(const ImageSet& set, size_t process) {
+  return process < set.chains.size() ? set.chains[process] : std::vector<ChainLevel>();
+}
+
+void write_pages(JsonWriter& json, const PageCounts& pages) {
+  json.key("pages").begin_object().member("here", pages.here).member("parent", pages.parent);
+  json.member("zero", pages.zero).end_object();
+}
+
+void write_allocation(JsonWriter& json, const AllocationInfo& a) {
+  // The address as text: a JSON number loses bits above 2^53 in many readers.
+  json.begin_object().member("address", hex(a.address)).member("size", a.size);
+  json.member("gpu", a.gpu).member("kind", to_string(a.kind));
+  json.member("path", to_string(a.path));
+  if (a.buffer_id) json.member("buffer_id", a.buffer_id);
+  if (!a.hashes.empty()) write_pages(json, count_pages(a));
+  json.end_object();
+}
+
+void write_saved(JsonWriter& json, const ProcessImage& p, const std::vector<ChainLevel>& chain) {
+  write_pages(json, count_pages(p));
+  json.key("rounds").begin_array();
+  for (const DumpRound& round : p.rounds) {
+    json.begin_object().member("pages", round.pages).member("dirty_pages", round.dirty_pages);
+    json.member("bytes", round.bytes).member("us", round.us).end_object();
+  }
+  json.end_array().key("chain").begin_array();
+  for (const ChainLevel& level : chain) {
+    json.begin_object().member("directory", level.directory);
+    json.member("dump_id", format_dump_id(level.dump_id)).member("stage", to_string(level.stage));
+    json.member("created_us", level.created_us);
+    write_pages(json, level.pages);
+    json.end_object();
+  }
+  json.end_array();
+}
+
+void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<ChainLevel>& chain) {
   json.begin_object();
   json.member("pid", p.pid).member("comm", p.comm).member("state", to_string(p.state));
+  json.member("stage", to_string(p.stage)).key("parent_dump_id");
+  if (p.parent_dump_id == DumpId{}) {
+    json.null();
+  } else {
+    json.value(format_dump_id(p.parent_dump_id));
+  }
   json.member("driver_release", p.driver_release).member("driver_api", p.driver_api);
   json.member("created_us", p.created_us).member("phos_version", p.phos_version);
   if (p.device_bytes) json.member("device_bytes", p.device_bytes);
@@ -77,12 +121,7 @@ void write_process(JsonWriter& json, const ProcessImage& p) {
     json.member("total_bytes", gpu.total_bytes).end_object();
   }
   json.end_array().key("allocations").begin_array();
-  for (const AllocationInfo& a : p.allocations) {
-    // The address as text: a JSON number loses bits above 2^53 in many readers.
-    json.begin_object().member("address", hex(a.address)).member("size", a.size);
-    json.member("gpu", a.gpu).member("kind", to_string(a.kind));
-    json.member("path", to_string(a.path)).end_object();
-  }
+  for (const AllocationInfo& a : p.allocations) write_allocation(json, a);
   json.end_array().key("timings").begin_object();
   auto timing = [&](const char* name, uint64_t us) {
     if (us) json.member(name, us);
@@ -90,10 +129,36 @@ void write_process(JsonWriter& json, const ProcessImage& p) {
   timing("scan_us", p.timings.scan_us);
   timing("lock_us", p.timings.lock_us);
   timing("checkpoint_us", p.timings.checkpoint_us);
-  json.end_object().end_object();
+  json.end_object();
+  if (!p.hash_key.empty()) write_saved(json, p, chain);
+  json.end_object();
 }
 
-std::string process_table(const ProcessImage& p) {
+std::string page_text(const PageCounts& pages) {
+  return format("%" PRIu64 " here (%s), %" PRIu64 " in parents, %" PRIu64 " zero", pages.here,
+                human_bytes(pages.here * kImagePageSize).c_str(), pages.parent, pages.zero);
+}
+
+// What phos saved itself, and where it is.
+std::string saved_table(const ProcessImage& p, const std::vector<ChainLevel>& chain) {
+  std::string out = "  pages    " + page_text(count_pages(p)) + "\n";
+  if (!p.rounds.empty()) out += "  round         pages        dirty       written        time\n";
+  for (size_t i = 0; i < p.rounds.size(); i++) {
+    const DumpRound& round = p.rounds[i];
+    out +=
+        format("  %-5zu  %12" PRIu64 " %12" PRIu64 "  %12s  %10s\n", i + 1, round.pages,
+               round.dirty_pages, human_bytes(round.bytes).c_str(), human_time(round.us).c_str());
+  }
+  if (chain.size() > 1) out += "  level  stage     dumped                   directory\n";
+  for (size_t i = 0; chain.size() > 1 && i < chain.size(); i++) {
+    const ChainLevel& level = chain[i];
+    out += format("  %-5zu  %-8s  ", i, to_string(level.stage)) + utc(level.created_us) + "  " +
+           printable(level.directory) + ": " + page_text(level.pages) + "\n";
+  }
+  return out;
+}
+
+std::string process_table(const ProcessImage& p, const std::vector<ChainLevel>& chain) {
   std::string out =
       format("\nprocess %d  ", p.pid) + printable(p.comm) + "  " + to_string(p.state) + "\n";
   out += "  dumped   " + utc(p.created_us) + " by phos " + printable(p.phos_version) + ", driver " +
@@ -103,7 +168,8 @@ std::string process_table(const ProcessImage& p) {
            human_bytes(p.gpus[i].total_bytes) + ", " + format_gpu_uuid(p.gpus[i].uuid) + "\n";
   }
   if (p.device_bytes) {
-    out += "  memory   " + human_bytes(p.device_bytes) + " on the GPUs, saved by the driver\n";
+    out += "  memory   " + human_bytes(p.device_bytes) + " on the GPUs" +
+           (p.hash_key.empty() ? ", saved by the driver\n" : "\n");
   }
   struct Sum {
     uint64_t count = 0, bytes = 0;
@@ -123,6 +189,7 @@ std::string process_table(const ProcessImage& p) {
   if (!sums.empty()) out += "  path      kind      allocations          size\n";
   for (const auto& [key, sum] : sums) row(to_string(key.first), to_string(key.second), sum);
   if (sums.size() > 1) row("total", "", total);
+  if (!p.hash_key.empty()) out += saved_table(p, chain);
   out += "  timings  scan " + human_time(p.timings.scan_us) + ", lock " +
          human_time(p.timings.lock_us) + ", checkpoint " + human_time(p.timings.checkpoint_us) +
          "\n";
@@ -141,7 +208,9 @@ std::string to_json(const ImageSet& set) {
     json.value(format_dump_id(id));
   }
   json.key("processes").begin_array();
-  for (const ProcessImage& p : set.processes) write_process(json, p);
+  for (size_t i = 0; i < set.processes.size(); i++) {
+    write_process(json, set.processes[i], chain_of(set, i));
+  }
   json.end_array().key("files").begin_array();
   for (const DeviceFile& file : set.files.files) {
     json.begin_object().member("id", file.id).member("path", file.path);
@@ -154,8 +223,11 @@ std::string to_json(const ImageSet& set) {
 std::string to_table(const ImageSet& set) {
   DumpId id = dump_id_of(set);
   if (id == DumpId{}) return "no phos images\n";
-  std::string out = "dump " + format_dump_id(id) + "\n";
-  for (const ProcessImage& p : set.processes) out += process_table(p);
+  DumpStage stage = set.processes.empty() ? DumpStage::kDump : set.processes.front().stage;
+  std::string out = to_string(stage) + (" " + format_dump_id(id)) + "\n";
+  for (size_t i = 0; i < set.processes.size(); i++) {
+    out += process_table(set.processes[i], chain_of(set, i));
+  }
   if (!set.files.files.empty()) out += "\n  file id  flags       path\n";
   for (const DeviceFile& file : set.files.files) {
     out += format("  %7u  %-10s  ", file.id, hex(file.flags).c_str()) + printable(file.path) + "\n";

@@ -84,10 +84,12 @@ Result<std::vector<AddressRange>> device_address_ranges(int pid) {
 
 Result<Agent> Agent::attach(int pid, int restore_tid, const AgentOptions& options) {
   if (auto r = check_attachable(pid, restore_tid); !r) return r.error();
+  const bool there = has_agent_thread(pid);
   auto mailbox = load_agent(pid, restore_tid, options);
   if (!mailbox) return mailbox.error();
   Agent agent(pid, restore_tid, options, std::move(*mailbox));
-  // A phosd that died may have left a command under way, or descriptors open.
+  agent.was_loaded_ = !there;
+  // A phosd that died may have left descriptors open.
   if (auto r = agent.run(PHOS_COMMAND_CLOSE, 0); !r) return r.error();
   return agent;
 }
@@ -97,7 +99,8 @@ Agent::Agent(Agent&& other) noexcept
       restore_tid_(other.restore_tid_),
       options_(other.options_),
       mailbox_(std::move(other.mailbox_)),
-      cost_(other.cost_) {
+      cost_(other.cost_),
+      was_loaded_(other.was_loaded_) {
   other.mailbox_.reset();
 }
 

@@ -105,6 +105,9 @@ class Agent {
   // them; in the process no descriptor stays open, at most PHOS_EXPORT_MAX_FDS are for a moment.
   Result<std::vector<AgentExport>> export_memory(std::span<const AgentAllocation> allocations);
 
+  // Did attach() bring it into the process, rather than find it there?
+  bool was_loaded() const { return was_loaded_; }
+
   // Lets the agent sleep on in the process, with nothing open, for the next attach().
   Result<void> detach();
   // Ends the agent: its thread, mailbox and library leave the process.
@@ -125,6 +128,7 @@ class Agent {
   AgentOptions options_;
   std::optional<Mailbox> mailbox_;  // none once detached
   ScanCost cost_;
+  bool was_loaded_ = false;
 };
 
 // Address ranges of process `pid` in which device memory can lie: inaccessible private memory, and

@@ -13,6 +13,7 @@
 #include <climits>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <random>
 #include <string>
@@ -68,13 +69,22 @@ Result<uint64_t> find_in_libc(int pid, const char* symbol) {
                            "; phos knows glibc only, which NVIDIA's driver needs");
 }
 
-// The thread has been let go a moment ago, or serves a call of the driver's: until it waits again.
+// Does the thread wait in poll(2), as the restore thread does when it has nothing to do? Only then
+// is nothing under way on it, such as a dlopen() of a phosd that died. restart_syscall(2) is
+// poll(2) again after the thread was stopped.
+bool waits_in_poll(int tid) {
+  std::ifstream in(proc_path(tid, "syscall"));
+  long number = -1;
+  return in >> number && (number == SYS_poll || number == SYS_restart_syscall);
+}
+
+// The thread may have been let go a moment ago, or serve a call of the driver's: until it waits.
 Result<RemoteThread> attach_asleep(int pid, int tid) {
   const auto deadline = steady_clock::now() + kAsleepTimeout;
   for (;;) {
     auto status = read_proc_status(tid);
     if (!status) return process_error(pid, ESRCH, "it has ended");
-    if (status->state == 'S') break;
+    if (status->state == 'S' && waits_in_poll(tid)) break;
     if (steady_clock::now() > deadline) {
       return process_error(pid, EBUSY,
                            "the driver's restore thread is busy; another checkpoint tool may be "
@@ -95,19 +105,17 @@ class Loader {
 
   Result<void> load() {
     if (auto r = find_functions(); !r) return r;
-    if (auto r = close_leftovers(); !r) return r;
     auto fd = make_memfd();
     if (!fd) return fd.error();
     auto loaded = write_library(*fd);
     if (loaded) {
-      const std::string path = "/proc/self/fd/" + std::to_string(*fd);
-      loaded = call_with(path, dlopen_, {thread_.scratch(), RTLD_NOW | RTLD_LOCAL});
+      loaded = call_with(library_path(*fd), dlopen_, {thread_.scratch(), RTLD_NOW | RTLD_LOCAL});
     }
     auto closed = call_with("", syscall_, {SYS_close, static_cast<uint64_t>(*fd)});
     return loaded ? closed : loaded;
   }
 
-  // Those a phosd that died between two steps has left. Functions need not be known yet.
+  // Descriptors that a phosd which died between two steps has left.
   Result<void> close_leftovers() {
     const std::vector<int> fds = find_fds(pid_, kAgentFds);
     if (fds.empty()) return {};
@@ -119,17 +127,8 @@ class Loader {
     return {};
   }
 
-  // The functions come from the mailbox: the process can only make its own thread call something.
-  Result<void> remove(uint64_t finish, uint64_t library, uint64_t libcuda) {
-    auto dlclose_there = find_in_libc(pid_, "dlclose");
-    if (!dlclose_there) return dlclose_there.error();
-    if (auto r = call_with("", finish, {}); !r) return r;
-    for (uint64_t handle : {library, libcuda}) {
-      if (!handle) continue;
-      if (auto r = call_with("", *dlclose_there, {handle}); !r) return r;
-    }
-    return {};
-  }
+  // The function comes from the mailbox: the process can only make its own thread call something.
+  Result<void> remove(uint64_t finish) { return call_with("", finish, {}); }
 
  private:
   Result<void> find_functions() {
@@ -144,13 +143,24 @@ class Loader {
     return {};
   }
 
+  // A path that was not used for dlopen() before: it knows libraries by path first, and one whose
+  // constructor could not make a mailbox stays where it is. "./" changes the text only.
+  std::string library_path(int fd) const {
+    std::string path = "/proc/self/fd/";
+    auto maps = read_proc_maps(pid_);
+    for (const ProcMapping& m : maps ? *maps : std::vector<ProcMapping>()) {
+      if (m.path.rfind(kAgentFds, 0) == 0) path += "./";
+    }
+    return path + std::to_string(fd);
+  }
+
   // Calls with `text` at scratch().
   Result<void> call_with(const std::string& text, uint64_t function,
                          const std::vector<uint64_t>& arguments) {
     auto r = thread_.write(thread_.scratch(), text.c_str(), text.size() + 1);
     if (r) r = thread_.call(function, arguments, timeout_);
-    if (!r) return r.error().wrap("loading or unloading phos's agent in process " +
-                                  std::to_string(pid_));
+    if (!r)
+      return r.error().wrap("loading or unloading phos's agent in process " + std::to_string(pid_));
     return {};
   }
 
@@ -233,15 +243,16 @@ Result<std::optional<Mailbox>> find_or_load(int pid, int restore_tid, const Agen
   auto thread = attach_asleep(pid, restore_tid);
   if (!thread) return thread.error();
   Loader loader(pid, std::move(*thread), options.start_timeout);
-  if (*found) {
-    if (auto r = loader.close_leftovers(); !r) return r.error();
-    return found;
-  }
+  // Whatever a phosd that died had begun on this thread is over now.
+  if (auto r = loader.close_leftovers(); !r) return r.error();
+  if (*found) return found;
   auto found_now = Mailbox::find(pid);
   if (!found_now || *found_now) return found_now;
   if (auto r = loader.load(); !r) return r.error();
   return Mailbox::find(pid);
 }
+
+}  // namespace
 
 bool has_agent_thread(int pid) {
   const std::string tasks = proc_path(pid, "task");
@@ -253,8 +264,6 @@ bool has_agent_thread(int pid) {
   }
   return false;
 }
-
-}  // namespace
 
 Result<void> check_attachable(int pid, int restore_tid) {
   auto process = read_proc_status(pid);
@@ -300,6 +309,15 @@ Result<Mailbox> load_agent(int pid, int restore_tid, const AgentOptions& options
     auto in_time = mailbox.wait_started(options.start_timeout);
     if (!in_time) return in_time.error();
     if (!*in_time) return process_error(pid, ETIMEDOUT, "phos's agent in it does not start");
+    // A phosd that died may have left a command under way, EXIT for one.
+    if (!mailbox.idle()) mailbox.cancel();
+    auto idle = mailbox.wait_idle(options.command_timeout);
+    if (!idle) return idle.error();
+    if (!*idle) {
+      return process_error(pid, ETIMEDOUT,
+                           "phos's agent in it is still busy with an earlier question; the process "
+                           "is stopped or locked, or its driver hangs");
+    }
     const phos_agent_state state = mailbox.state();
     if (state == PHOS_AGENT_READY) {
       if (has_agent_thread(pid)) return mailbox;
@@ -324,9 +342,10 @@ Result<void> remove_agent(int pid, int restore_tid, const AgentOptions& options,
   }
   auto thread = attach_asleep(pid, restore_tid);
   if (!thread) return thread.error();
-  volatile phos_mailbox& m = mailbox.shared();
-  return Loader(pid, std::move(*thread), options.start_timeout)
-      .remove(m.finish_function, m.library_handle, m.libcuda_handle);
+  // A phosd that died may have had the thread do so already.
+  if (!mailbox.mapped()) return {};
+  const uint64_t finish = mailbox.shared().finish_function;
+  return Loader(pid, std::move(*thread), options.start_timeout).remove(finish);
 }
 
 }  // namespace phos

@@ -10,6 +10,9 @@ namespace phos {
 // Refuses a process in which nothing may be called now.
 Result<void> check_attachable(int pid, int restore_tid);
 
+// Does a thread of the agent live in `pid`?
+bool has_agent_thread(int pid);
+
 // The mailbox of the agent in `pid`, ready for commands; loads the agent if there is none, or one
 // that failed or was told to end. Closes what a phosd that died has left open.
 Result<Mailbox> load_agent(int pid, int restore_tid, const AgentOptions& options);

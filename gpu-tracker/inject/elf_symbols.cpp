@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
@@ -94,6 +95,17 @@ std::string file_name(const std::string& path) {
   return path.substr(path.rfind('/') + 1);
 }
 
+// The file behind a mapping. map_files is right for deleted files, containers and chroots, but
+// needs CAP_CHECKPOINT_RESTORE; by its path a file is found from the process's root unless that is
+// a chroot.
+Result<ElfFile> open_mapped(int pid, const ProcMapping& m) {
+  char name[96];
+  snprintf(name, sizeof name, "/proc/%d/map_files/%lx-%lx", pid,
+           static_cast<unsigned long>(m.start), static_cast<unsigned long>(m.end));
+  auto elf = ElfFile::open(name);
+  return elf ? std::move(elf) : ElfFile::open("/proc/" + std::to_string(pid) + "/root" + m.path);
+}
+
 }  // namespace
 
 Result<uint64_t> find_remote_symbol(int pid, const std::string& library,
@@ -102,7 +114,7 @@ Result<uint64_t> find_remote_symbol(int pid, const std::string& library,
   if (!maps) return maps.error();
   for (const ProcMapping& m : *maps) {
     if (m.offset != 0 || file_name(m.path).rfind(library, 0) != 0) continue;
-    auto elf = ElfFile::open("/proc/" + std::to_string(pid) + "/root" + m.path);
+    auto elf = open_mapped(pid, m);
     if (!elf) return elf.error();
     auto value = elf->symbol(symbol);
     if (!value) return value.error();

@@ -33,6 +33,10 @@ uint32_t load(const uint32_t* word) {
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
 
+bool is_mailbox(const ProcMapping& m) {
+  return m.path == kMapsName && m.perms[3] == 's' && m.offset == 0;
+}
+
 // /proc/PID/map_files needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
 Result<UniqueFd> open_mapping(int pid, const ProcMapping& m) {
   char path[96];
@@ -80,7 +84,7 @@ Result<std::optional<Mailbox>> Mailbox::find(int pid) {
   auto maps = read_proc_maps(pid);
   if (!maps) return maps.error();
   for (const ProcMapping& m : *maps) {
-    if (m.path != kMapsName || m.perms[3] != 's' || m.offset != 0) continue;
+    if (!is_mailbox(m)) continue;
     auto file = open_mapping(pid, m);
     if (!file) return file.error();
     if (auto r = check_file(pid, file->get()); !r) return r.error();
@@ -90,10 +94,10 @@ Result<std::optional<Mailbox>> Mailbox::find(int pid) {
     }
     UniqueFd process(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
     if (!process) return process_error(pid, errno, "opening a pidfd");
-    void* at =
-        mmap(nullptr, PHOS_MAILBOX_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file->get(), 0);
+    void* at = mmap(nullptr, PHOS_MAILBOX_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file->get(), 0);
     if (at == MAP_FAILED) return process_error(pid, errno, "mapping its agent's mailbox");
-    Mailbox mailbox(pid, std::move(*file), std::move(process), static_cast<phos_mailbox*>(at));
+    Mailbox mailbox(pid, m.start, std::move(*file), std::move(process),
+                    static_cast<phos_mailbox*>(at));
     if (auto r = check_header(pid, *mailbox.mailbox_); !r) return r.error();
     return std::optional<Mailbox>(std::move(mailbox));
   }
@@ -102,12 +106,20 @@ Result<std::optional<Mailbox>> Mailbox::find(int pid) {
 
 Mailbox::Mailbox(Mailbox&& other) noexcept
     : pid_(other.pid_),
+      address_(other.address_),
       file_(std::move(other.file_)),
       process_(std::move(other.process_)),
       mailbox_(std::exchange(other.mailbox_, nullptr)) {}
 
 Mailbox::~Mailbox() {
   if (mailbox_) munmap(mailbox_, PHOS_MAILBOX_SIZE);
+}
+
+bool Mailbox::mapped() const {
+  auto maps = read_proc_maps(pid_);
+  return maps && std::any_of(maps->begin(), maps->end(), [&](const ProcMapping& m) {
+           return m.start == address_ && is_mailbox(m);
+         });
 }
 
 phos_agent_state Mailbox::state() const {

@@ -34,6 +34,9 @@ class Mailbox {
   volatile phos_mailbox& shared() { return *mailbox_; }
   phos_mailbox& payload() { return *mailbox_; }  // ranges, exports, allocations: copy, then check
 
+  // Is it still there? Not once the agent has been taken out of the process.
+  bool mapped() const;
+
   phos_agent_state state() const;
   bool idle() const;  // no command is under way
 
@@ -53,13 +56,18 @@ class Mailbox {
   void drop_payload();
 
  private:
-  Mailbox(int pid, UniqueFd file, UniqueFd process, phos_mailbox* mailbox)
-      : pid_(pid), file_(std::move(file)), process_(std::move(process)), mailbox_(mailbox) {}
+  Mailbox(int pid, uint64_t address, UniqueFd file, UniqueFd process, phos_mailbox* mailbox)
+      : pid_(pid),
+        address_(address),
+        file_(std::move(file)),
+        process_(std::move(process)),
+        mailbox_(mailbox) {}
 
   template <typename Done>
   Result<bool> wait(uint32_t* word, std::chrono::milliseconds timeout, Done done) const;
 
   int pid_;
+  uint64_t address_;  // in the process
   UniqueFd file_;
   UniqueFd process_;  // pidfd
   phos_mailbox* mailbox_;

@@ -120,19 +120,30 @@ Result<void> RemoteThread::wait_stop(steady_clock::time_point deadline, int* sta
   }
 }
 
+// The kernel has set the registers up for another go (arch_do_signal_or_restart in
+// arch/x86/kernel/signal.c), which has not come yet.
+bool RemoteThread::about_to_restart() const {
+  unsigned char code[2] = {};
+  const bool number =
+      registers_.rax == registers_.orig_rax || registers_.rax == SYS_restart_syscall;
+  return number && read(registers_.rip, code, sizeof code) && code[0] == 0x0f && code[1] == 0x05;
+}
+
 Result<void> RemoteThread::prepare() {
   if (ptrace(PTRACE_GETREGS, tid_, nullptr, &registers_) < 0 ||
       ptrace(PTRACE_GETFPREGS, tid_, nullptr, &fp_registers_) < 0 ||
       ptrace(PTRACE_GETSIGMASK, tid_, sizeof signal_mask_, &signal_mask_) < 0) {
     return on_thread(tid_, "reading the registers of");
   }
+  // Either in the system call, or, let go by a tracer a moment ago, about to make it again.
   const auto nr = static_cast<int64_t>(registers_.orig_rax);
-  if (nr < 0 || !wants_restart(static_cast<int64_t>(registers_.rax))) {
+  const bool waits = nr >= 0 && wants_restart(static_cast<int64_t>(registers_.rax));
+  // Back at the `syscall` instruction, with the number in place: the call is made again.
+  if (waits) registers_.rip -= 2;
+  if (!waits && !(nr >= 0 && about_to_restart())) {
     return Error(Domain::kErrno, EBUSY,
                  "thread " + std::to_string(tid_) + " is busy: it does not wait in a system call");
   }
-  // Back at the `syscall` instruction, with the number in place: the call is made again.
-  registers_.rip -= 2;
   registers_.rax = registers_.orig_rax;
 
   auto maps = read_proc_maps(pid_);
@@ -232,8 +243,9 @@ Result<void> RemoteThread::call(uint64_t function, const std::vector<uint64_t>& 
   regs.orig_rax = ~0ull;     // no system call to be restarted
   regs.eflags &= ~0x400ull;  // the ABI wants the direction flag clear
   const uint64_t all_blocked = ~uint64_t{0};
-  if (ptrace(PTRACE_SETSIGMASK, tid_, sizeof all_blocked, &all_blocked) < 0 ||
-      ptrace(PTRACE_SETREGS, tid_, nullptr, &regs) < 0) {
+  // In this order: if we die in between, the frame brings the mask back.
+  if (ptrace(PTRACE_SETREGS, tid_, nullptr, &regs) < 0 ||
+      ptrace(PTRACE_SETSIGMASK, tid_, sizeof all_blocked, &all_blocked) < 0) {
     return on_thread(tid_, "preparing a call on");
   }
   // Until the function's own return: the entry of rt_sigreturn with our frame.

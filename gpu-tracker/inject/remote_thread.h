@@ -45,6 +45,7 @@ class RemoteThread {
   RemoteThread(int pid, int tid) : pid_(pid), tid_(tid) {}
 
   Result<void> suspend_seccomp() const;
+  bool about_to_restart() const;
   Result<void> prepare();
   Result<void> wait_stop(std::chrono::steady_clock::time_point deadline, int* status) const;
   Result<void> build_frame(uint64_t frame);

@@ -47,9 +47,9 @@ TEST_F(ExportTest, ImporterOfADescriptorSeesTheBytes) {
   ASSERT_NE(a, nullptr);
   const auto exports = export_all({*a});
   ASSERT_EQ(exports[0].status, ExportStatus::kExported) << exports[0].driver_result;
-  const std::string there = value_of(
-      importer_.ask("vmm-import " + std::to_string(getpid()) + " " +
-                    std::to_string(exports[0].fd.get()) + " " + std::to_string(a->size)));
+  const std::string there =
+      value_of(importer_.ask("vmm-import " + std::to_string(getpid()) + " " +
+                             std::to_string(exports[0].fd.get()) + " " + std::to_string(a->size)));
   EXPECT_EQ(importer_.ask("check " + there + kElements + " 32 0"), "ok 0");
 }
 

@@ -78,7 +78,8 @@ std::string status_field(pid_t tid, const std::string& field) {
   std::ifstream in(proc(tid, "status"));
   std::string line;
   while (std::getline(in, line)) {
-    if (line.rfind(field + ":", 0) == 0) return line.substr(line.find_first_not_of(" \t", field.size() + 1));
+    if (line.rfind(field + ":", 0) == 0)
+      return line.substr(line.find_first_not_of(" \t", field.size() + 1));
   }
   return "";
 }

@@ -2,7 +2,6 @@
 // A CUDA process to attach to, and what can be seen of it from outside.
 #pragma once
 
-#include <cuda.h>
 #include <gtest/gtest.h>
 
 #include <map>

@@ -108,10 +108,15 @@ TEST_F(AgentTest, ForkedChildHasNoAgent) {
   }
   auto agent = Agent::attach(child, child);
   EXPECT_FALSE(agent);
-  expect_works();
-  // With the worker's input at its end both return; exit() must not stumble over the agent.
-  target_.close_input();
+  target_.close_input();  // for both: they share it
   EXPECT_EQ(target_.wait_death(5000).value_or(-1), 0);
+}
+
+// exit() in the child runs the destructors of all libraries, the agent's among them.
+TEST_F(AgentTest, ForkedChildExits) {
+  ASSERT_TRUE(attach());
+  target_.send("fork-exit 7");
+  EXPECT_EQ(target_.reply(5000).value_or("hangs"), "ok 7");
 }
 
 TEST_F(AgentTest, LockedProcessTakesTheAgentAndAnswersLater) {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// agent_tool PID ACTION...: the agent by hand. Actions: attach, enumerate, unload. `enumerate`
-// prints a line an allocation: kind, address, size, exportable how.
+// agent_tool PID[:TID] ACTION...: the agent by hand. Actions: attach, enumerate, unload.
+// `enumerate` prints a line an allocation: kind, address, size, exportable how. Without TID the
+// driver is asked for the restore thread.
+#include <chrono>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +16,13 @@ namespace {
 int fail(const phos::Error& error) {
   fprintf(stderr, "%s\n", error.message().c_str());
   return 1;
+}
+
+phos::Result<int> restore_thread(const char* argument, int pid) {
+  if (const char* colon = strchr(argument, ':')) return atoi(colon + 1);
+  auto driver = phos::open_cuda_driver();
+  if (!driver) return driver.error();
+  return (*driver)->restore_thread_id(pid);
 }
 
 phos::Result<void> enumerate(phos::Agent& agent) {
@@ -34,16 +43,17 @@ phos::Result<void> enumerate(phos::Agent& agent) {
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    fprintf(stderr, "usage: agent_tool PID attach|enumerate|unload...\n");
+    fprintf(stderr, "usage: agent_tool PID[:TID] attach|enumerate|unload...\n");
     return 2;
   }
   const int pid = atoi(argv[1]);
-  auto driver = phos::open_cuda_driver();
-  if (!driver) return fail(driver.error());
-  auto tid = (*driver)->restore_thread_id(pid);
+  auto tid = restore_thread(argv[1], pid);
   if (!tid) return fail(tid.error());
+  const auto start = std::chrono::steady_clock::now();
   auto agent = phos::Agent::attach(pid, *tid);
   if (!agent) return fail(agent.error());
+  const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
+  fprintf(stderr, "attached in %.3f ms\n", took.count());
   for (int i = 2; i < argc; i++) {
     phos::Result<void> r;
     if (!strcmp(argv[i], "enumerate")) {

@@ -8,7 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "gpu-tracker/base/log.h"
 #include "gpu-tracker/copy/engine.h"
 #include "gpu-tracker/driver/cuda_driver.h"
 #include "gpu-tracker/driver/fault_driver.h"
@@ -73,6 +72,7 @@ class CopyTest : public CudaTest {
   void TearDown() override {
     close();
     pool_.reset();
+    if (context_) cuCtxSetCurrent(context_);  // closing a context leaves none current
     CudaTest::TearDown();
   }
 

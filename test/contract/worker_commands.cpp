@@ -5,6 +5,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -286,6 +287,17 @@ CUresult fork_child(State&, std::istream&, std::ostream& out) {
   return CUDA_SUCCESS;
 }
 
+// fork-exit CODE: replies the status of a child that calls exit(CODE)
+CUresult fork_exit(State&, std::istream& in, std::ostream& out) {
+  int code = 0, status = 0;
+  in >> code;
+  pid_t pid = fork();
+  if (pid == 0) exit(code);
+  if (waitpid(pid, &status, 0) != pid) return CUDA_ERROR_UNKNOWN;
+  out << (WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status));
+  return CUDA_SUCCESS;
+}
+
 // ask-as-nobody PID: replies what GetState, GetRestoreThreadId and Lock say to an unprivileged user
 CUresult ask_as_nobody(State&, std::istream& in, std::ostream& out) {
   constexpr uid_t kNobody = 65534;
@@ -327,6 +339,7 @@ constexpr struct {
     {"set-user", set_user},
     {"forbid-memfd", forbid_memfd},
     {"fork", fork_child},
+    {"fork-exit", fork_exit},
     {"ask-as-nobody", ask_as_nobody},
 };
 

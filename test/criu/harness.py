@@ -176,6 +176,9 @@ class CriuTest(unittest.TestCase):
         self.images = os.path.join(self.directory, 'images')
         os.mkdir(self.images, 0o700)
         self.faults = os.path.join(self.directory, 'faults')
+        # A phosd of its own: what the simulated GPU is to do is in its environment.
+        self.run_dir = os.path.join(self.directory, 'run')
+        self.phosd_killed = False
         self.targets = []
         self.failures_before = self.failures()
         self.addCleanup(self.clean_up)
@@ -193,7 +196,7 @@ class CriuTest(unittest.TestCase):
         for target in self.targets:
             target.kill()
         reap()
-        wait_until(lambda: not self.phosd_pids(), 'phosd to end')
+        self.stop_phosd()
         failed = self.failures() > self.failures_before
         if failed:
             print(f'kept: {self.directory}')
@@ -201,8 +204,9 @@ class CriuTest(unittest.TestCase):
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def phosd_pids(self):
-        """phosd processes started by this test: they inherit its environment."""
-        found = []
+        """phosd processes started by this test: they inherit its environment. Not those that only
+        start the daemon and are about to end: they are children of another phosd or of criu."""
+        found = {}
         for pid in filter(str.isdigit, os.listdir('/proc')):
             try:
                 with open(f'/proc/{pid}/comm') as f:
@@ -210,13 +214,32 @@ class CriuTest(unittest.TestCase):
                         continue
                 with open(f'/proc/{pid}/environ') as f:
                     if f'PHOS_TEST_DIRECTORY={self.directory}\0' in f.read():
-                        found.append(int(pid))
+                        found[int(pid)] = int(status_field(pid, 'PPid') or 0)
             except OSError:
                 pass
-        return found
+        return [pid for pid, parent in found.items() if parent in (1, os.getpid())]
+
+    def stop_phosd(self):
+        """It brings back what it holds, goes, and leaves nothing. The next client starts another."""
+        for pid in self.phosd_pids():
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not self.phosd_pids(), 'phosd to end')
+        reap()
+        if os.path.isdir(self.run_dir):
+            self.assertFalse(os.path.exists(os.path.join(self.run_dir, 'phosd.sock'))
+                             and not self.phosd_killed)
+            locks = os.path.join(self.run_dir, 'lock')
+            left = os.listdir(locks) if os.path.isdir(locks) else []
+            self.assertEqual(left if not self.phosd_killed else [], [])
+
+    def kill_phosd(self):
+        self.phosd_killed = True  # its files stay
+        for pid in wait_until(self.phosd_pids, 'phosd to run'):
+            os.kill(pid, signal.SIGKILL)
 
     def env(self, extra=None):
-        env = env_for_gpu({'PHOS_TEST_DIRECTORY': self.directory, 'PHOS_SIM_FAULTS': self.faults})
+        env = env_for_gpu({'PHOS_TEST_DIRECTORY': self.directory, 'PHOS_RUN_DIR': self.run_dir,
+                           'PHOS_SIM_FAULTS': self.faults})
         env.update(extra or {})
         return env
 

@@ -204,6 +204,7 @@ class FailedDump(CriuTest):
         pids = [criu.pid]
         if who == 'phosd':
             pids = wait_until(self.phosd_pids, 'phosd to run')
+            self.phosd_killed = sig == signal.SIGKILL
         for pid in pids:
             os.kill(pid, sig)
         return criu
@@ -236,7 +237,7 @@ class FailedDump(CriuTest):
     def test_phosd_killed_while_it_waits_for_the_gpu(self):
         self.fail_in_driver('cuCheckpointProcessLock 1 slow:1000')
         target = self.counter()
-        criu = self.killed_when(target, 'hook 10', 'phosd')
+        criu = self.killed_when(target, 'round 1', 'phosd')
         criu.communicate(timeout=60)
         self.assertNotEqual(criu.returncode, 0)
         self.assert_runs_on(target)
@@ -324,7 +325,7 @@ class FailedRestore(CriuTest):
         self.needs_criu(4, 1, 'does not record which plugins an image needs')
         target = self.dumped()
         os.unlink(os.path.join(self.images, f'phos-{target.pid}.img'))
-        self.restore_fails(target, 'incomplete')
+        self.restore_fails(target, f'no phos-{target.pid}.img')
 
     def test_image_truncated(self):
         target = self.dumped()
@@ -401,6 +402,7 @@ class OtherMachine(CriuTest):
     """The simulated machine's GPUs are changed between dump and restore."""
 
     def machine(self, *gpus):
+        self.stop_phosd()  # a running driver never sees its machine's GPUs change
         path = os.path.join(self.directory, 'machine')
         with open(path, 'w') as f:
             f.write(''.join(f'gpu {uuid * 16} {gib << 30} {name}\n' for uuid, gib, name in gpus))

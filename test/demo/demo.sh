@@ -52,8 +52,9 @@ alive_or_fail() {
 has_no_pid() { [[ ! -e /proc/$pid ]]; }
 finished() { grep -q '^done ' "$work/counter.log" && is_gone "$pid"; }
 
-# Ends the counter, and nothing else that might have got its pid meanwhile.
+# Ends phosd and the counter, and nothing else that might have got its pid meanwhile.
 clean_up() {
+  [[ -n $work ]] && "$B/bin/phos" daemon stop >/dev/null 2>&1
   [[ -n $pid ]] && grep -qs "$B/test/counter" "/proc/$pid/cmdline" && kill -KILL "$pid"
 }
 trap clean_up EXIT
@@ -79,6 +80,7 @@ done
 work=$(mktemp -d "${TMPDIR:-/tmp}/phos-demo.XXXXXX")
 mkdir -m 0700 "$work/images"
 touch "$work/counter.log"
+export PHOS_RUN_DIR=$work/run  # a phosd of its own
 
 if [[ -e /proc/driver/nvidia/version && -e /dev/nvidia0 ]]; then
   gpu="the real GPU ($(sed -n 's/^Model:[[:space:]]*//p' /proc/driver/nvidia/gpus/*/information \
@@ -141,5 +143,6 @@ It works: $mib MiB of GPU memory, dump $dump_time s, restore $restore_time s, im
 END
 [[ $gpu == *simulated* ]] &&
   printf 'These times are those of the simulated GPU and say nothing about a real one.\n'
+wait_until 'the end of phosd' "$B/bin/phos" daemon stop
 rm -rf "$work"
 exit 0

@@ -32,5 +32,15 @@ def make(name, message, kind):
     (GOLDEN / f"{name}.img").write_bytes(header + payload)
 
 
+def make_pages(name, dump_id, pid, gpu, pages):
+    header = struct.pack("<8sIIQ16sIII", b"PHOSPAG", 1, 65536, len(pages), dump_id, pid, gpu, 0)
+    header += struct.pack("<I", crc32c(header))
+    with open(GOLDEN / f"{name}.img", "wb") as f:
+        for block in [header] + pages:
+            f.write(block.ljust(65536, b"\0"))
+
+
 make("phos-4242", "Process", 1)
 make("phos-files", "Files", 2)
+make_pages("phos-pages-4242-1", bytes.fromhex("00112233445566778899aabbccddeeff"), 4242, 1,
+           [b"short page".ljust(1000, b"."), bytes(i * 7 & 255 for i in range(65536))])

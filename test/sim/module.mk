@@ -6,7 +6,8 @@ SIM_SRCS := $(filter-out test/sim/counter.cpp,$(wildcard test/sim/*.cpp))
 $(B)/obj/test/sim/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 # Every entry point starts with `push %rbp`, as in NVIDIA's library: the kernel can emulate that
 # instruction, so a uprobe there needs no out-of-line slot.
-$(B)/obj/test/sim/%.cpp.o: CXXFLAGS += -fno-omit-frame-pointer -fno-shrink-wrap -fcf-protection=none
+$(B)/obj/test/sim/%.cpp.o: CXXFLAGS += -fno-omit-frame-pointer -mno-omit-leaf-frame-pointer \
+    -fno-optimize-sibling-calls -fno-shrink-wrap -fcf-protection=none
 
 $(eval $(call program,sim/libcuda.so.1,$(SIM_SRCS),,-lpthread,-shared -Wl$(comma)-soname$(comma)libcuda.so.1 \
     -Wl$(comma)--version-script=test/sim/libcuda.map -Wl$(comma)-z$(comma)nodelete -Wl$(comma)-z$(comma)defs \

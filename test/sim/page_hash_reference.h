@@ -48,6 +48,7 @@ inline std::array<uint8_t, 16> page_hash(const uint8_t* page, const uint32_t* le
   std::vector<uint32_t> second;
   for (size_t chunk = 0; chunk < 256; chunk++) {
     std::vector<uint32_t> message;
+    message.reserve(64);
     for (size_t vector = chunk; vector < 4096; vector += 256) {
       for (size_t i = 0; i < 4; i++) message.push_back(word(4 * vector + i));
     }

@@ -146,8 +146,11 @@ using namespace phos_sim;
 
 CUresult cuInit(unsigned int flags) {
   Process& p = process();
-  if (!p.initialized && !p.forked) {
-    copy_setting(p.faults_path, "PHOS_SIM_FAULTS", "/run/phos-sim/faults");
+  // Before the call proper, which may be told to fail; threads may come here at the same time.
+  static std::once_flag once;
+  if (!p.forked) {
+    std::call_once(once,
+                   [&] { copy_setting(p.faults_path, "PHOS_SIM_FAULTS", "/run/phos-sim/faults"); });
   }
   PHOS_SIM_API(kNothing);
   if (flags) return CUDA_ERROR_INVALID_VALUE;

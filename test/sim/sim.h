@@ -13,10 +13,19 @@
 #include <cstdint>
 
 #define PHOS_SIM_EXPORT extern "C" __attribute__((visibility("default")))
-// A second name for an exported function, as the real library has for old programs. cuda.h turns
-// the plain name into the versioned one by macro, hence the detour over the assembler.
-#define PHOS_SIM_ALIAS(plain, target) \
-  asm(".globl " #plain "\n.type " #plain ", @function\n.set " #plain ", " #target)
+// A second name for an exported function, as the real library has for old programs: a function of
+// its own, which begins as they all do and jumps on. cuda.h turns the plain name into the versioned
+// one by macro, hence the detour over the assembler.
+#define PHOS_SIM_ALIAS(plain, target)                           \
+  asm(".pushsection .text\n"                                    \
+      ".globl " #plain "\n.type " #plain ", @function\n" #plain \
+      ":\n"                                                     \
+      "push %rbp\nmov %rsp, %rbp\npop %rbp\n"                   \
+      "jmp " #target                                            \
+      "@PLT\n"                                                  \
+      ".size " #plain ", . - " #plain                           \
+      "\n"                                                      \
+      ".popsection")
 
 namespace phos_sim {
 

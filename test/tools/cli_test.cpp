@@ -81,7 +81,8 @@ TEST_F(Cli, UsageErrorsAreOneLineAndExitWith2) {
        {Words{}, Words{"dmp"}, Words{"dump"}, Words{"dump", "-t", "1"}, Words{"dump", "-D", "x"},
         Words{"dump", "-t", "x", "-D", "d"}, Words{"dump", "--no-such"}, Words{"restore"},
         Words{"restore", "-D", "d", "word"}, Words{"restore", "-D", "d", "-d", "-F"}, Words{"show"},
-        Words{"show", "a", "b"}, Words{"status", "one"}, Words{"check", "word"}}) {
+        Words{"show", "a", "b"}, Words{"status", "one"}, Words{"check", "word"}, Words{"daemon"},
+        Words{"daemon", "restart"}, Words{"daemon", "start", "stop"}}) {
     SCOPED_TRACE(::testing::PrintToString(args));
     expect_refused(run(phos(args)), "phos", 2);
   }
@@ -91,7 +92,8 @@ TEST_F(Cli, UsageErrorsAreOneLineAndExitWith2) {
 TEST_F(Cli, HelpAndVersionGoToStdout) {
   for (const Words& args :
        {Words{"--help"}, Words{"--version"}, Words{"dump", "--help"}, Words{"restore", "-h"},
-        Words{"status", "--help"}, Words{"show", "--help"}, Words{"check", "--help"}}) {
+        Words{"status", "--help"}, Words{"show", "--help"}, Words{"check", "--help"},
+        Words{"daemon", "--help"}}) {
     Outcome o = run(phos(args));
     EXPECT_EQ(o.code, 0);
     EXPECT_EQ(o.err, "");
@@ -250,6 +252,21 @@ TEST_F(Cli, RestoreAndShowRefuseADamagedImage) {
   expect_refused(run(phos({"show", dir})), "phos-4242.img");
 }
 
+TEST_F(Cli, RestoreRefusesAPreDump) {
+  std::string dir = make_dump(true);
+  int fd = open(dir.c_str(), O_DIRECTORY | O_RDONLY | O_CLOEXEC);
+  auto image = read_process_image(fd, 4242);
+  ASSERT_TRUE(image.ok());
+  image->stage = DumpStage::kPreDump;
+  auto written = write_process_image(fd, *image);
+  close(fd);
+  ASSERT_TRUE(written.ok());
+  expect_refused(run(phos({"restore", "-D", dir})), "was made by a pre-dump");
+  Outcome o = run(phos({"show", dir}));
+  EXPECT_EQ(o.code, 0) << o.err;
+  EXPECT_EQ(o.out.rfind("pre-dump 0707", 0), 0u) << o.out;
+}
+
 TEST_F(Cli, RestoreOfCudaProcessesNeedsTheDriver) {
   if (open_cuda_driver()) GTEST_SKIP() << "this machine has a CUDA driver library";
   expect_refused(run(phos({"restore", "-D", make_dump(true)})), "the dump holds CUDA processes");
@@ -331,6 +348,27 @@ TEST_F(Cli, StatusOfAProcessWithoutCuda) {
   Outcome o = run(phos({"status", text(plain.pid()), "--json"}));
   EXPECT_EQ(o.code, 0) << o.err;
   EXPECT_NE(o.out.find("\"state\": \"no CUDA\""), std::string::npos) << o.out;
+}
+
+TEST_F(Cli, DaemonThatDoesNotRun) {
+  Outcome o = run(phos({"daemon", "status"}));
+  EXPECT_EQ(o.code, 1);
+  EXPECT_NE(o.out.find("does not run"), std::string::npos) << o.out;
+  o = run(phos({"daemon", "status", "--json"}));
+  EXPECT_EQ(o.out, "null\n");
+  o = run(phos({"daemon", "stop"}));
+  EXPECT_EQ(o.code, 0) << o.err;
+  o = run(phos({"status", "--json"}));
+  EXPECT_NE(o.out.find("\"daemon\": null"), std::string::npos) << o.out;
+  EXPECT_FALSE(exists(root("run"))) << "a question leaves nothing behind";
+}
+
+TEST_F(Cli, DaemonThatCannotBeStarted) {
+  Launch launch = phos({"daemon", "start"});
+  launch.env["PHOS_PHOSD"] = "/nonexistent/phosd";
+  expect_refused(run(launch), "/nonexistent/phosd");
+  launch.env["PHOS_PHOSD"] = "/bin/false";
+  expect_refused(run(launch), "phosd cannot be started");
 }
 
 TEST_F(Cli, CheckNamesWhatIsMissing) {

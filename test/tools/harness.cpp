@@ -135,6 +135,7 @@ Launch Installation::tool(const std::string& name, const std::vector<std::string
   launch.env = {{"PATH", root("path")}, {"PHOS_PLUGIN_PATH", root("plugins")}, {"HOME", root()}};
   // Where the C++ runtime of a bundle is.
   if (const char* libs = getenv("LD_LIBRARY_PATH")) launch.env["LD_LIBRARY_PATH"] = libs;
+  launch.env["PHOS_RUN_DIR"] = root("run");  // no phosd of the machine's
   return launch;
 }
 

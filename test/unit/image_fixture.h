@@ -8,7 +8,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -76,6 +78,22 @@ inline void write_bytes(const std::string& path, const Bytes& bytes) {
   ASSERT_EQ(fchmod(fd.get(), 0600), 0);
 }
 
+// Zeroed pages, aligned as page I/O wants them.
+class AlignedPages {
+ public:
+  explicit AlignedPages(size_t pages)
+      : data_(static_cast<uint8_t*>(aligned_alloc(4096, pages * 65536))) {
+    memset(data_, 0, pages * 65536);
+  }
+  AlignedPages(const AlignedPages&) = delete;
+  AlignedPages& operator=(const AlignedPages&) = delete;
+  ~AlignedPages() { free(data_); }
+  uint8_t* operator[](size_t page) { return data_ + page * 65536; }
+
+ private:
+  uint8_t* data_;
+};
+
 // The ImageError of a failed result; 0 if it succeeded or failed in another domain.
 template <typename R>
 ImageError image_error_of(const R& result) {
@@ -134,6 +152,13 @@ struct Message {
 
 // ---- samples ----
 
+inline SavedHash hash_of(const std::string& sixteen) {
+  SavedHash hash{};
+  EXPECT_EQ(sixteen.size(), hash.size());
+  std::copy_n(sixteen.begin(), hash.size(), hash.begin());
+  return hash;
+}
+
 // The process of test/golden/phos-4242.txt.
 inline ProcessImage golden_process() {
   ProcessImage p;
@@ -160,13 +185,28 @@ inline ProcessImage golden_process() {
       {0x7f2000000000, 8589934592, 0, MemoryKind::kDevice, MemoryPath::kDriver},
       {0x7f2200000000, 2097152, 1, MemoryKind::kDevice, MemoryPath::kDriver},
       {0x302000000, 33554432, 0, MemoryKind::kPool, MemoryPath::kDriver},
-      {0x7f3000000000, 67108864, 1, MemoryKind::kVirtual, MemoryPath::kReleased},
+      {0x7f3000000000, 328680, 1, MemoryKind::kVirtual, MemoryPath::kReleased},
       {0x7f4000000000, 1048576, 0, MemoryKind::kManaged, MemoryPath::kShared},
       {0x7f5000000000, 4096, -1, MemoryKind::kHost, MemoryPath::kDriver},
       {0xfffffffffffff000, 4096, -1, MemoryKind::kUnknown, MemoryPath::kDriver},
   };
   p.timings.scan_us = 10250;
   p.timings.checkpoint_us = 1400000;
+  p.allocations[3].buffer_id = 77;
+  for (const char* hash : {"zero page 0 ....", "parent's page 1.", "parent's page 2.",
+                           "page 3, slot 1..", "zero page 4 ....", "page 5, slot 0.."}) {
+    p.allocations[3].hashes.push_back(hash_of(hash));
+  }
+  p.allocations[3].extents = {{0, 1, PageSource::kZero},
+                              {1, 2, PageSource::kParent},
+                              {3, 1, PageSource::kHere, 1},
+                              {4, 1, PageSource::kZero},
+                              {5, 1, PageSource::kHere, 0}};
+  for (size_t i = 0; i < p.parent_dump_id.size(); i++) {
+    p.parent_dump_id[i] = static_cast<uint8_t>(0xf0 + i);
+  }
+  p.hash_key = {1, 0, 'k', 'e', 'y', 0xff};
+  p.rounds = {{6, 4, 262144, 1500}, {6, 1, 65536, 20}};
   return p;
 }
 
@@ -206,10 +246,18 @@ inline void expect_equal(const ProcessImage& a, const ProcessImage& b) {
     EXPECT_EQ(a.allocations[i].gpu, b.allocations[i].gpu);
     EXPECT_EQ(a.allocations[i].kind, b.allocations[i].kind);
     EXPECT_EQ(a.allocations[i].path, b.allocations[i].path);
+    EXPECT_EQ(a.allocations[i].buffer_id, b.allocations[i].buffer_id);
+    EXPECT_TRUE(a.allocations[i].hashes == b.allocations[i].hashes);
+    EXPECT_TRUE(a.allocations[i].extents == b.allocations[i].extents);
   }
   EXPECT_EQ(a.timings.scan_us, b.timings.scan_us);
   EXPECT_EQ(a.timings.lock_us, b.timings.lock_us);
   EXPECT_EQ(a.timings.checkpoint_us, b.timings.checkpoint_us);
+  EXPECT_EQ(a.device_bytes, b.device_bytes);
+  EXPECT_EQ(a.stage, b.stage);
+  EXPECT_EQ(a.parent_dump_id, b.parent_dump_id);
+  EXPECT_EQ(a.hash_key, b.hash_key);
+  EXPECT_TRUE(a.rounds == b.rounds);
 }
 
 inline void expect_equal(const FilesImage& a, const FilesImage& b) {

@@ -48,6 +48,7 @@ struct Parts {
     p.data(1, dump_id).number(2, static_cast<uint64_t>(pid)).text(3, comm).number(4, state);
     p.text(5, "580").number(6, driver_api).number(7, 1).text(8, "1");
     p.data(9, g.bytes).data(9, g2.bytes).data(10, a.bytes).data(10, b.bytes);
+    p.number(13, 0);
     return container(p.bytes, 1);
   }
 };

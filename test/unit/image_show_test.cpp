@@ -10,6 +10,9 @@ ImageSet small_set() {
   ProcessImage p = golden_process();
   p.gpus.resize(1);
   p.allocations.resize(1);
+  p.parent_dump_id = {};
+  p.hash_key.clear();
+  p.rounds.clear();
   set.processes = {p};
   set.files = golden_files();
   set.files.files.resize(1);
@@ -26,6 +29,8 @@ TEST(ImageShow, Json) {
                                   "\xef\xbf\xbd"
                                   R"(t) (3",
       "state": "locked",
+      "stage": "dump",
+      "parent_dump_id": null,
       "driver_release": "580.159.04",
       "driver_api": 13000,
       "created_us": 1767225600123456,
@@ -63,6 +68,96 @@ TEST(ImageShow, Json) {
 )");
 }
 
+// The process whose pages phos saved, with a parent.
+ImageSet saved_set() {
+  ImageSet set;
+  ProcessImage p = golden_process();
+  p.allocations = {p.allocations[3]};
+  p.gpus.clear();
+  p.stage = DumpStage::kPreDump;
+  set.processes = {p};
+  set.chains = {
+      {{"/images/2", kDump, DumpStage::kPreDump, p.created_us, {2, 2, 2}},
+       {"/images/1", p.parent_dump_id, DumpStage::kPreDump, 1767225540000000, {6, 0, 0}}}};
+  return set;
+}
+
+TEST(ImageShow, JsonOfSavedPages) {
+  const std::string json = to_json(saved_set());
+  auto has = [&](const std::string& text) {
+    EXPECT_NE(json.find(text), std::string::npos) << text << "\n" << json;
+  };
+  has(R"(
+      "stage": "pre-dump",
+      "parent_dump_id": "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff",
+)");
+  has(R"(
+          "path": "released",
+          "buffer_id": 77,
+          "pages": {
+            "here": 2,
+            "parent": 2,
+            "zero": 2
+          }
+        }
+)");
+  has(R"(
+      "pages": {
+        "here": 2,
+        "parent": 2,
+        "zero": 2
+      },
+      "rounds": [
+        {
+          "pages": 6,
+          "dirty_pages": 4,
+          "bytes": 262144,
+          "us": 1500
+        },
+        {
+          "pages": 6,
+          "dirty_pages": 1,
+          "bytes": 65536,
+          "us": 20
+        }
+      ],
+      "chain": [
+        {
+          "directory": "/images/2",
+          "dump_id": "00112233445566778899aabbccddeeff",
+          "stage": "pre-dump",
+          "created_us": 1767225600123456,
+          "pages": {
+            "here": 2,
+            "parent": 2,
+            "zero": 2
+          }
+        },
+        {
+          "directory": "/images/1",
+          "dump_id": "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff",
+)");
+  EXPECT_EQ(json.find("hash"), std::string::npos) << "the key is nobody's business";
+}
+
+TEST(ImageShow, TableOfSavedPages) {
+  EXPECT_EQ(to_table(saved_set()), R"(pre-dump 00112233445566778899aabbccddeeff
+
+process 4242  py?t) (3  locked
+  dumped   2026-01-01 00:00:00 UTC by phos 0.1.0, driver 580.159.04, CUDA 13.0
+  path      kind      allocations          size
+  released  virtual             1     321.0 KiB
+  pages    2 here (128.0 KiB), 2 in parents, 2 zero
+  round         pages        dirty       written        time
+  1                 6            4     256.0 KiB      1.5 ms
+  2                 6            1      64.0 KiB      0.0 ms
+  level  stage     dumped                   directory
+  0      pre-dump  2026-01-01 00:00:00 UTC  /images/2: 2 here (128.0 KiB), 2 in parents, 2 zero
+  1      pre-dump  2025-12-31 23:59:00 UTC  /images/1: 6 here (384.0 KiB), 0 in parents, 0 zero
+  timings  scan 10.2 ms, lock -, checkpoint 1.40 s
+)");
+}
+
 TEST(ImageShow, EmptySet) {
   EXPECT_EQ(to_json({}), "{\n  \"dump_id\": null,\n  \"processes\": [],\n  \"files\": []\n}\n");
   EXPECT_EQ(to_table({}), "no phos images\n");
@@ -74,7 +169,7 @@ TEST(ImageShow, Table) {
   for (AllocationInfo& a : set.processes[0].allocations) {
     if (a.gpu == 1) a.gpu = 0;
   }
-  // 8 GiB + 2 MiB of device memory are 8.002 GiB; all together 8592 MiB + 33 MiB + 8 KiB.
+  // 8 GiB + 2 MiB of device memory are 8.002 GiB; all together 8227 MiB + 329 KiB.
   EXPECT_EQ(to_table(set), R"(dump 00112233445566778899aabbccddeeff
 
 process 4242  py?t) (3  locked
@@ -85,9 +180,9 @@ process 4242  py?t) (3  locked
   driver    device              2       8.0 GiB
   driver    pool                1      32.0 MiB
   driver    host                1       4.0 KiB
-  released  virtual             1      64.0 MiB
+  released  virtual             1     321.0 KiB
   shared    managed             1       1.0 MiB
-  total                         7       8.1 GiB
+  total                         7       8.0 GiB
   timings  scan 10.2 ms, lock -, checkpoint 1.40 s
 
   file id  flags       path

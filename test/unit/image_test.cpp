@@ -178,10 +178,27 @@ TEST(ImageSet, CollectsByPidAndIgnoresOtherNames) {
   TempDir dir;
   for (int pid : {100, 9, 23}) ASSERT_TRUE(write_process_image(dir.fd(), small_process(pid)));
   ASSERT_TRUE(write_files_image(dir.fd(), golden_files()));
-  for (const char* name :
-       {"core-9.img", "phos-09.img", "phos-+9.img", "phos--9.img", "phos-0.img", "phos-9.img.tmp",
-        "phos-9x.img", "phos-.img", "phos-99999999999.img", "phos-pages-9-0.img", "xphos-9.img",
-        "phos-9.img2", "phos-files.img.tmp", "PHOS-9.img"}) {
+  for (const char* name : {"core-9.img",
+                           "phos-09.img",
+                           "phos-+9.img",
+                           "phos--9.img",
+                           "phos-0.img",
+                           "phos-9.img.tmp",
+                           "phos-9x.img",
+                           "phos-.img",
+                           "phos-99999999999.img",
+                           "phos-pages-9-0.img.tmp",
+                           "phos-pages-9-00.img",
+                           "phos-pages-09-0.img",
+                           "phos-pages-9--1.img",
+                           "phos-pages-9.img",
+                           "phos-pages-0-0.img",
+                           "phos-pages--0.img",
+                           "phos-pages-9-.img",
+                           "xphos-9.img",
+                           "phos-9.img2",
+                           "phos-files.img.tmp",
+                           "PHOS-9.img"}) {
     write_bytes(dir.path(name), {'n', 'o'});
   }
   auto set = read_image_set(dir.fd());

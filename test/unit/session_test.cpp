@@ -249,6 +249,35 @@ TEST_F(SessionTest, RestoredCudaProcessWithoutImageIsRefused) {
   EXPECT_NE(resumed.error().message().find("incomplete"), std::string::npos);
 }
 
+TEST_F(SessionTest, RestoreFromAPreDumpIsRefused) {
+  Session dumping(driver_, lock_dir());
+  ASSERT_TRUE(dump(dumping));
+  auto image = read_process_image(images().get(), pid_);
+  ASSERT_TRUE(image) << image.error().message();
+  image->stage = DumpStage::kPreDump;
+  ASSERT_TRUE(write_process_image(images().get(), *image));
+  Session restoring(driver_, lock_dir());
+  auto refused = restoring.begin_restore(images());
+  ASSERT_FALSE(refused);
+  EXPECT_NE(refused.error().message().find("was made by a pre-dump"), std::string::npos)
+      << refused.error().message();
+}
+
+TEST_F(SessionTest, RestoreFromABrokenChainIsRefused) {
+  Session dumping(driver_, lock_dir());
+  ASSERT_TRUE(dump(dumping));
+  auto image = read_process_image(images().get(), pid_);
+  ASSERT_TRUE(image) << image.error().message();
+  image->parent_dump_id.fill(3);
+  image->hash_key = {1};
+  ASSERT_TRUE(write_process_image(images().get(), *image));
+  Session restoring(driver_, lock_dir());
+  auto refused = restoring.begin_restore(images());
+  ASSERT_FALSE(refused);
+  EXPECT_NE(refused.error().message().find("needs pages of parent dump 0303"), std::string::npos)
+      << refused.error().message();
+}
+
 TEST_F(SessionTest, ImagesOfAnEarlierDumpAreRemovedFirst) {
   Session first(driver_, lock_dir());
   ASSERT_TRUE(dump(first));

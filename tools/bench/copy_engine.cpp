@@ -80,7 +80,9 @@ class Bench {
     const auto gpus = need(driver.gpus());
     if (gpus.empty()) die("there is no GPU");
     name_ = gpus[0].name;
+    const auto begin = Clock::now();
     context_ = need(driver.open_context(gpus[0].uuid));
+    context_seconds_ = seconds_since(begin);
     blocks_ = 4 * static_cast<unsigned>(need(context_->multiprocessors()));
     stream_ = need(context_->create_stream());
     read_ =
@@ -98,7 +100,9 @@ class Bench {
     need(pool.attach(*context_));
     CopyEngineOptions options;
     options.slots = options_.slots;
+    const auto begin = Clock::now();
     engine_ = need(CopyEngine::create(*context_, pool, key_, options));
+    engine_seconds_ = seconds_since(begin);
     pace_.set_max_slowdown(options_.slowdown);
     for (uint64_t at = 0; at < bytes_; at += kPageBytes) {
       pages_.push_back({source_ + at, kPageBytes});
@@ -107,6 +111,8 @@ class Bench {
     fill();
   }
   CopyEngine& engine() { return *engine_; }
+  double context_seconds() const { return context_seconds_; }
+  double engine_seconds() const { return engine_seconds_; }  // compiles the kernels
 
   void read() {
     const phos_bench::ReadArguments arguments = {source_, bytes_ / 16, out_};
@@ -179,6 +185,7 @@ class Bench {
   GpuKernel read_ = nullptr;
   unsigned blocks_ = 0;
   uint64_t bytes_ = 0, source_ = 0, out_ = 0;
+  double context_seconds_ = 0, engine_seconds_ = 0;
   std::vector<PageRef> pages_;
   std::vector<PageHash> hashes_;
 };
@@ -357,6 +364,8 @@ int main(int argc, char** argv) {
   const auto own = [&] { return need(driver->process_memory(getpid())).own >> 20; };
   const uint64_t before = own() - options.mib;
   bench.open_engine(pool);
+  printf("  \"open_context_s\": %.3f, \"make_engine_s\": %.3f,\n", bench.context_seconds(),
+         bench.engine_seconds());
   printf("  \"context_mib\": %llu, \"engine_mib\": %llu,\n",
          static_cast<unsigned long long>(before),
          static_cast<unsigned long long>(bench.engine().device_bytes() >> 20));

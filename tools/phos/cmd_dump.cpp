@@ -7,6 +7,7 @@
 #include <csignal>
 #include <cstdio>
 #include <ctime>
+#include <optional>
 
 #include "gpu-tracker/base/json.h"
 #include "tools/phos/command.h"
@@ -35,6 +36,8 @@ Syntax syntax() {
                           "root of the process tree")(
       "images-dir,D", po::value<std::string>()->value_name("DIR")->required(),
       "where the images go; made, with mode 0700, if it is missing")(
+      "prev-images-dir", po::value<std::string>()->value_name("DIR"),
+      "a pre-dump of the processes: only what has changed since is saved")(
       "leave-running,R", "let the processes go on afterwards")(
       "shell-job,j", "the processes belong to a terminal session that is not dumped")(
       "timeout", po::value<unsigned>()->value_name("SEC"),
@@ -44,38 +47,9 @@ Syntax syntax() {
   return s;
 }
 
-Result<ProcStatus> check_target(int pid) {
-  auto gone = [&] {
-    return Error(Domain::kUsage, ESRCH, "no process with pid " + std::to_string(pid));
-  };
-  if (pid <= 0) return gone();
-  auto status = read_proc_status(pid);
-  if (!status) return status.error().code() == ESRCH ? gone() : status.error();
-  if (status->tgid != pid) {
-    return Error(Domain::kUsage, EINVAL,
-                 std::to_string(pid) + " is a thread of process " + std::to_string(status->tgid) +
-                     "; give -t " + std::to_string(status->tgid));
-  }
-  if (status->state == 'Z' || status->state == 'X') {
-    return Error(Domain::kUsage, ESRCH,
-                 "process " + std::to_string(pid) + " has ended; only its parent still sees it");
-  }
-  return status;
-}
-
-// Two tracers cannot share a process: a debugger, or another dump that is under way.
-Result<void> check_untraced(const std::vector<int>& tree) {
-  for (int pid : tree) {
-    auto status = read_proc_status(pid);
-    if (!status || status->tracer_pid == 0) continue;
-    return Error(Domain::kUsage, EBUSY,
-                 "process " + std::to_string(pid) + " is traced by " +
-                     describe(status->tracer_pid) + "; wait until that has finished or detach it");
-  }
-  return {};
-}
-
-std::vector<std::string> criu_arguments(const Parsed& options, int pid, const std::string& dir) {
+// `parent`: what the images build on, or null.
+std::vector<std::string> criu_arguments(const Parsed& options, int pid, const std::string& dir,
+                                        const ParentLink* parent) {
   std::vector<std::string> args = {
       "dump", "--enable-plugin", "phos", "-t", std::to_string(pid), "-D", dir,
       "-o",   "dump.log",        "-v4"};
@@ -84,6 +58,10 @@ std::vector<std::string> criu_arguments(const Parsed& options, int pid, const st
   if (options.has("timeout")) {
     args.emplace_back("--timeout");
     args.push_back(std::to_string(options.values["timeout"].as<unsigned>()));
+  }
+  // A pre-dump of GPU memory alone has nothing for CRIU.
+  if (parent && parent->has_cpu_memory) {
+    args.insert(args.end(), {"--track-mem", "--prev-images-dir", parent->path});
   }
   args.insert(args.end(), options.criu_options.begin(), options.criu_options.end());
   return args;
@@ -123,8 +101,17 @@ int dump(const Parsed& options) {
   auto dir = open_for_dump(options.values["images-dir"].as<std::string>(), force);
   if (!dir) return fail(kName, dir.error().message());
 
+  std::optional<ParentLink> parent;
+  if (options.has("prev-images-dir")) {
+    auto found = find_parent(*dir, options.values["prev-images-dir"].as<std::string>());
+    if (!found) {
+      dir->undo();
+      return fail(kName, found.error().message());
+    }
+    parent = std::move(*found);
+  }
   std::string log = dir->path + "/dump.log";
-  CriuRun run{criu_arguments(options, pid, dir->path), log,
+  CriuRun run{criu_arguments(options, pid, dir->path, parent ? &*parent : nullptr), log,
               "dump of " + std::to_string(pid) + " (" + target->comm + ")", options.has("verbose")};
   time_t since = time(nullptr);
   auto start = prepare_criu(run);
@@ -132,7 +119,9 @@ int dump(const Parsed& options) {
     dir->undo();
     return fail(kName, start.error().message());
   }
-  if (auto done = dir->start(); !done) return fail(kName, done.error().message());
+  auto done = dir->start();
+  if (done && parent) done = dir->link(*parent);
+  if (!done) return fail(kName, done.error().message());
   auto exit = run_criu(run, *start);
   if (!exit) {
     dir->undo();

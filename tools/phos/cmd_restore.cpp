@@ -209,6 +209,7 @@ int restore(const Parsed& options) {
   if (auto ok = check_inventory(fd->get(), path); !ok) return fail(kName, ok.error().message());
   auto images = read_image_set(fd->get());
   if (!images) return fail(kName, images.error().message());
+  if (auto ok = check_stage(*images); !ok) return fail(kName, ok.error().message());
   if (auto ok = check_machine(*images); !ok) return fail(kName, ok.error().message());
   if (auto ok = wait_for_pids(fd->get()); !ok) return fail(kName, ok.error().message());
   std::unique_ptr<char, decltype(&free)> real(realpath(path.c_str(), nullptr), free);

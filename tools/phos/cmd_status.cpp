@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// phos status: the CUDA processes of this machine and the state the driver holds them in.
+// phos status: the CUDA processes of this machine, the state the driver holds them in, and phosd.
 
 #include <algorithm>
 #include <cerrno>
@@ -13,6 +13,7 @@
 #include "gpu-tracker/base/json.h"
 #include "gpu-tracker/driver/cuda_driver.h"
 #include "tools/phos/command.h"
+#include "tools/phos/daemon_client.h"
 #include "tools/phos/processes.h"
 #include "tools/phos/table.h"
 
@@ -40,7 +41,8 @@ Syntax syntax() {
   s.about =
       "Lists the CUDA processes of this machine, or the processes given: the state the\n"
       "NVIDIA driver holds each in (running, locked, checkpointed, failed), its restore\n"
-      "thread, and who traces it. `stopped` and `frozen` processes cannot answer.\n";
+      "thread, and who traces it. `stopped` and `frozen` processes cannot answer. Then the\n"
+      "phosd that runs, if one does.\n";
   s.positional = "pid";
   s.options.add_options()("json", "print JSON");
   return s;
@@ -101,15 +103,25 @@ Result<std::vector<int>> parse_pids(const std::vector<std::string>& words) {
   return pids;
 }
 
-void print_json(const std::vector<Row>& rows, const std::string& driver_error) {
-  JsonWriter w;
-  w.begin_object();
-  w.key("driver_error");
-  if (driver_error.empty()) {
+using DaemonAnswer = Result<std::optional<DaemonInfo>>;
+
+void write_error(JsonWriter& w, const char* key, const std::string& error) {
+  w.key(key);
+  if (error.empty()) {
     w.null();
   } else {
-    w.value(driver_error);
+    w.value(error);
   }
+}
+
+void print_json(const std::vector<Row>& rows, const std::string& driver_error,
+                const DaemonAnswer& daemon) {
+  JsonWriter w;
+  w.begin_object();
+  write_error(w, "driver_error", driver_error);
+  write_error(w, "daemon_error", daemon ? "" : daemon.error().message());
+  w.key("daemon");
+  write_daemon(w, daemon ? *daemon : std::nullopt);
   w.key("processes").begin_array();
   for (const Row& row : rows) {
     w.begin_object().member("pid", row.pid).member("command", row.command);
@@ -146,6 +158,9 @@ int run_status(const std::vector<std::string>& args) {
   } else {
     pids = find_cuda_processes();
   }
+  auto daemon = ask_daemon();
+  // It uses the driver, and has a restore thread as any process that does; nobody dumps it.
+  if (!named && daemon && *daemon) std::erase(pids, (*daemon)->pid);
 
   std::string driver_error;
   std::shared_ptr<GpuDriver> driver;
@@ -163,9 +178,14 @@ int run_status(const std::vector<std::string>& args) {
   bool json = options->has("json");
   if (!driver_error.empty() && !json) fprintf(stderr, "phos status: %s\n", driver_error.c_str());
   if (json) {
-    print_json(rows, driver_error);
-  } else {
-    print_rows(rows);
+    print_json(rows, driver_error, daemon);
+    return kExitOk;
+  }
+  print_rows(rows);
+  if (!daemon) {
+    fprintf(stderr, "phos status: %s\n", daemon.error().message().c_str());
+  } else if (*daemon) {
+    printf("\n%s\n", describe(**daemon).c_str());
   }
   return kExitOk;
 }

@@ -17,10 +17,12 @@ inline constexpr int kExitUsage = 2;
 
 // `args` are the words after the command's name. Returns the exit code.
 int run_dump(const std::vector<std::string>& args);
+int run_pre_dump(const std::vector<std::string>& args);
 int run_restore(const std::vector<std::string>& args);
 int run_status(const std::vector<std::string>& args);
 int run_show(const std::vector<std::string>& args);
 int run_check(const std::vector<std::string>& args);
+int run_daemon(const std::vector<std::string>& args);
 
 // What a command accepts, for parsing and for its --help.
 struct Syntax {

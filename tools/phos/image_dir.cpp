@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <cstdlib>
+#include <filesystem>
 #include <memory>
 
 #include "gpu-tracker/image/image.h"
@@ -16,6 +17,7 @@ namespace phos::cli {
 namespace {
 
 constexpr char kInventory[] = "inventory.img";
+constexpr char kParent[] = "parent";  // CR_PARENT_LINK in criu/include/image.h
 
 // First words of inventory.img (criu/include/magic.h): IMG_COMMON_MAGIC, then INVENTORY_MAGIC.
 // Images up to CRIU 1.x start with the latter.
@@ -37,7 +39,7 @@ Result<std::string> absolute(const std::string& path) {
 }  // namespace
 
 Result<void> DumpDir::start() {
-  for (const char* name : {kInventory, "dump.log"}) {
+  for (const char* name : {kInventory, "dump.log", "pre-dump.log", kParent}) {
     if (unlinkat(fd.get(), name, 0) != 0 && errno != ENOENT) {
       return Error::from_errno(errno, "removing " + path + "/" + name);
     }
@@ -45,7 +47,33 @@ Result<void> DumpDir::start() {
   return remove_all_images(fd.get());
 }
 
+Result<void> DumpDir::link(const ParentLink& parent) {
+  if (symlinkat(parent.path.c_str(), fd.get(), kParent) == 0) return {};
+  return Error::from_errno(errno, "making the link " + path + "/" + kParent);
+}
+
+Result<ParentLink> find_parent(const DumpDir& dir, const std::string& previous) {
+  auto fd = open_existing(previous);
+  if (!fd) return fd.error();
+  auto real = absolute(previous);
+  if (!real) return real.error();
+  if (*real == dir.path) {
+    return Error(Domain::kUsage, EINVAL,
+                 previous + " is the directory of the new images; a pre-dump needs one of its own");
+  }
+  ParentLink link;
+  link.path = std::filesystem::path(*real).lexically_relative(dir.path);
+  link.has_cpu_memory = faccessat(fd->get(), kInventory, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
+  auto images = read_image_set(fd->get());
+  if (!images) return images.error();
+  if (!link.has_cpu_memory && images->processes.empty()) {
+    return Error(Domain::kUsage, ENOENT, previous + " holds no images; give one of a pre-dump");
+  }
+  return link;
+}
+
 void DumpDir::undo() {
+  if (created) unlinkat(fd.get(), kParent, 0);
   if (created) rmdir(path.c_str());
 }
 

@@ -11,6 +11,12 @@
 
 namespace phos::cli {
 
+// Images that those of a directory build on, through CRIU's link `parent`.
+struct ParentLink {
+  std::string path;             // relative to the directory
+  bool has_cpu_memory = false;  // CRIU has written there; else it holds GPU memory alone
+};
+
 struct DumpDir {
   std::string path;  // absolute
   UniqueFd fd;
@@ -19,6 +25,8 @@ struct DumpDir {
   // Removes what an earlier dump left that could be taken for part of the new one: CRIU's inventory
   // and log, phos's images.
   Result<void> start();
+  // Makes the link `parent`. After start().
+  Result<void> link(const ParentLink& parent);
   // Takes back the directory if it was made here and is still empty.
   void undo();
 };
@@ -26,6 +34,9 @@ struct DumpDir {
 // A directory for a new dump: made (mode 0700) if it is missing. One that holds a dump already is
 // refused unless `force`.
 Result<DumpDir> open_for_dump(const std::string& path, bool force);
+
+// `previous` (as the user sees it, not relative to `dir` as CRIU wants it) must hold images.
+Result<ParentLink> find_parent(const DumpDir& dir, const std::string& previous);
 
 // A directory that must exist.
 Result<UniqueFd> open_existing(const std::string& path);

@@ -23,11 +23,14 @@ struct Command {
 constexpr Command kCommands[] = {
     {"dump", "save a running process tree, its GPU state included, to a directory",
      phos::cli::run_dump},
+    {"pre-dump", "copy their memory while they run, to make a later dump shorter",
+     phos::cli::run_pre_dump},
     {"restore", "bring a process tree back from such a directory", phos::cli::run_restore},
     {"status", "list the CUDA processes of this machine", phos::cli::run_status},
     {"show", "print what is in a directory of images", phos::cli::run_show},
     {"check", "tell whether this machine can dump and restore CUDA processes",
      phos::cli::run_check},
+    {"daemon", "ask for, start or stop phosd, which does the work", phos::cli::run_daemon},
 };
 
 void print_help() {

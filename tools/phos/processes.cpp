@@ -107,4 +107,34 @@ std::string describe(int pid) {
   return std::to_string(pid) + (status ? " (" + status->comm + ")" : "");
 }
 
+Result<ProcStatus> check_target(int pid) {
+  auto gone = [&] {
+    return Error(Domain::kUsage, ESRCH, "no process with pid " + std::to_string(pid));
+  };
+  if (pid <= 0) return gone();
+  auto status = read_proc_status(pid);
+  if (!status) return status.error().code() == ESRCH ? gone() : status.error();
+  if (status->tgid != pid) {
+    return Error(Domain::kUsage, EINVAL,
+                 std::to_string(pid) + " is a thread of process " + std::to_string(status->tgid) +
+                     "; give -t " + std::to_string(status->tgid));
+  }
+  if (status->state == 'Z' || status->state == 'X') {
+    return Error(Domain::kUsage, ESRCH,
+                 "process " + std::to_string(pid) + " has ended; only its parent still sees it");
+  }
+  return status;
+}
+
+Result<void> check_untraced(const std::vector<int>& tree) {
+  for (int pid : tree) {
+    auto status = read_proc_status(pid);
+    if (!status || status->tracer_pid == 0) continue;
+    return Error(Domain::kUsage, EBUSY,
+                 "process " + std::to_string(pid) + " is traced by " +
+                     describe(status->tracer_pid) + "; wait until that has finished or detach it");
+  }
+  return {};
+}
+
 }  // namespace phos::cli

@@ -27,6 +27,12 @@ std::string command_of(int pid, const ProcStatus& status);
 // True when `pid`'s (v2) control group is frozen.
 bool is_cgroup_frozen(int pid);
 
+// What a dump may be made of: a process, by its leader, that lives.
+Result<ProcStatus> check_target(int pid);
+
+// Fails if one of them is traced: two tracers (a debugger, another dump) cannot share a process.
+Result<void> check_untraced(const std::vector<int>& tree);
+
 // "123 (gdb)", or "123" when it cannot be told.
 std::string describe(int pid);
 

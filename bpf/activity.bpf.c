@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Activity counters and allocation ledger: runs at the entry of libcuda's functions in one process.
+ *
+ * Only entries are probed. A return probe makes the kernel map an [uprobes] area into the process,
+ * which CRIU refuses; what a call returned is therefore read when its thread enters the library the
+ * next time.
+ */
+#include <linux/bpf.h>
+#include <linux/ptrace.h>
+#include <stdbool.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "gpu-tracker/abi/activity.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct phos_activity_state);
+} state SEC(".maps");
+
+/* phosd may make it smaller (tests) before it loads the object. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 256 * 1024);
+} records SEC(".maps");
+
+/* A thread's last allocation, until what it returned has been read. */
+struct pending {
+	__u64 sequence;
+	__u64 out;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct pending);
+} pending_calls SEC(".maps");
+
+static bool send_record(__u64 sequence, __u32 kind, __u64 address, __u64 size, __u64 cookie)
+{
+	struct phos_activity_record *r = bpf_ringbuf_reserve(&records, sizeof(*r), 0);
+
+	if (!r)
+		return false;
+	r->sequence = sequence;
+	r->address = address;
+	r->size = size;
+	r->thread = (__u32)bpf_get_current_pid_tgid();
+	r->probe = PHOS_ACTIVITY_COOKIE_INDEX(cookie);
+	r->kind = kind;
+	r->shape = PHOS_ACTIVITY_COOKIE_SHAPE(cookie);
+	bpf_ringbuf_submit(r, 0);
+	return true;
+}
+
+/* A result that cannot be read or sent now is phosd's to read. */
+static void finish_pending(__u32 thread, __u64 cookie)
+{
+	struct pending *p = bpf_map_lookup_elem(&pending_calls, &thread);
+	__u64 value;
+
+	if (!p)
+		return;
+	if (bpf_probe_read_user(&value, sizeof(value), (void *)p->out) == 0)
+		send_record(p->sequence, PHOS_RECORD_RESULT, value, 0, cookie);
+	bpf_map_delete_elem(&pending_calls, &thread);
+}
+
+SEC("uprobe/activity")
+int activity(struct pt_regs *ctx)
+{
+	const __u64 cookie = bpf_get_attach_cookie(ctx);
+	const __u32 index = PHOS_ACTIVITY_COOKIE_INDEX(cookie);
+	const __u32 shape = PHOS_ACTIVITY_COOKIE_SHAPE(cookie);
+	const __u32 thread = (__u32)bpf_get_current_pid_tgid();
+	struct phos_activity_state *s;
+	struct pending call = {};
+	__u64 size = 0;
+	__u32 zero = 0;
+
+	s = bpf_map_lookup_elem(&state, &zero);
+	if (!s || index >= PHOS_ACTIVITY_MAX_PROBES)
+		return 0;
+	/* First of all: before the call does anything, it has been counted. */
+	__sync_fetch_and_add(&s->counts[index], 1);
+	finish_pending(thread, cookie);
+	if (shape == PHOS_SHAPE_NONE)
+		return 0;
+
+	call.out = PT_REGS_PARM1(ctx);
+	if (shape == PHOS_SHAPE_OUT_SIZE || shape == PHOS_SHAPE_AT_SIZE)
+		size = PT_REGS_PARM2(ctx);
+	else if (shape == PHOS_SHAPE_OUT_PITCH)
+		size = PT_REGS_PARM3(ctx) * PT_REGS_PARM4(ctx);
+	call.sequence = __sync_fetch_and_add(&s->calls, 1);
+	if (!send_record(call.sequence, PHOS_RECORD_CALL, call.out, size, cookie))
+		__sync_fetch_and_add(&s->lost, 1);
+	else if (shape != PHOS_SHAPE_AT_SIZE && shape != PHOS_SHAPE_AT)
+		bpf_map_update_elem(&pending_calls, &thread, &call, BPF_ANY);
+	return 0;
+}

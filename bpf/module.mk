@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: GPL-2.0-only
+# BPF objects. They are embedded in phosd (gpu-tracker/track/activity_object.cpp) and loaded by
+# libbpf; no vmlinux.h, no generated code: what they touch of the kernel is its stable interface.
+
+MULTIARCH := $(shell $(CC) -print-multiarch 2>/dev/null)
+BPF_CFLAGS := -target bpf -mcpu=v3 -O2 -g -Wall -Wextra -Werror -D__TARGET_ARCH_x86 -I. \
+              $(if $(MULTIARCH),-isystem /usr/include/$(MULTIARCH))
+BPF_OBJECTS := $(B)/gen/bpf/activity.bpf.o
+
+$(B)/gen/bpf/%.bpf.o: bpf/%.bpf.c
+	$(say) BPF $<
+	@mkdir -p $(@D)
+	$(Q)$(CLANG) $(BPF_CFLAGS) $(DEPFLAGS) -c $< -o $@
+
+$(B)/obj/gpu-tracker/track/activity_object.cpp.o: $(B)/gen/bpf/activity.bpf.o
+$(B)/obj/gpu-tracker/track/activity_object.cpp.o: CPPFLAGS += \
+    -DPHOS_ACTIVITY_BPF='"$(B)/gen/bpf/activity.bpf.o"'
+
+OBJS += $(BPF_OBJECTS)

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// What phosd can be told: flags, and a file whose keys are named as the flags are (phosd(8)).
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/base/result.h"
+
+namespace phos {
+
+struct DaemonConfig {
+  std::string run_dir;  // holds the lock files
+  std::string socket;
+  uint64_t pool_size = 0;                  // bytes of pinned host memory that sessions share
+  std::chrono::seconds idle_timeout{300};  // 0: stays for ever
+  unsigned max_sessions = 32;
+  double max_slowdown = 5;  // percent of its speed that copying may cost a running process
+  LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
+};
+
+struct DaemonCommandLine {
+  DaemonConfig config;
+  bool foreground = false;
+  bool help = false;
+  bool version = false;
+};
+
+// The defaults on this machine. `run_dir`: of PHOS_RUN_DIR, empty: none was given.
+DaemonConfig default_config(const std::string& run_dir);
+
+// Sets in `config` what the file names. Errors name the file and the line.
+Result<void> read_config_file(const std::string& path, DaemonConfig* config);
+
+// `args`: without the program's name. Reads the configuration file too; a flag overrides it. Only
+// a file that was asked for must exist.
+Result<DaemonCommandLine> parse_daemon_command_line(const std::vector<std::string>& args,
+                                                    const std::string& run_dir);
+
+// The flags, for --help.
+std::string daemon_usage();
+
+// "4096", "512M", "16G", "25%" (of `ram` bytes) -> bytes. K, M, G, T are powers of 1024.
+Result<uint64_t> parse_size(const std::string& text, uint64_t ram);
+
+}  // namespace phos

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/daemon/connection.h"
+
+#include <poll.h>
+
+#include <cerrno>
+#include <exception>
+
+#include "gpu-tracker/abi/protocol.h"
+#include "gpu-tracker/abi/version.h"
+#include "gpu-tracker/base/log.h"
+
+namespace phos {
+namespace {
+
+const char* to_string(Phos__Wire__Stage stage) {
+  switch (stage) {
+    case PHOS__WIRE__STAGE__DUMP:
+      return "dump";
+    case PHOS__WIRE__STAGE__RESTORE:
+      return "restore";
+    case PHOS__WIRE__STAGE__PRE_DUMP:
+      return "pre-dump";
+    case PHOS__WIRE__STAGE__TAKE_OVER:
+      return "taking over from a phosd that died";
+    default:
+      return "unknown stage";
+  }
+}
+
+// What the requests about one process have in their `oneof`; 0: another request.
+int process_of(const Phos__Wire__Request& request) {
+  switch (request.op_case) {
+    case PHOS__WIRE__REQUEST__OP_INSPECT:
+      return request.inspect->pid;
+    case PHOS__WIRE__REQUEST__OP_UNDO:
+      return request.undo->pid;
+    case PHOS__WIRE__REQUEST__OP_LEFTOVER:
+      return request.leftover->pid;
+    case PHOS__WIRE__REQUEST__OP_RESUME:
+      return request.resume->pid;
+    default:
+      return 0;
+  }
+}
+
+}  // namespace
+
+bool Connection::wait_for_request() const {
+  pollfd fds[] = {{socket_.get(), POLLIN, 0}, {node_.stop_fd(), POLLIN, 0}};
+  // In a session the client decides when to go.
+  const nfds_t count = entry_ ? 1 : 2;
+  while (poll(fds, count, -1) < 0) {
+    if (errno != EINTR) return false;
+  }
+  return fds[0].revents != 0;
+}
+
+void Connection::serve_requests() {
+  while (wait_for_request()) {
+    auto received = receive_request(socket_.get());
+    if (!received) {
+      log(LogLevel::kError, "daemon", "process %d: %s", peer_.pid,
+          received.error().message().c_str());
+      return;
+    }
+    if (!received->has_value()) return;
+    if (entry_) entry_->log.begin_reply();
+    ReplyData reply = handle(**received);
+    if (entry_) reply.log = entry_->log.end_reply();
+    if (auto r = send_reply(socket_.get(), reply); !r) return;
+  }
+}
+
+void Connection::serve() {
+  // A session that fails in a way nobody foresaw (no memory) must not take the others along.
+  try {
+    serve_requests();
+  } catch (const std::exception& e) {
+    if (entry_) (void)entry_->log.end_reply();
+    log(LogLevel::kError, "daemon", "process %d: serving it failed: %s", peer_.pid, e.what());
+  }
+  // criu must see the end of the conversation: it may hold tasks that recover() waits for.
+  socket_.reset();
+  if (!entry_) return;
+  recover();
+  log(LogLevel::kInfo, "daemon", "the session ends");
+  session_.reset();
+  log_scope_.reset();
+  node_.leave(*entry_);
+}
+
+void Connection::recover() {
+  entry_->recovering = true;
+  for (bool done = !session_; !done;) {
+    try {
+      session_->recover();
+      done = true;
+    } catch (const std::exception& e) {
+      log(LogLevel::kError, "daemon", "bringing processes back failed, trying again: %s", e.what());
+      poll(nullptr, 0, 1000);
+    }
+  }
+}
+
+ReplyData Connection::handle(ReceivedRequest& received) {
+  const Phos__Wire__Request& request = *received.request;
+  ReplyData reply;
+  switch (request.op_case) {
+    case PHOS__WIRE__REQUEST__OP_HELLO:
+      if (auto r = hello(*request.hello, std::move(received.fd), &reply); !r) {
+        reply.error = r.error().message();
+      }
+      return reply;
+    case PHOS__WIRE__REQUEST__OP_DAEMON_STATUS:
+      reply.daemon = node_.status();
+      return reply;
+    case PHOS__WIRE__REQUEST__OP_SHUTDOWN:
+      if (auto r = node_.stop_if_idle(); !r) reply.error = r.error().message();
+      return reply;
+    default:
+      break;
+  }
+  if (!session_) {
+    reply.error = "protocol error: the first request must be hello";
+    return reply;
+  }
+  if (int pid = process_of(request)) entry_->log.set_pid(pid);
+  return handle_in_session(request);
+}
+
+ReplyData Connection::handle_in_session(const Phos__Wire__Request& request) {
+  ReplyData reply;
+  auto failed = [&](const Error& error) { reply.error = error.message(); };
+  auto done = [&](const Result<void>& r) {
+    if (!r) failed(r.error());
+  };
+  switch (request.op_case) {
+    case PHOS__WIRE__REQUEST__OP_INSPECT: {
+      auto found = session_->inspect(request.inspect->pid);
+      if (!found) {
+        failed(found.error());
+      } else {
+        reply.found = std::move(*found);
+      }
+      break;
+    }
+    case PHOS__WIRE__REQUEST__OP_COPY:
+      done(copy(*request.copy));
+      break;
+    case PHOS__WIRE__REQUEST__OP_LOCK:
+      done(session_->lock(request.lock->timeout_ms));
+      break;
+    case PHOS__WIRE__REQUEST__OP_LEFTOVER:
+      done(session_->check_leftover(request.leftover->pid));
+      break;
+    case PHOS__WIRE__REQUEST__OP_CHECKPOINT:
+      done(session_->checkpoint(request.checkpoint->pid));
+      break;
+    case PHOS__WIRE__REQUEST__OP_UNDO:
+      done(session_->undo(request.undo->pid, static_cast<CudaState>(request.undo->found)));
+      break;
+    case PHOS__WIRE__REQUEST__OP_FIND_RESTORED: {
+      auto found = session_->find_restored(request.find_restored->pid);
+      if (!found) {
+        failed(found.error());
+      } else if (*found) {
+        reply.found.push_back(**found);
+      }
+      break;
+    }
+    case PHOS__WIRE__REQUEST__OP_RESUME: {
+      auto remaining = session_->resume(request.resume->pid);
+      if (!remaining) {
+        failed(remaining.error());
+      } else {
+        reply.remaining = *remaining;
+      }
+      break;
+    }
+    case PHOS__WIRE__REQUEST__OP_ADD_FILE:
+      done(session_->add_file(
+          {request.add_file->id, request.add_file->path, request.add_file->flags}));
+      break;
+    case PHOS__WIRE__REQUEST__OP_FINISH:
+      done(session_->finish(request.finish->success));
+      break;
+    default:
+      reply.error = "protocol error: unknown request";
+  }
+  return reply;
+}
+
+Result<void> Connection::copy(const Phos__Wire__Copy& request) {
+  CopyLimits limits;
+  limits.max_slowdown = node_.config().max_slowdown / 100;
+  if (request.has_max_rounds) limits.max_rounds = request.max_rounds;
+  if (request.has_budget_ms) limits.budget = std::chrono::milliseconds(request.budget_ms);
+  if (request.has_max_slowdown) limits.max_slowdown = request.max_slowdown;
+  return session_->copy(limits, [this](int pid, unsigned number, const RoundReport& report) {
+    ReplyData progress;
+    progress.more = true;
+    progress.rounds.push_back({pid, number, report});
+    progress.log = entry_->log.end_reply();
+    entry_->log.begin_reply();
+    return send_reply(socket_.get(), progress).ok();
+  });
+}
+
+Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_dir,
+                               ReplyData* reply) {
+  if (hello.protocol != PHOS_PROTOCOL_VERSION) {
+    return Error(Domain::kProtocol, EPROTO,
+                 "the phosd that runs (" PHOS_VERSION ", pid " + std::to_string(getpid()) +
+                     ") speaks protocol " + std::to_string(PHOS_PROTOCOL_VERSION) +
+                     ", its client " + std::to_string(hello.protocol) +
+                     "; stop it with `phos daemon stop`, and install the plugin and phosd of one "
+                     "release");
+  }
+  if (!image_dir) return Error(Domain::kProtocol, EPROTO, "hello without an image directory");
+  if (entry_) return Error(Domain::kProtocol, EPROTO, "hello a second time");
+  auto driver = node_.driver();
+  if (!driver) return driver.error();
+  auto entry = node_.admit(peer_.pid, hello.stage);
+  if (!entry) return entry.error();
+  entry_ = std::move(*entry);
+  was_session_ = true;
+  log_scope_.emplace(&entry_->log);
+  log(LogLevel::kInfo, "daemon", "a session begins: %s by process %d", to_string(hello.stage),
+      peer_.pid);
+  entry_->log.begin_reply();
+
+  const std::string lock_dir = node_.config().run_dir + "/lock";
+  auto engines = node_.engines();
+  if (!engines) return engines.error();
+  session_ = std::make_unique<Session>(**driver, lock_dir, *engines);
+  if (hello.stage == PHOS__WIRE__STAGE__RESTORE) {
+    auto files = session_->begin_restore(std::move(image_dir));
+    if (!files) return files.error();
+    reply->files = files->files;
+    entry_->log.set_checkpoint(format_dump_id(session_->dump_id()));
+    return {};
+  }
+  if (auto r = make_run_dir(lock_dir); !r) return r;
+  if (hello.stage == PHOS__WIRE__STAGE__TAKE_OVER) return {};
+  const auto stage =
+      hello.stage == PHOS__WIRE__STAGE__PRE_DUMP ? DumpStage::kPreDump : DumpStage::kDump;
+  if (auto r = session_->begin_dump(std::move(image_dir), stage); !r) return r;
+  entry_->log.set_checkpoint(format_dump_id(session_->dump_id()));
+  return {};
+}
+
+}  // namespace phos

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// phosd's own side of the GPUs, shared by all sessions: a context and a copy engine for each GPU in
+// use, and the pinned memory they copy to.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "gpu-tracker/base/result.h"
+#include "gpu-tracker/copy/engine.h"
+#include "gpu-tracker/copy/pinned_pool.h"
+#include "gpu-tracker/driver/gpu_driver.h"
+
+namespace phos {
+
+// One GPU, open. Imports may be made from any thread; the engine is used with `busy` held.
+struct OpenGpu {
+  std::unique_ptr<GpuContext> context;
+  std::unique_ptr<CopyEngine> engine;
+  std::mutex busy;
+};
+
+// Thread-safe. Contexts cost GPU memory (some 600 MB with the staging ring), so they are open only
+// while somebody uses them; the host memory stays warm for the next time.
+class GpuEngines {
+ public:
+  // `driver` outlives this object.
+  GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool);
+  // Nobody uses a GPU any more.
+  ~GpuEngines();
+
+  // A user of the GPU, until it is destroyed. Movable.
+  class User {
+   public:
+    User() = default;
+    User(User&& other) noexcept : owner_(other.owner_), gpu_(other.gpu_) { other.owner_ = nullptr; }
+    User& operator=(User&& other) noexcept;
+    ~User() { leave(); }
+    OpenGpu& operator*() const { return *gpu_; }
+    OpenGpu* operator->() const { return gpu_; }
+
+   private:
+    friend class GpuEngines;
+    User(GpuEngines* owner, OpenGpu* gpu) : owner_(owner), gpu_(gpu) {}
+    void leave();
+    GpuEngines* owner_ = nullptr;
+    OpenGpu* gpu_ = nullptr;
+  };
+
+  // Opens the GPU if it is not open: some 200 ms. `key`: of the engine's hashes to begin with; who
+  // holds `busy` sets its own.
+  Result<User> use(const GpuUuid& uuid, const PageHashKey& key);
+
+  PinnedPool::Statistics pool_statistics() const { return pool_.statistics(); }
+
+ private:
+  void close_all();  // mutex_ is held
+
+  GpuDriver& driver_;
+  PinnedPool pool_;
+  std::mutex mutex_;
+  std::map<GpuUuid, std::unique_ptr<OpenGpu>> open_;
+  OpenGpu* pinned_by_ = nullptr;  // whose context the pool is attached to
+  size_t users_ = 0;
+};
+
+}  // namespace phos

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Session: the rounds of live copying, and what becomes of them when the process is locked.
+#include <algorithm>
+#include <future>
+#include <mutex>
+
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/daemon/live_copy.h"
+#include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/daemon/session.h"
+#include "gpu-tracker/daemon/session_log.h"
+
+namespace phos {
+namespace {
+
+using std::chrono::steady_clock;
+
+// So little is copied in a millisecond: further rounds would not shorten the stop.
+constexpr uint64_t kLittle = 32 << 20;
+
+// Would another round find clearly less to copy than this one did?
+bool is_worth_another(uint64_t copied, uint64_t copied_before) {
+  return copied > kLittle && copied < copied_before / 4 * 3;
+}
+
+double gigabytes_a_second(const DumpRound& round) {
+  return round.us ? static_cast<double>(round.bytes) / 1e3 / static_cast<double>(round.us) : 0;
+}
+
+void log_round(int pid, const char* name, const RoundReport& report) {
+  log(LogLevel::kInfo, "daemon",
+      "%s: %s: %llu of %llu pages copied, %.1f MiB in %.1f ms (%.1f GB/s)", process(pid).c_str(),
+      name, static_cast<unsigned long long>(report.round.dirty_pages),
+      static_cast<unsigned long long>(report.round.pages),
+      static_cast<double>(report.round.bytes) / (1 << 20),
+      static_cast<double>(report.round.us) / 1000, gigabytes_a_second(report.round));
+}
+
+}  // namespace
+
+// What the parent directory has of this process. One that is of no use costs a full copy.
+std::optional<PreviousPages> Session::open_previous(int vpid) const {
+  auto parent = open_parent(image_dir_.get());
+  if (!parent) {
+    if (parent.error().code() != ENOENT) {
+      log(LogLevel::kWarn, "daemon", "GPU pages are not built on the parent's: %s",
+          parent.error().message().c_str());
+    }
+    return std::nullopt;
+  }
+  auto previous = PreviousPages::open(parent->get(), vpid);
+  if (previous) return std::move(*previous);
+  log(LogLevel::kWarn, "daemon", "GPU pages are not built on the parent's: %s",
+      previous.error().message().c_str());
+  return std::nullopt;
+}
+
+Result<void> Session::start_copy(int pid, Held* held) {
+  auto status = read_proc_status(pid);
+  if (!status) return status.error();
+  LiveCopyImages images;
+  images.directory = image_dir_.get();
+  images.dump_id = dump_id_;
+  for (const GpuInfo& gpu : gpus_) images.gpus.push_back(gpu.uuid);
+  images.previous = open_previous(status->vpid);
+  const auto start = steady_clock::now();
+  auto copy = LiveCopy::start({pid, status->vpid, held->restore_tid}, std::move(images), *engines_);
+  if (!copy) return copy.error();
+  held->scan_time = since(start);
+  held->copy = std::move(*copy);
+  return {};
+}
+
+Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
+                                 const CopyProgress& progress) {
+  const auto end = steady_clock::now() + limits.budget;
+  uint64_t before = UINT64_MAX;
+  for (unsigned number = 1; number <= limits.max_rounds; number++) {
+    auto report = copy->round(limits.max_slowdown);
+    if (!report) return report.error();
+    log_round(pid, ("round " + std::to_string(number)).c_str(), *report);
+    if (!progress(pid, number, *report)) {
+      return Error(Domain::kErrno, ECANCELED, "the copy of " + process(pid) + " was given up");
+    }
+    const uint64_t copied = report->round.bytes;
+    if (!is_worth_another(copied, before) || steady_clock::now() >= end) break;
+    before = copied;
+  }
+  return copy->end_rounds();
+}
+
+Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progress) {
+  if (!engines_) return {};
+  const bool pre_dump = stage_ == DumpStage::kPreDump;
+  std::mutex reporting;
+  auto report = [&](int pid, unsigned number, const RoundReport& r) {
+    std::lock_guard<std::mutex> hold(reporting);
+    return progress(pid, number, r);
+  };
+  std::map<int, std::future<Result<void>>> under_way;
+  std::map<int, Error> failures;
+  for (auto& [pid, held] : held_) {
+    if (held.found != CudaState::kRunning || held.locked || held.copy) continue;
+    if (auto r = start_copy(pid, &held); !r) {
+      failures.emplace(pid, r.error());
+      continue;
+    }
+    under_way[pid] =
+        std::async(std::launch::async, [this, pid = pid, copy = held.copy.get(), &limits, &report,
+                                        session_log = SessionLog::current()] {
+          SessionLog::Scope scope(session_log);
+          return run_rounds(pid, copy, limits, report);
+        });
+  }
+  for (auto& [pid, rounds] : under_way) {
+    if (auto r = rounds.get(); !r) failures.emplace(pid, r.error());
+  }
+  for (auto& [pid, error] : failures) {
+    auto it = held_.find(pid);
+    it->second.copy.reset();
+    if (has_ended(pid, it->second.restore_tid, it->second.start_time)) continue;
+    if (error.code() == ECANCELED) return error;
+    // A dump goes on without: the driver saves all of it, slowly.
+    if (pre_dump) return error.wrap("cannot pre-dump GPU memory of " + process(pid));
+    log(LogLevel::kWarn, "daemon", "%s: its GPU memory is not copied ahead: %s",
+        process(pid).c_str(), error.message().c_str());
+  }
+  return {};
+}
+
+// The process is locked: nothing changes any more.
+void Session::complete_copy(int pid, Held* held) {
+  if (!held->copy) return;
+  auto report = held->copy->last_round();
+  Result<void> done;
+  if (report) {
+    log_round(pid, "last round", *report);
+  } else {
+    done = report.error();
+  }
+  if (done) done = held->copy->release();
+  if (done) return;
+  log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
+      process(pid).c_str(), done.error().message().c_str());
+  held->copy.reset();
+}
+
+Result<void> Session::finish_pre_dump() {
+  for (auto& [pid, held] : held_) {
+    if (!held.copy) continue;
+    if (auto r = held.copy->release(); !r) return r;
+    if (auto r = write_image(pid, &held, {}); !r) return r;
+  }
+  held_.clear();
+  return {};
+}
+
+}  // namespace phos

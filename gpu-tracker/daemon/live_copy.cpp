@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/daemon/live_copy.h"
+
+#include <algorithm>
+#include <future>
+#include <utility>
+
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/daemon/messages.h"
+
+namespace phos {
+namespace {
+
+using std::chrono::steady_clock;
+
+MemoryKind image_kind(AllocationKind kind) {
+  switch (kind) {
+    case AllocationKind::kDevice:
+    case AllocationKind::kSmall:
+      return MemoryKind::kDevice;
+    case AllocationKind::kVmm:
+      return MemoryKind::kVirtual;
+    case AllocationKind::kPool:
+      return MemoryKind::kPool;
+    case AllocationKind::kManaged:
+      return MemoryKind::kManaged;
+    default:
+      return MemoryKind::kUnknown;
+  }
+}
+
+// phos copies what it can map for itself. Blocks that allocations share stay whole with the driver.
+bool can_copy(const AgentAllocation& a) {
+  return a.export_type != ExportType::kNone &&
+         (a.kind == AllocationKind::kDevice || a.kind == AllocationKind::kVmm);
+}
+
+// The same memory as before, not other memory at its address.
+bool is_same(const AgentAllocation& a, const AgentAllocation& b) {
+  return a.buffer_id == b.buffer_id && a.size == b.size && a.device_uuid == b.device_uuid;
+}
+
+void add_extents(const CopiedAllocation& copied, AllocationInfo* info) {
+  for (size_t i = 0; i < copied.pages(); i++) {
+    info->hashes.push_back(copied.saved[i].bytes);
+    const uint32_t where = copied.where[i];
+    PageExtent extent;
+    extent.first_page = static_cast<uint32_t>(i);
+    extent.pages = 1;
+    extent.source = where == CopiedAllocation::kInParent ? PageSource::kParent
+                    : where == CopiedAllocation::kZero   ? PageSource::kZero
+                                                         : PageSource::kHere;
+    if (extent.source == PageSource::kHere) extent.slot = where;
+    if (!info->extents.empty()) {
+      PageExtent& last = info->extents.back();
+      const bool follows = last.source == extent.source && (extent.source != PageSource::kHere ||
+                                                            last.slot + last.pages == extent.slot);
+      if (follows) {
+        last.pages++;
+        continue;
+      }
+    }
+    info->extents.push_back(extent);
+  }
+}
+
+}  // namespace
+
+Result<std::unique_ptr<LiveCopy>> LiveCopy::start(const LiveCopyTarget& target,
+                                                  LiveCopyImages images, GpuEngines& engines) {
+  auto key = images.previous ? PageHashKey::from_bytes(images.previous->hash_key())
+                             : PageHashKey::generate();
+  if (!key) return key.error();
+  std::unique_ptr<LiveCopy> copy(new LiveCopy(target, std::move(images), engines, *key));
+  auto agent = Agent::attach(target.pid, target.restore_tid);
+  if (!agent) return agent.error();
+  copy->agent_.emplace(std::move(*agent));
+  return copy;
+}
+
+LiveCopy::LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngines& engines,
+                   PageHashKey key)
+    : target_(target), images_(std::move(images)), engines_(engines), key_(std::move(key)) {}
+
+LiveCopy::~LiveCopy() {
+  gpus_.clear();
+  if (auto r = end_rounds(); !r) {
+    log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
+  }
+}
+
+Result<CopiedMemory*> LiveCopy::memory_on(const GpuUuid& gpu) {
+  auto at = std::find(images_.gpus.begin(), images_.gpus.end(), gpu);
+  if (at == images_.gpus.end()) {
+    return Error(Domain::kUsage, ENODEV,
+                 process(target_.pid) + " uses " + format_gpu_uuid(gpu) +
+                     ", which phosd does not see; start phosd with access to all GPUs");
+  }
+  const int index = static_cast<int>(at - images_.gpus.begin());
+  for (auto& m : gpus_) {
+    if (m->gpu_index() == index) return m.get();
+  }
+  auto user = engines_.use(gpu, key_);
+  if (!user) return user.error();
+  auto file = PageFileWriter::create(images_.directory, target_.vpid, index, images_.dump_id);
+  if (!file) return file.error();
+  gpus_.push_back(std::make_unique<CopiedMemory>(std::move(*user), index, std::move(*file), key_));
+  return gpus_.back().get();
+}
+
+void LiveCopy::leave_to_driver(const AgentAllocation& a) {
+  AllocationInfo info;
+  info.address = a.address;
+  info.size = a.size;
+  auto gpu = std::find(images_.gpus.begin(), images_.gpus.end(), a.device_uuid);
+  if (gpu != images_.gpus.end()) info.gpu = static_cast<int>(gpu - images_.gpus.begin());
+  info.kind = image_kind(a.kind);
+  info.buffer_id = a.buffer_id;
+  left_to_driver_.push_back(std::move(info));
+}
+
+// Memory of which a handle can be had is mapped here; everything else stays with the driver.
+Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh) {
+  auto handles = agent_->export_memory(fresh);
+  if (!handles) return handles.error();
+  for (size_t i = 0; i < fresh.size(); i++) {
+    const AgentAllocation& a = fresh[i];
+    AgentExport& handle = (*handles)[i];
+    if (handle.status == ExportStatus::kStale) continue;  // freed meanwhile
+    Result<void> added;
+    if (handle.status == ExportStatus::kExported) {
+      auto memory = memory_on(a.device_uuid);
+      if (!memory) return memory.error();
+      const auto* saved =
+          images_.previous ? images_.previous->find(a.device_uuid, a.address, a.size) : nullptr;
+      added = (*memory)->add(a, std::move(handle), saved);
+    } else {
+      added = Error(Domain::kCuda, handle.driver_result,
+                    "CUDA error " + std::to_string(handle.driver_result));
+    }
+    if (added) continue;
+    log(LogLevel::kWarn, "daemon", "%s: %s at %#llx cannot be copied from outside (%s)",
+        process(target_.pid).c_str(), megabytes(a.size).c_str(),
+        static_cast<unsigned long long>(a.address), added.error().message().c_str());
+    refused_.insert(a.buffer_id);
+    leave_to_driver(a);
+  }
+  return {};
+}
+
+Result<void> LiveCopy::find_memory() {
+  auto seen = agent_->enumerate();
+  if (!seen) return seen.error();
+  std::set<uint64_t> present;
+  std::vector<AgentAllocation> fresh;
+  left_to_driver_.clear();
+  for (const AgentAllocation& a : *seen) {
+    if (!can_copy(a) || refused_.count(a.buffer_id)) {
+      leave_to_driver(a);
+      continue;
+    }
+    bool known = false;
+    for (auto& m : gpus_) {
+      const CopiedAllocation* copied = m->find(a.address);
+      known |= copied && is_same(copied->seen, a);
+    }
+    present.insert(a.address);
+    if (known) continue;
+    for (auto& m : gpus_) {
+      if (auto r = m->remove(a.address); !r) return r;
+    }
+    fresh.push_back(a);
+  }
+  for (auto& m : gpus_) {
+    std::vector<uint64_t> gone;
+    for (const auto& [address, copied] : m->all()) {
+      if (!present.count(address)) gone.push_back(address);
+    }
+    for (uint64_t address : gone) {
+      if (auto r = m->remove(address); !r) return r;
+    }
+  }
+  return import_new(fresh);
+}
+
+Result<RoundReport> LiveCopy::copy_round(double max_slowdown) {
+  const auto start = steady_clock::now();
+  std::vector<std::future<Result<CopiedBytes>>> parts;
+  for (auto& m : gpus_) {
+    parts.push_back(
+        std::async(std::launch::async, [&m, max_slowdown] { return m->copy_round(max_slowdown); }));
+  }
+  RoundReport report;
+  std::optional<Error> failed;
+  for (auto& part : parts) {
+    auto done = part.get();
+    if (!done) {
+      failed = done.error();
+      continue;
+    }
+    report.round.pages += done->pages;
+    report.round.dirty_pages += done->dirty_pages;
+    report.round.bytes += done->bytes;
+    report.checked_bytes += done->checked_bytes;
+  }
+  if (failed) return failed->wrap("copying GPU memory of " + process(target_.pid));
+  report.round.us = static_cast<uint64_t>(since(start).count());
+  report.total_bytes = total_bytes();
+  rounds_.push_back(report.round);
+  return report;
+}
+
+Result<RoundReport> LiveCopy::round(double max_slowdown) {
+  if (auto r = find_memory(); !r) return r.error();
+  return copy_round(max_slowdown);
+}
+
+Result<void> LiveCopy::end_rounds() {
+  if (!agent_) return {};
+  // As it was found.
+  auto r = agent_->was_loaded() ? agent_->unload() : agent_->detach();
+  agent_.reset();
+  return r;
+}
+
+Result<RoundReport> LiveCopy::last_round() {
+  return copy_round(0);
+}
+
+Result<void> LiveCopy::release() {
+  Result<void> first;
+  for (auto& m : gpus_) {
+    auto r = m->release();
+    if (!r && first) first = r;
+  }
+  return first;
+}
+
+Result<void> LiveCopy::finish(ProcessImage* image) {
+  bool any = false;
+  image->allocations = left_to_driver_;
+  for (auto& m : gpus_) {
+    if (auto r = m->finish(); !r) return r;
+    for (const auto& [address, copied] : m->all()) {
+      AllocationInfo info;
+      info.address = address;
+      info.size = copied.seen.size;
+      info.gpu = m->gpu_index();
+      info.kind = image_kind(copied.seen.kind);
+      // A dump's own bytes are in CRIU's pages; these are for the next dump to build on.
+      info.path = image->stage == DumpStage::kPreDump ? MemoryPath::kReleased : MemoryPath::kDriver;
+      info.buffer_id = copied.seen.buffer_id;
+      add_extents(copied, &info);
+      any = true;
+      image->allocations.push_back(std::move(info));
+    }
+  }
+  image->rounds = rounds_;
+  if (!any) return {};
+  const std::string key = key_.to_bytes();
+  image->hash_key.assign(key.begin(), key.end());
+  if (images_.previous) image->parent_dump_id = images_.previous->dump_id();
+  return {};
+}
+
+uint64_t LiveCopy::total_bytes() const {
+  uint64_t sum = 0;
+  for (const auto& m : gpus_) sum += m->total_bytes();
+  return sum;
+}
+
+}  // namespace phos

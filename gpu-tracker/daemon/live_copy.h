@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// LiveCopy: the GPU memory of one process, copied while the process runs.
+//
+// Each round hashes on the GPU what is saved already and copies what differs from it. The hash kept
+// for a page is always that of the bytes that were saved, computed from those very bytes: memory
+// that changes back and forth while it is looked at can make phos save a page again, never believe
+// a wrong one. After last_round(), with the process locked, what is saved is what the memory holds.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "gpu-tracker/base/result.h"
+#include "gpu-tracker/daemon/copied_memory.h"
+#include "gpu-tracker/daemon/gpu_engines.h"
+#include "gpu-tracker/image/chain.h"
+#include "gpu-tracker/image/image.h"
+#include "gpu-tracker/inject/agent.h"
+
+namespace phos {
+
+struct LiveCopyTarget {
+  int pid = 0;   // in phosd's pid namespace
+  int vpid = 0;  // in its innermost one, for file names
+  int restore_tid = 0;
+};
+
+struct LiveCopyImages {
+  int directory = -1;  // not owned; where the pages files go
+  DumpId dump_id{};
+  // Of the GPUs recorded in phos-<pid>.img, in its order.
+  std::vector<GpuUuid> gpus;
+  // What the directory's parent holds of this process, if anything.
+  std::optional<PreviousPages> previous;
+};
+
+struct RoundReport {
+  DumpRound round;
+  uint64_t checked_bytes = 0;  // hashed in place
+  uint64_t total_bytes = 0;    // that phos copies of this process
+};
+
+// Not thread-safe; one round uses a thread a GPU, and some to write files.
+class LiveCopy {
+ public:
+  // Loads the agent into the process. Fails, with the process unharmed, where that cannot be done;
+  // the reason is in the error. `engines` outlives this object.
+  static Result<std::unique_ptr<LiveCopy>> start(const LiveCopyTarget& target,
+                                                 LiveCopyImages images, GpuEngines& engines);
+  // Gives everything back; without finish(), the pages files go.
+  ~LiveCopy();
+
+  // Looks for new and freed memory, then hashes and copies. The process must not be locked.
+  // `max_slowdown`: share of its speed the application may lose; 0: no limit.
+  Result<RoundReport> round(double max_slowdown);
+  // No further round(): takes the agent out of the process, unless it was there before.
+  Result<void> end_rounds();
+  // The process is locked and its GPUs are idle: what is saved becomes what the memory holds.
+  Result<RoundReport> last_round();
+  // Lets go of the process's memory. Before the driver's checkpoint, which would not free it.
+  Result<void> release();
+
+  // Completes the pages files and adds to `image` what they hold.
+  Result<void> finish(ProcessImage* image);
+
+  uint64_t total_bytes() const;
+
+ private:
+  LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngines& engines,
+           PageHashKey key);
+
+  Result<void> find_memory();
+  Result<CopiedMemory*> memory_on(const GpuUuid& gpu);
+  void leave_to_driver(const AgentAllocation& a);
+  Result<void> import_new(const std::vector<AgentAllocation>& fresh);
+  Result<RoundReport> copy_round(double max_slowdown);
+
+  const LiveCopyTarget target_;
+  LiveCopyImages images_;
+  GpuEngines& engines_;
+  const PageHashKey key_;
+  std::optional<Agent> agent_;
+  std::vector<std::unique_ptr<CopiedMemory>> gpus_;
+  std::vector<AllocationInfo> left_to_driver_;  // as last seen
+  std::set<uint64_t> refused_;                  // buffer ids that could not be mapped
+  std::vector<DumpRound> rounds_;
+};
+
+}  // namespace phos

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/image/page_file.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+
+#include "gpu-tracker/image/file.h"
+#include "gpu-tracker/image/names.h"
+#include "gpu-tracker/image/page_header.h"
+
+namespace phos {
+namespace {
+
+constexpr uint64_t kBlock = kImagePageSize;  // the header's too: all pages are aligned to it
+static_assert(sizeof(PageFileHeader) <= kBlock);
+// One call of pread or pwrite moves less than 2 GiB.
+constexpr uint64_t kMaxTransfer = uint64_t{1} << 30;
+
+struct Free {
+  void operator()(void* memory) const { free(memory); }
+};
+using Block = std::unique_ptr<uint8_t, Free>;
+
+// kBlock zero bytes, aligned for O_DIRECT.
+Block make_block() {
+  Block block(static_cast<uint8_t*>(aligned_alloc(kBlock, kBlock)));
+  if (block) memset(block.get(), 0, kBlock);
+  return block;
+}
+
+Error no_memory() {
+  return Error::from_errno(ENOMEM, "64 KiB for a file header");
+}
+
+uint64_t file_size(uint64_t slots) {
+  return (slots + 1) * kBlock;
+}
+
+uint32_t header_checksum(const PageFileHeader& h) {
+  return crc32c(&h, offsetof(PageFileHeader, header_crc));
+}
+
+bool aligned(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % kPageIoAlignment == 0;
+}
+
+// After EINVAL: the file system, or the disk below it, wants a larger alignment than ours, or has
+// moved fewer bytes than asked. True: now the page cache is used, try again.
+// Several threads may do this at once.
+bool fall_back(int fd, std::atomic<bool>& direct) {
+  int flags = fcntl(fd, F_GETFL);
+  if (flags < 0 || fcntl(fd, F_SETFL, flags & ~O_DIRECT) != 0) return false;
+  direct = false;
+  return true;
+}
+
+Error unaligned(const std::string& path) {
+  return Error(Domain::kUsage, EINVAL,
+               path + ": the memory of pages must be aligned to " +
+                   std::to_string(kPageIoAlignment) + " bytes");
+}
+
+}  // namespace
+
+// ---- writing ----
+
+struct PageFileWriter::State {
+  UniqueFd dir;
+  PageFileHeader header{};
+  std::optional<TempFile> file;  // after `dir`: it uses it to the end
+  std::atomic<bool> direct{true};
+  std::atomic<uint64_t> slots{0};
+  uint64_t reserved = 0;
+};
+
+PageFileWriter::PageFileWriter(std::unique_ptr<State> state) : state_(std::move(state)) {}
+PageFileWriter::~PageFileWriter() = default;
+
+Result<std::unique_ptr<PageFileWriter>> PageFileWriter::create(int dir_fd, int pid, int gpu,
+                                                               const DumpId& id) {
+  const std::string name = page_file_name(pid, gpu);
+  auto state = std::make_unique<State>();
+  state->dir.reset(fcntl(dir_fd, F_DUPFD_CLOEXEC, 0));
+  if (!state->dir) return Error::from_errno(errno, "cannot use the image directory");
+  PageFileHeader& h = state->header;
+  memcpy(h.magic, kPageFileMagic, sizeof h.magic);
+  h.version = kImageVersion;
+  h.gpu = static_cast<uint32_t>(gpu);
+  h.pid = static_cast<uint32_t>(pid);
+  h.page_size = kImagePageSize;
+  memcpy(h.dump_id, id.data(), id.size());
+  state->file.emplace(state->dir.get(), name, O_RDWR | O_DIRECT);
+  if (state->file->fd() < 0 && errno == EINVAL) {
+    state->direct = false;
+    state->file.reset();
+    state->file.emplace(state->dir.get(), name, O_RDWR);
+  }
+  if (state->file->fd() < 0) return write_error(errno, dir_fd, name, kBlock);
+  return std::unique_ptr<PageFileWriter>(new PageFileWriter(std::move(state)));
+}
+
+Result<void> PageFileWriter::reserve(uint64_t pages) {
+  State& s = *state_;
+  const uint64_t size = file_size(std::min(pages, kMaxPageSlots));
+  if (size <= s.reserved) return {};
+  int r;
+  do {
+    r = fallocate(s.file->fd(), 0, 0, static_cast<off_t>(size));
+  } while (r != 0 && errno == EINTR);
+  if (r == 0) {
+    s.reserved = size;
+    return {};
+  }
+  const int code = errno;
+  if (code == EOPNOTSUPP || code == ENOSYS) return {};
+  // ext4 keeps the part it could allocate: give it back, and count it as free.
+  if (ftruncate(s.file->fd(), static_cast<off_t>(std::max(s.reserved, file_size(s.slots)))) != 0) {
+    return write_error(errno, s.dir.get(), s.file->name(), size);
+  }
+  return write_error(code, s.dir.get(), s.file->name(), size);
+}
+
+Result<void> PageFileWriter::write(uint64_t slot, const void* data, uint64_t pages) {
+  State& s = *state_;
+  if (!aligned(data)) return unaligned(describe_file(s.dir.get(), s.file->name()));
+  if (slot > kMaxPageSlots || pages > kMaxPageSlots - slot) {
+    return image_error(ImageError::kBadField, describe_file(s.dir.get(), s.file->name()) +
+                                                  ": no more than 2^32 pages fit in one file");
+  }
+  if (auto ok = write_at((slot + 1) * kBlock, data, pages * kBlock); !ok) return ok;
+  uint64_t seen = s.slots;
+  while (seen < slot + pages && !s.slots.compare_exchange_weak(seen, slot + pages)) {
+  }
+  return {};
+}
+
+Result<void> PageFileWriter::write_at(uint64_t offset, const void* data, uint64_t size) {
+  State& s = *state_;
+  for (uint64_t done = 0; done < size;) {
+    const bool was_direct = s.direct;
+    ssize_t n = pwrite(s.file->fd(), static_cast<const char*>(data) + done,
+                       std::min(size - done, kMaxTransfer), static_cast<off_t>(offset + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EINVAL && was_direct && fall_back(s.file->fd(), s.direct)) continue;
+    if (n < 0) {
+      return write_error(errno, s.dir.get(), s.file->name(), std::max(s.reserved, offset + size));
+    }
+    done += static_cast<uint64_t>(n);
+  }
+  return {};
+}
+
+Result<void> PageFileWriter::finish() {
+  State& s = *state_;
+  const uint64_t size = file_size(s.slots);
+  // What was reserved and not used; also makes up a header's block that was not written yet.
+  if (ftruncate(s.file->fd(), static_cast<off_t>(size)) != 0) {
+    return write_error(errno, s.dir.get(), s.file->name(), size);
+  }
+  s.header.slots = s.slots;
+  s.header.header_crc = header_checksum(s.header);
+  Block block = make_block();
+  if (!block) return no_memory();
+  memcpy(block.get(), &s.header, sizeof s.header);
+  if (auto ok = write_at(0, block.get(), kBlock); !ok) return ok;
+  return s.file->commit(size);
+}
+
+uint64_t PageFileWriter::slots() const {
+  return state_->slots;
+}
+
+// ---- reading ----
+
+namespace {
+
+Error truncated(const std::string& path, const std::string& what) {
+  return image_error(ImageError::kTruncated,
+                     path + " is truncated: " + what + "; copy it again from where it was dumped");
+}
+
+// `block`: the first `got` bytes of the file.
+Result<void> check_header(const uint8_t* block, size_t got, uint64_t present,
+                          const std::string& path) {
+  PageFileHeader h;
+  memcpy(&h, block, sizeof h);
+  if (memcmp(block, kPageFileMagic, std::min(got, sizeof h.magic)) != 0) {
+    return image_error(ImageError::kNotAnImage,
+                       path + " is not a pages file of phos's (bad magic)");
+  }
+  if (got < kBlock) {
+    return truncated(path, "it ends after " + std::to_string(got) + " bytes, inside the header");
+  }
+  if (h.header_crc != header_checksum(h)) {
+    return image_error(ImageError::kChecksum,
+                       path +
+                           " is damaged: the header's checksum is wrong; copy it again from "
+                           "where it was dumped");
+  }
+  if (h.version > kImageVersion) {
+    return image_error(ImageError::kNewerVersion,
+                       path + " has format version " + std::to_string(h.version) +
+                           ", this phos reads up to version " + std::to_string(kImageVersion) +
+                           ": use a newer phos");
+  }
+  if (h.version == 0 || h.page_size != kImagePageSize || h.slots > kMaxPageSlots) {
+    return image_error(ImageError::kBadField, path + " has an impossible header: version " +
+                                                  std::to_string(h.version) + ", " +
+                                                  std::to_string(h.slots) + " pages of " +
+                                                  std::to_string(h.page_size) + " bytes");
+  }
+  if (std::any_of(block + sizeof h, block + kBlock, [](uint8_t byte) { return byte != 0; })) {
+    return image_error(ImageError::kChecksum,
+                       path +
+                           " is damaged: the rest of the header's block is not zero; copy it "
+                           "again from where it was dumped");
+  }
+  const uint64_t size = file_size(h.slots);
+  if (present < size) {
+    return truncated(
+        path, "it has " + std::to_string(present) + " of " + std::to_string(size) + " bytes");
+  }
+  if (present > size) {
+    return image_error(ImageError::kTrailingBytes,
+                       path + " has " + std::to_string(present - size) +
+                           " bytes after its end; copy it again from where it was dumped");
+  }
+  return {};
+}
+
+Result<void> check_owner(const PageFileHeader& h, int pid, int gpu, const DumpId& id,
+                         const std::string& path) {
+  if (h.pid != static_cast<uint32_t>(pid) || h.gpu != static_cast<uint32_t>(gpu)) {
+    return image_error(ImageError::kWrongName, path + " holds the pages of process " +
+                                                   std::to_string(h.pid) + " on GPU " +
+                                                   std::to_string(h.gpu) + ": was it renamed?");
+  }
+  DumpId found;
+  memcpy(found.data(), h.dump_id, found.size());
+  if (found == id) return {};
+  return image_error(ImageError::kMixedDumps,
+                     path + " is from dump " + format_dump_id(found) + ", but phos-" +
+                         std::to_string(pid) + ".img beside it from dump " + format_dump_id(id) +
+                         ": two dumps are mixed in this directory; copy it again from where it "
+                         "was dumped");
+}
+
+}  // namespace
+
+Result<PageFileHeader> read_page_header(int fd, uint64_t size, const std::string& path) {
+  Block block = make_block();
+  if (!block) return no_memory();
+  auto got = read_at(fd, block.get(), kBlock, 0, path);
+  if (!got) return got.error();
+  if (auto ok = check_header(block.get(), *got, size, path); !ok) return ok.error();
+  PageFileHeader header;
+  memcpy(&header, block.get(), sizeof header);
+  return header;
+}
+
+PageFile::PageFile(UniqueFd fd, std::string path, uint64_t slots, bool direct)
+    : fd_(std::move(fd)), path_(std::move(path)), slots_(slots), direct_(direct) {}
+
+Result<std::unique_ptr<PageFile>> PageFile::open(int dir_fd, int pid, int gpu, const DumpId& id,
+                                                 PageIo io) {
+  const std::string name = page_file_name(pid, gpu);
+  uint64_t size = 0;
+  auto fd = open_image(dir_fd, name, 0, &size);
+  if (!fd) return fd.error();
+  std::string path = describe_file(dir_fd, name);
+  auto header = read_page_header(fd->get(), size, path);
+  if (!header) return header.error();
+  if (auto ok = check_owner(*header, pid, gpu, id, path); !ok) return ok.error();
+  bool direct = false;
+  if (io == PageIo::kDirect) {
+    int flags = fcntl(fd->get(), F_GETFL);
+    direct = flags >= 0 && fcntl(fd->get(), F_SETFL, flags | O_DIRECT) == 0;
+  }
+  return std::unique_ptr<PageFile>(
+      new PageFile(std::move(*fd), std::move(path), header->slots, direct));
+}
+
+Result<void> PageFile::read(uint64_t slot, void* data, uint64_t pages) const {
+  if (!aligned(data)) return unaligned(path_);
+  if (slot > slots_ || pages > slots_ - slot) {
+    return image_error(ImageError::kIncomplete, path_ + " has " + std::to_string(slots_) +
+                                                    " pages, none in slot " +
+                                                    std::to_string(slot + pages - 1));
+  }
+  const uint64_t size = pages * kBlock, offset = (slot + 1) * kBlock;
+  for (uint64_t done = 0; done < size;) {
+    const bool was_direct = direct_;
+    ssize_t n = pread(fd_.get(), static_cast<char*>(data) + done,
+                      std::min(size - done, kMaxTransfer), static_cast<off_t>(offset + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EINVAL && was_direct && fall_back(fd_.get(), direct_)) continue;
+    if (n < 0) return Error::from_errno(errno, "cannot read " + path_);
+    if (n == 0) return truncated(path_, "it became shorter while it was read");
+    done += static_cast<uint64_t>(n);
+  }
+  return {};
+}
+
+}  // namespace phos

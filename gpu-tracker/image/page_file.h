@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// `phos-pages-<pid>-<gpu>.img`: the saved pages of one process's memory on one GPU, in numbered
+// slots of kImagePageSize bytes. Which page a slot holds, and its hash, is in phos-<pid>.img.
+//
+// Pages go around the page cache (O_DIRECT) where the file system takes that: it is faster than
+// through it, and the host's memory is needed for other things while GPU memory is saved.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "gpu-tracker/base/result.h"
+#include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/image/image.h"
+
+namespace phos {
+
+// What memory that pages are read into or written from must be aligned to, in bytes.
+inline constexpr size_t kPageIoAlignment = 4096;
+
+// Writes a pages file. write() may be called from any number of threads at once, the others from
+// one thread while no write() runs. A writer that is destroyed before finish() succeeded leaves no
+// file.
+class PageFileWriter {
+ public:
+  // Starts the file under a temporary name. `gpu`: index into ProcessImage::gpus. `dir_fd` is not
+  // needed any more after the call.
+  static Result<std::unique_ptr<PageFileWriter>> create(int dir_fd, int pid, int gpu,
+                                                        const DumpId& id);
+  ~PageFileWriter();
+  PageFileWriter(const PageFileWriter&) = delete;
+  PageFileWriter& operator=(const PageFileWriter&) = delete;
+
+  // Takes the disk space of `pages` slots in all. Error ENOSPC, with what is needed and what is
+  // free: before any page is copied, not in the middle. A file system that cannot reserve space is
+  // no error; a full disk then shows in write().
+  Result<void> reserve(uint64_t pages);
+
+  // Writes `pages` pages from `data`, aligned to kPageIoAlignment, into `slot` and those after it.
+  // A slot may be written again when its page has changed; the caller orders writes to one slot.
+  // `data` is not used any more when the call returns. The bytes are durable after finish().
+  Result<void> write(uint64_t slot, const void* data, uint64_t pages);
+
+  // Writes the header, makes everything durable and gives the file its name. The file ends with the
+  // highest slot written. To be called once, before write_process_image() refers to the file.
+  Result<void> finish();
+
+  // Slots so far: one more than the highest that was written.
+  uint64_t slots() const;
+
+ private:
+  struct State;
+  explicit PageFileWriter(std::unique_ptr<State> state);
+  // All file output goes through here.
+  Result<void> write_at(uint64_t offset, const void* data, uint64_t size);
+
+  std::unique_ptr<State> state_;
+};
+
+enum class PageIo { kDirect, kCached };
+
+// Reads a pages file. read() may be called from any number of threads at once.
+class PageFile {
+ public:
+  // Refuses a file that is damaged, truncated, or does not belong to this process, GPU and dump.
+  // kCached: the page cache keeps what was read.
+  static Result<std::unique_ptr<PageFile>> open(int dir_fd, int pid, int gpu, const DumpId& id,
+                                                PageIo io);
+
+  uint64_t slots() const { return slots_; }
+  const std::string& path() const { return path_; }  // for messages
+
+  // Reads `pages` pages from `slot` on into `data`, aligned to kPageIoAlignment.
+  Result<void> read(uint64_t slot, void* data, uint64_t pages) const;
+
+ private:
+  PageFile(UniqueFd fd, std::string path, uint64_t slots, bool direct);
+
+  UniqueFd fd_;
+  std::string path_;
+  uint64_t slots_;
+  mutable std::atomic<bool> direct_;
+};
+
+}  // namespace phos

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// The table of entry points against cuda.h, against what a real driver exports, and against rules
+// that follow from the names.
+#include "gpu-tracker/track/entry_points.h"
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <map>
+#include <set>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "gpu-tracker/track/instruction.h"
+
+namespace phos {
+namespace {
+
+// Every function that cuda.h declares, for all interface versions (test/unit/module.mk).
+const char* const kDeclared[] = {
+#include "test/cuda_h_functions.inc"
+};
+
+// What a real driver exports: name, first bytes.
+std::map<std::string, std::vector<uint8_t>> exported() {
+  std::map<std::string, std::vector<uint8_t>> functions;
+  std::ifstream f(PHOS_GOLDEN_DIR "/libcuda-580.159.04.txt");
+  for (std::string line; std::getline(f, line);) {
+    std::istringstream in(line);
+    std::string name, hex;
+    if (line.starts_with("#") || !(in >> name >> hex)) continue;
+    for (size_t i = 0; i + 1 < hex.size(); i += 2) {
+      functions[name].push_back(static_cast<uint8_t>(std::stoul(hex.substr(i, 2), nullptr, 16)));
+    }
+  }
+  return functions;
+}
+
+TEST(EntryPoints, NamesEachFunctionOnce) {
+  const EntryPointCount count = count_entry_points();
+  EXPECT_EQ(count.rows, count.names);
+}
+
+TEST(EntryPoints, KnowsEveryFunctionOfCudaH) {
+  EXPECT_GT(std::size(kDeclared), 600u);
+  for (const char* name : kDeclared) {
+    // Declared by macro arithmetic only: cuda.h maps cuGetProcAddress so, no driver exports it.
+    if (std::string(name) == "cuGetProcAddress_v2_ptsz") continue;
+    EXPECT_TRUE(find_entry_point(name).known) << name;
+  }
+}
+
+TEST(EntryPoints, KnowsExactlyWhatTheDriverExports) {
+  const auto functions = exported();
+  ASSERT_EQ(functions.size(), 682u);
+  for (const auto& [name, code] : functions) EXPECT_TRUE(find_entry_point(name).known) << name;
+  EXPECT_EQ(count_entry_points().names, functions.size());
+}
+
+TEST(EntryPoints, CanBeProbedInTheDriver) {
+  size_t harmless = 0;
+  for (const auto& [name, code] : exported()) {
+    if (find_entry_point(name).effects == kHarmless) {
+      harmless++;
+    } else {
+      EXPECT_EQ(emulated_entry(code), 0u) << name;
+    }
+  }
+  EXPECT_EQ(682 - harmless, 326u);
+}
+
+TEST(EntryPoints, SuspectsUnknownNamesOfEverything) {
+  const EntryPoint e = find_entry_point("cuMemTeleport_v7");
+  EXPECT_FALSE(e.known);
+  EXPECT_EQ(e.effects, unsigned{kSubmit | kAllocate | kFree});
+  EXPECT_EQ(e.shape, CallShape::kUnknown);
+  EXPECT_FALSE(find_entry_point("").known);
+  EXPECT_FALSE(find_entry_point("cuMemAlloc_v2 ").known);
+}
+
+TEST(EntryPoints, TreatsStreamVariantsAlike) {
+  size_t variants = 0;
+  for (const auto& [name, code] : exported()) {
+    const size_t suffix = name.size() > 5 ? name.size() - 5 : 0;
+    if (name.substr(suffix) != "_ptsz" && name.substr(suffix) != "_ptds") continue;
+    const EntryPoint variant = find_entry_point(name);
+    const EntryPoint plain = find_entry_point(name.substr(0, suffix));
+    ASSERT_TRUE(plain.known) << name;
+    EXPECT_EQ(variant.effects, plain.effects) << name;
+    EXPECT_EQ(variant.shape, plain.shape) << name;
+    variants++;
+  }
+  EXPECT_EQ(variants, 99u);
+}
+
+// Written down from CUDA's documentation, not from the table.
+TEST(EntryPoints, ClassifiesByEffect) {
+  for (const auto& [name, code] : exported()) {
+    const unsigned effects = find_entry_point(name).effects;
+    const auto starts = [&](const char* prefix) { return name.rfind(prefix, 0) == 0; };
+    if (starts("cuLaunch") || starts("cuMemcpy") || starts("cuMemset") || starts("cuGraphLaunch") ||
+        starts("cuMemPrefetch") || starts("cuStreamWriteValue") || starts("cuStreamBatchMemOp") ||
+        starts("cuGraphicsUnmap")) {
+      EXPECT_TRUE(effects & kSubmit) << name;
+    }
+    if (starts("cuMemAlloc") || starts("cuArrayCreate") || starts("cuArray3DCreate") ||
+        starts("cuMemMap") || starts("cuModuleLoad") || starts("cuIpcOpenMem")) {
+      EXPECT_TRUE(effects & kAllocate) << name;
+    }
+    if (starts("cuMemFree") || starts("cuMemUnmap") || starts("cuMemRelease") ||
+        starts("cuCtxDestroy") || starts("cuDevicePrimaryCtxReset") ||
+        starts("cuDevicePrimaryCtxRelease") || starts("cuModuleUnload") ||
+        starts("cuIpcCloseMem")) {
+      EXPECT_TRUE(effects & kFree) << name;
+    }
+    if (starts("cuMemGetInfo") || starts("cuEventQuery") || starts("cuStreamQuery") ||
+        starts("cuStreamSynchronize") || starts("cuPointerGet") || starts("cuDeviceGetAttr")) {
+      EXPECT_EQ(effects, unsigned{kHarmless}) << name;
+    }
+  }
+}
+
+TEST(EntryPoints, DescribesOnlyWhatHasAnEffect) {
+  for (const auto& [name, code] : exported()) {
+    const EntryPoint e = find_entry_point(name);
+    const bool allocates = e.effects & (kAllocate | kFree);
+    EXPECT_EQ(e.shape == CallShape::kNone, !allocates) << name;
+  }
+  EXPECT_EQ(find_entry_point("cuMemAlloc_v2").shape, CallShape::kOutSize);
+  EXPECT_EQ(find_entry_point("cuMemAllocPitch_v2").shape, CallShape::kOutPitch);
+  EXPECT_EQ(find_entry_point("cuMemFree_v2").shape, CallShape::kAt);
+  // The interface of CUDA 2, with 32-bit addresses.
+  EXPECT_EQ(find_entry_point("cuMemAlloc").shape, CallShape::kUnknown);
+  EXPECT_EQ(find_entry_point("cuMemFree").shape, CallShape::kUnknown);
+}
+
+}  // namespace
+}  // namespace phos

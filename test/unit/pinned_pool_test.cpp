@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// The pool of host buffers, without a GPU (pinning: test/contract/copy_*_test.cpp).
+#include "gpu-tracker/copy/pinned_pool.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "gpu-tracker/base/log.h"
+
+namespace phos {
+namespace {
+
+constexpr uint64_t kMiB = 1 << 20;
+
+PinnedPoolOptions small(unsigned buffers, unsigned step = 2) {
+  PinnedPoolOptions options;
+  options.buffer_bytes = 2 * kMiB;
+  options.max_bytes = buffers * options.buffer_bytes;
+  options.step_bytes = step * options.buffer_bytes;
+  options.threads = 2;
+  return options;
+}
+
+TEST(PinnedPool, MakesBuffersInStepsUpToItsSize) {
+  PinnedPool pool(small(5));
+  EXPECT_EQ(pool.statistics().buffers, 0u);
+  std::vector<PinnedPool::Buffer> held;
+  std::set<uint8_t*> addresses;
+  for (uint64_t made : {2, 2, 4, 4, 5}) {
+    auto buffer = pool.acquire({});
+    ASSERT_TRUE(buffer);
+    EXPECT_EQ(pool.statistics().buffers, made);
+    EXPECT_EQ(reinterpret_cast<uint64_t>(buffer->data()) % 4096, 0u);
+    memset(buffer->data(), static_cast<int>(held.size()), pool.buffer_bytes());
+    addresses.insert(buffer->data());
+    held.push_back(std::move(*buffer));
+  }
+  EXPECT_EQ(addresses.size(), 5u);
+  for (size_t i = 0; i < held.size(); i++) {
+    EXPECT_EQ(held[i].data()[0], i);
+    EXPECT_EQ(held[i].data()[pool.buffer_bytes() - 1], i) << "buffers overlap";
+  }
+  EXPECT_FALSE(pool.try_acquire());
+  held.clear();
+  EXPECT_EQ(pool.statistics().in_use, 0u);
+  EXPECT_EQ(pool.statistics().peak_in_use, 5u);
+  EXPECT_TRUE(pool.try_acquire());
+}
+
+TEST(PinnedPool, ReserveMakesThemBeforehand) {
+  PinnedPool pool(small(6));
+  ASSERT_TRUE(pool.reserve(9 * kMiB));
+  EXPECT_EQ(pool.statistics().buffers, 5u);
+  ASSERT_TRUE(pool.reserve(1000 * kMiB)) << "as many as may be";
+  EXPECT_EQ(pool.statistics().buffers, 6u);
+}
+
+TEST(PinnedPool, AcquireWaitsForARelease) {
+  PinnedPool pool(small(2));
+  auto a = pool.acquire({}), b = pool.acquire({});
+  ASSERT_TRUE(a);
+  ASSERT_TRUE(b);
+  uint8_t* const address = a->data();
+  std::jthread releaser([&] {
+    while (!pool.statistics().waits) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    a->reset();
+  });
+  auto c = pool.acquire({});
+  ASSERT_TRUE(c);
+  EXPECT_EQ(c->data(), address);
+}
+
+TEST(PinnedPool, WaitingCanBeCancelled) {
+  PinnedPool pool(small(2));
+  auto a = pool.acquire({}), b = pool.acquire({});
+  std::stop_source stop;
+  std::jthread canceller([&] {
+    while (!pool.statistics().waits) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    stop.request_stop();
+  });
+  auto c = pool.acquire(stop.get_token());
+  ASSERT_FALSE(c);
+  EXPECT_EQ(c.error().code(), ECANCELED);
+}
+
+TEST(PinnedPool, ShortMemoryMakesItSmall) {
+  set_log_sink([](LogLevel, const std::string&) {});
+  PinnedPoolOptions options = small(100, 8);
+  uint64_t available = 14 * kMiB;  // half of it: three buffers
+  options.available = [&] { return available; };
+  PinnedPool pool(options);
+  std::vector<PinnedPool::Buffer> held;
+  for (int i = 0; i < 3; i++) {
+    auto buffer = pool.acquire({});
+    ASSERT_TRUE(buffer);
+    held.push_back(std::move(*buffer));
+    available = 0;
+  }
+  EXPECT_EQ(pool.statistics().buffers, 3u);
+  std::jthread releaser([&] {
+    while (!pool.statistics().waits) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    held[1].reset();
+  });
+  EXPECT_TRUE(pool.acquire({})) << "waits instead of failing";
+}
+
+TEST(PinnedPool, NotEvenTwoBuffersIsAnError) {
+  PinnedPoolOptions options = small(4);
+  uint64_t available = 0;
+  options.available = [&] { return available; };
+  PinnedPool pool(options);
+  auto none = pool.acquire({});
+  ASSERT_FALSE(none);
+  EXPECT_EQ(none.error().code(), ENOMEM);
+  EXPECT_NE(none.error().message().find("two are needed"), std::string::npos);
+  available = 4 * kMiB;  // one
+  auto one = pool.acquire({});
+  ASSERT_TRUE(one);
+  available = 0;
+  EXPECT_FALSE(pool.acquire({}));
+  available = 1000 * kMiB;
+  EXPECT_TRUE(pool.acquire({})) << "there is memory again";
+}
+
+TEST(PinnedPool, AbandonedBuffersDoNotComeBack) {
+  PinnedPool pool(small(2));
+  auto a = pool.acquire({}), b = pool.acquire({});
+  a->abandon();
+  EXPECT_EQ(pool.statistics().lost, 1u);
+  EXPECT_EQ(pool.statistics().in_use, 1u);
+  EXPECT_FALSE(pool.try_acquire());
+  b->abandon();
+  auto none = pool.acquire({});
+  ASSERT_FALSE(none) << "would wait for ever";
+  EXPECT_NE(none.error().message().find("lost"), std::string::npos);
+}
+
+// More threads than buffers; each buffer has one owner at a time.
+TEST(PinnedPool, ManyThreads) {
+  PinnedPool pool(small(5));
+  constexpr int kThreads = 8, kTurns = 300;
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 1; t <= kThreads; t++) {
+    threads.emplace_back([&pool, &wrong, t] {
+      for (int i = 0; i < kTurns; i++) {
+        auto buffer = pool.acquire({});
+        if (!buffer) {
+          wrong++;
+          continue;
+        }
+        buffer->data()[0] = static_cast<uint8_t>(t);
+        std::this_thread::yield();
+        wrong += buffer->data()[0] != t;
+        // Some of them go back from another thread.
+        if (i % 32 == 0) std::thread([b = std::move(*buffer)]() mutable { b.reset(); }).join();
+      }
+    });
+  }
+  for (auto& t : threads) t.join();
+  EXPECT_EQ(wrong, 0);
+  EXPECT_EQ(pool.statistics().in_use, 0u);
+  EXPECT_EQ(pool.statistics().buffers, 5u);
+}
+
+}  // namespace
+}  // namespace phos

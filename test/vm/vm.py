@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A QEMU guest with Debian's stock kernel, for what the machine's own kernel may lack: tracking of
+written pages (criu pre-dump), fentry, modules. The guest's root is this machine's, over 9p, so it
+runs what was built here; /run and /tmp are its own.
+
+    python3 test/vm/vm.py [--build B] [--timeout S] COMMAND...    (as root)
+
+runs COMMAND in a shell in the guest, in the current directory, and exits with its exit code.
+"""
+
+import argparse
+import glob
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+# What a root on 9p needs, and criu's feature check beyond it.
+BOOT_MODULES = ('virtio_pci', '9pnet_virtio', '9p')
+CRIU_MODULES = ('unix_diag', 'inet_diag', 'tcp_diag', 'udp_diag', 'raw_diag', 'netlink_diag',
+                'af_packet_diag', 'nf_tables', 'tun', 'veth')
+DONE = 'phos-vm: exit '
+
+INIT = '''#!/bin/sh
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+for m in {boot}; do modprobe $m || echo "vm: no module $m"; done
+mkdir -p /new
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=1048576,cache=loose host /new || sleep 5
+mount -t tmpfs tmpfs /new/run
+mount -t tmpfs tmpfs /new/tmp
+for m in {criu}; do modprobe $m 2>/dev/null; done
+ip link set lo up
+mount -t proc proc /new/proc
+mount -t sysfs sys /new/sys
+mount -t devtmpfs dev /new/dev
+mkdir -p /new/dev/pts /new/dev/shm
+mount -t devpts devpts /new/dev/pts
+mount -t tmpfs shm /new/dev/shm
+mount -t cgroup2 cgroup /new/sys/fs/cgroup 2>/dev/null
+cp /command /new/run/command
+exec switch_root /new /bin/bash /run/command
+'''
+
+COMMAND = '''export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+cd {directory}
+( {command} ) </dev/null
+echo "{done}$?"
+sync
+echo o >/proc/sysrq-trigger
+sleep 10
+'''
+
+
+class Missing(Exception):
+    """What the guest needs and cannot be had."""
+
+
+def run(*command, **kwargs):
+    return subprocess.run(command, check=True, **kwargs)
+
+
+def kernel(directory):
+    """The unpacked package of Debian's kernel: (vmlinuz, module directory)."""
+    found = glob.glob(f'{directory}/root/boot/vmlinuz-*')
+    if not found:
+        os.makedirs(directory, exist_ok=True)
+        depends = subprocess.run(['apt-cache', 'depends', 'linux-image-amd64'], text=True,
+                                 capture_output=True).stdout
+        names = [line.split()[1] for line in depends.splitlines()
+                 if 'Depends: linux-image-' in line]
+        if not names:
+            raise Missing("no package linux-image-amd64 (needs Debian's package lists)")
+        if subprocess.run(['apt-get', 'download', names[0]], cwd=directory,
+                          capture_output=True).returncode:
+            raise Missing(f'cannot download the package {names[0]}')
+        run('dpkg-deb', '-x', glob.glob(f'{directory}/{names[0]}_*.deb')[0], f'{directory}/root')
+        found = glob.glob(f'{directory}/root/boot/vmlinuz-*')
+    release = os.path.basename(found[0]).removeprefix('vmlinuz-')
+    modules = f'{directory}/root/lib/modules/{release}'
+    if not os.path.exists(f'{modules}/modules.dep'):
+        run('depmod', '-b', f'{directory}/root', release)
+    return found[0], modules, release
+
+
+def module_files(modules, names):
+    """The modules and all that they need, by the kernel's own dependency list."""
+    needs = {}
+    with open(f'{modules}/modules.dep') as f:
+        for line in f:
+            file, _, others = line.partition(':')
+            name = os.path.basename(file).split('.')[0].replace('-', '_')
+            needs[name] = [file] + others.split()
+    files = set()
+    for name in names:
+        files.update(needs.get(name.replace('-', '_'), []))
+    return files
+
+
+def initramfs(directory, modules, release, command):
+    tree = f'{directory}/initramfs'
+    shutil.rmtree(tree, ignore_errors=True)
+    for d in ('bin', 'proc', 'sys', 'dev', f'lib/modules/{release}'):
+        os.makedirs(f'{tree}/{d}')
+    busybox = next((p for p in ('/bin/busybox', '/usr/bin/busybox') if os.path.exists(p)), None)
+    if not busybox:
+        raise Missing('no busybox (package busybox-static)')
+    shutil.copy(busybox, f'{tree}/bin/busybox')
+    for applet in ('sh', 'mount', 'mkdir', 'modprobe', 'switch_root', 'sleep', 'cp', 'ip', 'echo'):
+        os.symlink('busybox', f'{tree}/bin/{applet}')
+    for file in module_files(modules, BOOT_MODULES + CRIU_MODULES):
+        os.makedirs(os.path.dirname(f'{tree}/lib/modules/{release}/{file}'), exist_ok=True)
+        shutil.copy(f'{modules}/{file}', f'{tree}/lib/modules/{release}/{file}')
+    run('depmod', '-b', tree, release, stderr=subprocess.DEVNULL)
+    with open(f'{tree}/init', 'w') as f:
+        f.write(INIT.format(boot=' '.join(BOOT_MODULES), criu=' '.join(CRIU_MODULES)))
+    os.chmod(f'{tree}/init', 0o755)
+    with open(f'{tree}/command', 'w') as f:
+        f.write(COMMAND.format(directory=shlex.quote(os.getcwd()), command=command, done=DONE))
+    image = f'{directory}/initramfs.cpio'
+    with open(image, 'wb') as out:
+        names = subprocess.run(['find', '.', '-print0'], cwd=tree, capture_output=True).stdout
+        run('cpio', '--null', '-o', '-H', 'newc', '--quiet', cwd=tree, input=names, stdout=out)
+    return image
+
+
+def run_in_guest(command, build, timeout, out=sys.stdout):
+    """Exit code of `command`; raises Missing or subprocess.TimeoutExpired."""
+    for program in ('qemu-system-x86_64', 'cpio', 'depmod'):
+        if not shutil.which(program):
+            raise Missing(f'{program} is not installed')
+    directory = os.path.abspath(f'{build}/vm')
+    vmlinuz, modules, release = kernel(directory)
+    image = initramfs(directory, modules, release, command)
+    qemu = subprocess.Popen(
+        ['qemu-system-x86_64', '-accel', 'tcg,thread=multi', '-cpu', 'max', '-m', '4G', '-smp', '2',
+         '-nographic', '-no-reboot', '-nic', 'none', '-kernel', vmlinuz, '-initrd', image,
+         '-append', 'console=ttyS0 quiet panic=-1 oops=panic',
+         '-virtfs', 'local,path=/,mount_tag=host,security_model=none,multidevs=remap'],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors='replace')
+    import threading
+    timer = threading.Timer(timeout, qemu.kill)
+    timer.start()
+    code = None
+    try:
+        for line in qemu.stdout:
+            at = line.find(DONE)
+            if at >= 0:
+                code = int(line[at + len(DONE):].split()[0])
+            else:
+                out.write(line)
+        qemu.wait()
+    finally:
+        timer.cancel()
+        if qemu.poll() is None:
+            qemu.kill()
+            qemu.wait()
+    if code is None:
+        raise subprocess.TimeoutExpired(command, timeout)
+    return code
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--build', default='build')
+    parser.add_argument('--timeout', type=float, default=240)
+    parser.add_argument('command', nargs='+')
+    args = parser.parse_args()
+    try:
+        return run_in_guest(' '.join(args.command), args.build, args.timeout)
+    except Missing as e:
+        print(f'vm: {e}', file=sys.stderr)
+        return 77
+    except subprocess.TimeoutExpired:
+        print(f'vm: no end within {args.timeout:.0f} s, or the guest stopped', file=sys.stderr)
+        return 124
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A workload for the benchmarks: works until it is killed and prints how far it is.
+
+    python3 app.py llama13b|train|storm|idle [GiB]
+
+Every 50 ms a line `rate SECONDS UNITS`: CLOCK_MONOTONIC and how many units of work (tokens, steps,
+launches) are done and finished on the GPU.
+  llama13b  transformers LlamaForCausalLM, Llama-2-13B configuration, bf16, random weights, generating
+  train     a training loop of a 4-layer MLP, AdamW
+  storm     tiny kernels, launched as fast as Python can
+  idle      does nothing
+GiB: further memory, filled with random bytes and not written any more.
+"""
+import sys
+import time
+
+import torch
+
+
+class Meter:
+    def __init__(self):
+        self.units = 0
+        self.last = 0.0
+
+    def count(self, units=1):
+        self.units += units
+        now = time.monotonic()
+        if now - self.last >= 0.05:
+            print(f'rate {now:.6f} {self.units}', flush=True)
+            self.last = now
+
+
+def llama13b(meter):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(hidden_size=5120, intermediate_size=13824, num_attention_heads=40,
+                         num_hidden_layers=40, vocab_size=32000)
+    with torch.device('cuda'):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        while True:
+            step_input, cache = torch.arange(1, 9, device='cuda')[None], None
+            for _ in range(512):
+                out = model(step_input, past_key_values=cache, use_cache=True)
+                cache, step_input = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                step_input.item()
+                meter.count()
+
+
+def train(meter):
+    width = 4096
+    layers = [torch.nn.Linear(width, width) for _ in range(4)]
+    model = torch.nn.Sequential(*[m for layer in layers for m in (layer, torch.nn.GELU())]).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    x = torch.randn(1024, width, device='cuda')
+    while True:
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        meter.count()
+
+
+def storm(meter):
+    x = torch.zeros(1024, device='cuda')
+    while True:
+        for _ in range(1000):
+            x.add_(1)
+        torch.cuda.synchronize()
+        meter.count(1000)
+
+
+def idle(meter):
+    while True:
+        time.sleep(0.05)
+        meter.count()
+
+
+def main():
+    torch.manual_seed(1)
+    extra = []
+    if len(sys.argv) > 2:
+        for _ in range(int(float(sys.argv[2]) * 4)):
+            extra.append(torch.randint(0, 1 << 62, (1 << 25,), device='cuda'))  # 256 MiB each
+    torch.zeros(1, device='cuda').item()
+    work = {'llama13b': llama13b, 'train': train, 'storm': storm, 'idle': idle}[sys.argv[1]]
+    work(Meter())
+
+
+if __name__ == '__main__':
+    main()
