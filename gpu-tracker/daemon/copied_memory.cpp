@@ -2,6 +2,7 @@
 #include "gpu-tracker/daemon/copied_memory.h"
 
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -9,6 +10,8 @@
 #include <stop_token>
 #include <thread>
 #include <utility>
+
+#include "gpu-tracker/daemon/messages.h"
 
 namespace phos {
 namespace {
@@ -233,7 +236,9 @@ Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown) {
     }
     return writers.write(std::move(copied.buffer), std::move(runs));
   };
+  const auto start = std::chrono::steady_clock::now();
   auto copied = gpu_->engine->copy(refs, sink, pace);
+  done.copy_us = static_cast<uint64_t>(since(start).count());
   auto written = writers.finish();
   // A write that failed is why the copy ended.
   if (!written) return written.error();

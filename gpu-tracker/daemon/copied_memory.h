@@ -35,6 +35,7 @@ struct CopiedBytes {
   uint64_t checked_bytes = 0;  // hashed in place
   uint64_t dirty_pages = 0;    // saved anew
   uint64_t bytes = 0;          // of those
+  uint64_t copy_us = 0;        // until the last of them was in host memory; writing goes on then
 };
 
 // Not thread-safe.

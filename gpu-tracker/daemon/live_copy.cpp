@@ -202,6 +202,7 @@ Result<RoundReport> LiveCopy::copy_round(double max_slowdown) {
     report.round.dirty_pages += done->dirty_pages;
     report.round.bytes += done->bytes;
     report.checked_bytes += done->checked_bytes;
+    report.copy_us = std::max(report.copy_us, done->copy_us);  // GPUs work side by side
   }
   if (failed) return failed->wrap("copying GPU memory of " + process(target_.pid));
   report.round.us = static_cast<uint64_t>(since(start).count());

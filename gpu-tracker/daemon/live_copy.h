@@ -41,6 +41,7 @@ struct LiveCopyImages {
 
 struct RoundReport {
   DumpRound round;
+  uint64_t copy_us = 0;        // of round.us, until all was in host memory
   uint64_t checked_bytes = 0;  // hashed in place
   uint64_t total_bytes = 0;    // that phos copies of this process
 };

@@ -136,6 +136,7 @@ Result<void> send_reply(int socket, const ReplyData& data) {
     rounds[i].copied_bytes = report.round.bytes;
     rounds[i].total_bytes = report.total_bytes;
     rounds[i].microseconds = report.round.us;
+    rounds[i].copy_microseconds = report.copy_us;
     round_pointers.push_back(&rounds[i]);
   }
   reply.n_rounds = rounds.size();

@@ -63,10 +63,12 @@ bool kernel_tracks_writes() {
 }
 
 void print_round(const PreDumpRound& r) {
-  const double seconds = static_cast<double>(r.microseconds) / 1e6;
-  fprintf(stderr, "process %d, round %u: copied %s of %s in %.3f s (%.1f GB/s)\n", r.pid, r.number,
-          format_bytes(r.copied_bytes).c_str(), format_bytes(r.total_bytes).c_str(), seconds,
-          seconds > 0 ? static_cast<double>(r.copied_bytes) / 1e9 / seconds : 0);
+  const double copy = static_cast<double>(r.copy_microseconds) / 1e6;
+  fprintf(
+      stderr, "process %d, round %u: copied %s of %s in %.3f s (%.1f GB/s), written after %.3f s\n",
+      r.pid, r.number, format_bytes(r.copied_bytes).c_str(), format_bytes(r.total_bytes).c_str(),
+      copy, copy > 0 ? static_cast<double>(r.copied_bytes) / 1e9 / copy : 0,
+      static_cast<double>(r.microseconds) / 1e6);
 }
 
 void print_json(int pid, const std::string& directory, bool cpu, double seconds, uint64_t bytes,

@@ -23,7 +23,8 @@ struct PreDumpRound {
   int pid = 0;
   unsigned number = 0;
   uint64_t checked_bytes = 0, copied_bytes = 0, total_bytes = 0;
-  uint64_t microseconds = 0;
+  uint64_t microseconds = 0;       // looking, copying, writing
+  uint64_t copy_microseconds = 0;  // of those, until all was in host memory
 };
 
 struct PreDumpResult {
