@@ -82,7 +82,10 @@ void print_json(int pid, const std::string& directory, bool cpu, double seconds,
     for (const PreDumpRound& r : gpu.rounds) {
       w.begin_object().member("pid", r.pid).member("number", r.number);
       w.member("checked_bytes", r.checked_bytes).member("copied_bytes", r.copied_bytes);
-      w.member("total_bytes", r.total_bytes).member("microseconds", r.microseconds).end_object();
+      w.member("total_bytes", r.total_bytes)
+          .member("microseconds", r.microseconds)
+          .member("copy_microseconds", r.copy_microseconds)
+          .end_object();
     }
     w.end_array();
   }
