@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A workload for the benchmarks: works until it is killed and prints how far it is.
 
-    python3 app.py llama13b|train|storm|idle [GiB]
+    python3 app.py llama|train|storm|idle [N]
 
 Every 50 ms a line `rate SECONDS UNITS`: CLOCK_MONOTONIC and how many units of work (tokens, steps,
 launches) are done and finished on the GPU.
-  llama13b  transformers LlamaForCausalLM, Llama-2-13B configuration, bf16, random weights, generating
-  train     a training loop of a 4-layer MLP, AdamW
-  storm     tiny kernels, launched as fast as Python can
-  idle      does nothing
-GiB: further memory, filled with random bytes and not written any more.
+  llama  transformers LlamaForCausalLM as wide as Llama-2-13B, N layers (40: all of it, 26 GB), bf16,
+         random weights, generating
+  train  a training loop of a 4-layer MLP, AdamW
+  storm  tiny kernels, launched as fast as Python can
+  idle   does nothing
+N of the others: GiB of further memory, filled with random bytes and not written any more.
 """
 import sys
 import time
@@ -30,10 +31,10 @@ class Meter:
             self.last = now
 
 
-def llama13b(meter):
+def llama(meter):
     from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(hidden_size=5120, intermediate_size=13824, num_attention_heads=40,
-                         num_hidden_layers=40, vocab_size=32000)
+                         num_hidden_layers=int(sys.argv[2]), vocab_size=32000)
     with torch.device('cuda'):
         torch.set_default_dtype(torch.bfloat16)
         model = LlamaForCausalLM(config).eval()
@@ -80,11 +81,11 @@ def idle(meter):
 def main():
     torch.manual_seed(1)
     extra = []
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 2 and sys.argv[1] != 'llama':
         for _ in range(int(float(sys.argv[2]) * 4)):
             extra.append(torch.randint(0, 1 << 62, (1 << 25,), device='cuda'))  # 256 MiB each
     torch.zeros(1, device='cuda').item()
-    work = {'llama13b': llama13b, 'train': train, 'storm': storm, 'idle': idle}[sys.argv[1]]
+    work = {'llama': llama, 'train': train, 'storm': storm, 'idle': idle}[sys.argv[1]]
     work(Meter())
 
 

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""The live copy: how fast it is against plain DMA, and how much it slows the application down.
+
+Starts a workload (app.py) and pre-dumps it again and again. Needs a real GPU, root, PyTorch and, for
+llama, transformers; phosd gets a pool that holds the whole process.
+
+  speed     round 1 of `phos pre-dump --gpu-only` (every page, no parent), until all is in host
+            memory, taking turns with plain cuMemcpyDtoHAsync (copy_bench)
+  slowdown  units of work a second while pre-dumps run one after the other, against windows of the
+            same length without, taking turns
+"""
+import argparse
+import bisect
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+REPO = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def summary(values):
+    return f'{statistics.median(values):9.3f} ({min(values):.3f} - {max(values):.3f})'
+
+
+class Workload:
+    def __init__(self, directory, name, *args):
+        self.rates = os.path.join(directory, f'{name}.rate')
+        with open(self.rates, 'w') as out:
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.join(HERE, 'app.py'), name, *args], stdout=out,
+                stdin=subprocess.DEVNULL, start_new_session=True)
+        while sum(1 for _ in open(self.rates)) < 20:
+            if self.process.poll() is not None:
+                sys.exit(f'live_copy: {name} ended with {self.process.returncode}')
+            time.sleep(0.1)
+        time.sleep(1)
+
+    def points(self):
+        with open(self.rates) as f:
+            return [tuple(map(float, line.split()[1:])) for line in f.read().split('\n')[:-1]]
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def units_until(points, when):
+    times = [t for t, _ in points]
+    i = bisect.bisect(times, when)
+    if i == 0 or i == len(points):
+        return None
+    (t0, u0), (t1, u1) = points[i - 1], points[i]
+    return u0 + (u1 - u0) * (when - t0) / (t1 - t0)
+
+
+def rate(points, window):
+    begin, end = window
+    first, last = units_until(points, begin), units_until(points, end)
+    return (last - first) / (end - begin)
+
+
+class Bench:
+    def __init__(self, options, directory):
+        self.options = options
+        self.directory = directory
+        run = os.path.join(directory, 'run')
+        os.mkdir(run, 0o700)
+        with open(os.path.join(run, 'phosd.conf'), 'w') as f:
+            f.write(f'pool_size = {options.pool}\n')
+            if options.max_slowdown is not None:
+                f.write(f'max_slowdown = {options.max_slowdown}\n')
+        self.env = dict(os.environ, PHOS_RUN_DIR=run)
+        self.phos = os.path.join(options.build, 'bin', 'phos')
+        self.copy_bench = os.path.join(options.build, 'test', 'copy_bench')
+
+    def pre_dump(self, pid, *args):
+        images = os.path.join(self.directory, 'images')
+        shutil.rmtree(images, ignore_errors=True)
+        result = subprocess.run([self.phos, 'pre-dump', '--gpu-only', '-t', str(pid), '-D', images,
+                                 '--json', *args], env=self.env, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f'live_copy: phos pre-dump failed: {result.stderr}')
+        return json.loads(result.stdout)
+
+    def dma(self):
+        out = subprocess.run([self.copy_bench, '--mib', '4096', '--rounds', '3', '--no-load'],
+                             capture_output=True, text=True, check=True).stdout
+        return json.loads(out)['alone_gb_per_s']['dma']['median']
+
+    def stop_daemon(self):
+        subprocess.run([self.phos, 'daemon', 'stop'], env=self.env, capture_output=True)
+
+
+def speed(bench, runs):
+    work = Workload(bench.directory, 'idle', str(bench.options.gib))
+    ratios, speeds = [], []
+    for i in range(runs + 1):
+        first = bench.pre_dump(work.process.pid, '--max-rounds', '1')['rounds'][0]
+        copy = first['copied_bytes'] / first['copy_microseconds'] / 1e3
+        dma = bench.dma()
+        print(f'  copied {first["copied_bytes"] / 1e9:.1f} GB at {copy:.1f} GB/s, DMA {dma:.1f} GB/s, '
+              f'written after {first["microseconds"] / 1e6:.1f} s', flush=True)
+        if i:  # the first one makes the pool
+            speeds.append(copy)
+            ratios.append(copy / dma)
+    work.stop()
+    print(f'speed      {bench.options.gib} GiB: GB/s {summary(speeds)}, of DMA {summary(ratios)}',
+          flush=True)
+
+
+def slowdown(bench, name, args, runs):
+    work = Workload(bench.directory, name, *args)
+    pid = work.process.pid
+    bench.pre_dump(pid)
+    pairs = []
+    for _ in range(runs):
+        begin = time.monotonic()
+        copied = 0
+        while time.monotonic() < begin + bench.options.window:
+            copied += sum(r['copied_bytes'] for r in bench.pre_dump(pid)['rounds'])
+        middle = time.monotonic()
+        time.sleep(middle - begin)
+        pairs.append(((begin, middle), (middle, time.monotonic()), copied))
+    time.sleep(0.3)
+    points = work.points()
+    work.stop()
+    loss = [100 * (1 - rate(points, busy) / rate(points, idle)) for busy, idle, _ in pairs]
+    volume = statistics.median(c / (busy[1] - busy[0]) / 1e9 for busy, _, c in pairs)
+    print(f'slowdown   {name} {" ".join(args)}: percent {summary(loss)}, copying {volume:.1f} GB/s on '
+          f'average, windows of {statistics.median(b[1] - b[0] for b, _, _ in pairs):.1f} s',
+          flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--build', default=os.path.join(REPO, 'build'))
+    parser.add_argument('--directory', default='/dev/shm', help='where images go (%(default)s)')
+    parser.add_argument('--gib', type=int, default=26, help='of the speed test (%(default)s)')
+    parser.add_argument('--pool', default='40G', help='phosd\'s pool (%(default)s)')
+    parser.add_argument('--max-slowdown', type=float, help='phosd\'s, percent')
+    parser.add_argument('--runs', type=int, default=5)
+    parser.add_argument('--window', type=float, default=2.0, help='seconds, at least (%(default)s)')
+    parser.add_argument('--only', nargs='+', default=['speed', 'llama', 'train', 'storm'])
+    options = parser.parse_args()
+    directory = tempfile.mkdtemp(prefix='phos-bench-', dir=options.directory)
+    bench = Bench(options, directory)
+    try:
+        if 'speed' in options.only:
+            speed(bench, options.runs)
+        for name, args in (('llama', ['13']), ('train', []), ('storm', ['4'])):
+            if name in options.only:
+                slowdown(bench, name, args, options.runs)
+    finally:
+        bench.stop_daemon()
+        shutil.rmtree(directory)
+
+
+if __name__ == '__main__':
+    main()
