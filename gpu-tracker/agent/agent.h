@@ -13,11 +13,9 @@
 
 /* cuda.h: CUresult */
 #define CU_SUCCESS 0
-#define CU_INVALID_VALUE 1
 
 /* The functions of libcuda that the agent calls. Types are cuda.h's by size and meaning. */
 struct driver {
-  int (*pointer_get_attribute)(void* data, int attribute, uint64_t pointer);
   int (*pointer_get_attributes)(unsigned count, int* attributes, void** data, uint64_t pointer);
   int (*device_get)(int* device, int ordinal);
   int (*device_get_uuid)(void* uuid, int device);

@@ -6,9 +6,14 @@
 
 /* The order is that of struct driver. */
 static const char* const kNames[] = {
-    "cuPointerGetAttribute", "cuPointerGetAttributes",      "cuDeviceGet",
-    "cuDeviceGetUuid_v2",    "cuCtxPushCurrent_v2",         "cuCtxPopCurrent_v2",
-    "cuIpcGetMemHandle",     "cuMemRetainAllocationHandle", "cuMemExportToShareableHandle",
+    "cuPointerGetAttributes",
+    "cuDeviceGet",
+    "cuDeviceGetUuid_v2",
+    "cuCtxPushCurrent_v2",
+    "cuCtxPopCurrent_v2",
+    "cuIpcGetMemHandle",
+    "cuMemRetainAllocationHandle",
+    "cuMemExportToShareableHandle",
     "cuMemRelease",
 };
 _Static_assert(sizeof kNames == sizeof(struct driver), "one name a function");

@@ -134,11 +134,17 @@ static int scan_range(struct scan* s, struct phos_address_range range) {
       s->mailbox->next_address = at;
       return PHOS_RESULT_OK;
     }
+    /*
+     * Most probes meet nothing, so this is the cheapest question there is: a fifth of the time that
+     * cuPointerGetAttribute takes to fail (100 ns on an H200). Where there is nothing it succeeds
+     * and the type is 0.
+     */
     uint64_t type = 0;
+    int attribute = MEMORY_TYPE_ATTRIBUTE;
+    void* data = &type;
     s->calls++;
-    /* One attribute, the cheapest question there is: most probes meet nothing. */
-    int result = s->driver->pointer_get_attribute(&type, MEMORY_TYPE_ATTRIBUTE, at);
-    if (result == CU_INVALID_VALUE) {
+    int result = s->driver->pointer_get_attributes(1, &attribute, &data, at);
+    if (!result && !type) {
       at += STEP;
       continue;
     }

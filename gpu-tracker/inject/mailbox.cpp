@@ -86,6 +86,8 @@ Result<std::optional<Mailbox>> Mailbox::find(int pid) {
   for (const ProcMapping& m : *maps) {
     if (!is_mailbox(m)) continue;
     auto file = open_mapping(pid, m);
+    // Unmapped since: a phosd that died had begun to unload the agent.
+    if (!file && file.error().code() == ENOENT) continue;
     if (!file) return file.error();
     if (auto r = check_file(pid, file->get()); !r) return r.error();
     if (flock(file->get(), LOCK_EX | LOCK_NB) < 0) {

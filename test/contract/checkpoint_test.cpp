@@ -167,6 +167,18 @@ TEST_F(Checkpoint, LockedProcessBlocksInCudaAndRunsOutsideOfIt) {
   EXPECT_EQ(worker.reply(10000).value_or("").substr(0, 3), "ok ");
 }
 
+// So that memory can be listed as it is at the lock.
+TEST_F(Checkpoint, LockedProcessCanBeAskedAboutItsMemory) {
+  Worker worker;
+  const std::string p = value_of(worker.ask("alloc 4194304"));
+  const std::string before = worker.ask("attributes " + p);
+  EXPECT_EQ(before.substr(0, 11), "ok 4194304 ");
+  ASSERT_EQ(lock(worker.pid()), CUDA_SUCCESS);
+  worker.send("attributes " + p);
+  EXPECT_EQ(worker.reply(kSoonMs), before);
+  ASSERT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
+}
+
 TEST_F(Checkpoint, CallBlockedByTheLockFinishesAfterRestore) {
   Worker worker;
   std::string p = value_of(worker.ask("alloc 4194304"));

@@ -88,6 +88,20 @@ CUresult ping(State&, std::istream&, std::ostream&) {
   return CUDA_SUCCESS;
 }
 
+// attributes ADDRESS: replies the size of the mapping and the device's first UUID byte
+CUresult attributes(State&, std::istream& in, std::ostream& out) {
+  size_t size = 0;
+  void* data[] = {&size};
+  CUpointer_attribute names[] = {CU_POINTER_ATTRIBUTE_MAPPING_SIZE};
+  CUuuid uuid = {};
+  CUdevice device = 0;
+  CUresult r = cuPointerGetAttributes(1, names, data, read_address(in));
+  if (!r) r = cuDeviceGet(&device, 0);
+  if (!r) r = cuDeviceGetUuid_v2(&uuid, device);
+  out << size << " " << static_cast<int>(static_cast<unsigned char>(uuid.bytes[0]));
+  return r;
+}
+
 CUresult managed(State&, std::istream& in, std::ostream& out) {
   size_t bytes = 0;
   in >> bytes;
@@ -322,6 +336,7 @@ constexpr struct {
     {"check", check},
     {"spin", spin},
     {"sync", sync},
+    {"attributes", attributes},
     {"ping", ping},
     {"managed", managed},
     {"pin", pin},

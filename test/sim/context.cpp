@@ -135,7 +135,7 @@ CUresult cuDriverGetVersion(int* version) {
 }
 
 CUresult cuDeviceGet(CUdevice* device, int ordinal) {
-  PHOS_SIM_API(kInit);
+  PHOS_SIM_API(kInitOnly);
   if (!device) return CUDA_ERROR_INVALID_VALUE;
   if (!device_exists(ordinal)) return CUDA_ERROR_INVALID_DEVICE;
   *device = ordinal;
@@ -158,7 +158,7 @@ CUresult cuDeviceGetName(char* name, int size, CUdevice device) {
 }
 
 CUresult cuDeviceGetUuid(CUuuid* uuid, CUdevice device) {
-  PHOS_SIM_API(kInit);
+  PHOS_SIM_API(kInitOnly);
   if (!uuid) return CUDA_ERROR_INVALID_VALUE;
   if (!device_exists(device)) return CUDA_ERROR_INVALID_DEVICE;
   *uuid = process().machine.gpus[device].uuid;

@@ -192,7 +192,7 @@ using namespace phos_sim;
 
 // One attribute of `p`. One that the memory does not have is an error and zeroed all the same.
 CUresult cuPointerGetAttribute(void* data, CUpointer_attribute name, CUdeviceptr p) {
-  PHOS_SIM_API(kInit);
+  PHOS_SIM_API(kInitOnly);
   if (!data) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard<std::mutex> hold(memory().mutex);
   Range* r = find_range(p);
@@ -213,7 +213,7 @@ CUresult cuPointerGetAttribute(void* data, CUpointer_attribute name, CUdeviceptr
 // was measured to write: the range not at all, unless the address is reserved.
 CUresult cuPointerGetAttributes(unsigned int count, CUpointer_attribute* names, void** data,
                                 CUdeviceptr p) {
-  PHOS_SIM_API(kInit);
+  PHOS_SIM_API(kInitOnly);
   if (!names || !data || !count) return CUDA_ERROR_INVALID_VALUE;
   for (unsigned i = 0; i < count; i++) {
     if (!data[i] || !find_attribute(names[i])) return CUDA_ERROR_INVALID_VALUE;

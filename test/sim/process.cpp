@@ -128,8 +128,10 @@ ApiCall::ApiCall(const char* function, Needs needs) {
     status_ = CUDA_ERROR_NOT_INITIALIZED;
     return;
   }
-  gate_enter();
-  inside_ = true;
+  if (needs != Needs::kInitOnly) {
+    gate_enter();
+    inside_ = true;
+  }
   status_ = act_out_fault(function);
   if (status_ == CUDA_SUCCESS && needs == Needs::kContext) {
     status_ = current_context() ? engine_error() : CUDA_ERROR_INVALID_CONTEXT;

@@ -65,7 +65,8 @@ void open_device_files();
 void close_device_files();
 
 // A call into the driver: waits while the process is locked, counts as "in progress" until it ends.
-enum class Needs { kNothing, kInit, kContext };
+// kInitOnly: answers in a locked process too, as driver 580 was seen to do.
+enum class Needs { kNothing, kInit, kInitOnly, kContext };
 class ApiCall {
  public:
   ApiCall(const char* function, Needs needs);
