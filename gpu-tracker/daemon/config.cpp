@@ -66,6 +66,14 @@ Result<LogLevel> parse_level(const std::string& text) {
   return usage("must be error, warning, info or debug");
 }
 
+Result<TrackerChoice> parse_tracker(const std::string& text) {
+  if (text == "auto") return TrackerChoice::kAuto;
+  if (text == "activity") return TrackerChoice::kActivity;
+  if (text == "content") return TrackerChoice::kContent;
+  if (text == "verify") return TrackerChoice::kVerify;
+  return usage("must be auto, activity, content or verify");
+}
+
 template <typename T>
 Result<void> assign(Result<T> parsed, T* to) {
   if (!parsed) return parsed.error();
@@ -113,6 +121,10 @@ constexpr Setting kSettings[] = {
     {"max-slowdown", "percent that copying may slow a running process down by (default: 5)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_percentage(text), &config->max_slowdown);
+     }},
+    {"tracker", "how memory is followed: auto, activity, content or verify (default: auto)",
+     [](const std::string& text, DaemonConfig* config) {
+       return assign(parse_tracker(text), &config->tracker);
      }},
     {"log-level", "error, warning, info or debug (default: info)",
      [](const std::string& text, DaemonConfig* config) {

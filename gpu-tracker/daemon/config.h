@@ -9,6 +9,7 @@
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/daemon/tracker_choice.h"
 
 namespace phos {
 
@@ -19,6 +20,7 @@ struct DaemonConfig {
   std::chrono::seconds idle_timeout{300};  // 0: stays for ever
   unsigned max_sessions = 32;
   double max_slowdown = 5;  // percent of its speed that copying may cost a running process
+  TrackerChoice tracker = TrackerChoice::kAuto;
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 

@@ -194,6 +194,7 @@ ReplyData Connection::handle_in_session(const Phos__Wire__Request& request) {
 Result<void> Connection::copy(const Phos__Wire__Copy& request) {
   CopyLimits limits;
   limits.max_slowdown = node_.config().max_slowdown / 100;
+  limits.tracker = node_.config().tracker;
   if (request.has_max_rounds) limits.max_rounds = request.max_rounds;
   if (request.has_budget_ms) limits.budget = std::chrono::milliseconds(request.budget_ms);
   if (request.has_max_slowdown) limits.max_slowdown = request.max_slowdown;

@@ -163,6 +163,17 @@ Result<void> CopiedMemory::remove(uint64_t address) {
   return r;
 }
 
+Result<void> CopiedMemory::remove_overlapping(const AddressRange& range) {
+  std::vector<uint64_t> gone;
+  for (const auto& [address, a] : allocations_) {
+    if (address < range.end && range.begin < address + a.seen.size) gone.push_back(address);
+  }
+  for (uint64_t address : gone) {
+    if (auto r = remove(address); !r) return r;
+  }
+  return {};
+}
+
 uint32_t CopiedMemory::take_slot() {
   if (free_slots_.empty()) return next_slot_++;
   const uint32_t slot = free_slots_.back();

@@ -54,6 +54,8 @@ class CopiedMemory {
   CopiedAllocation* find(uint64_t address);
   // The process has freed it.
   Result<void> remove(uint64_t address);
+  // All that lies in these addresses of the process, at least in part.
+  Result<void> remove_overlapping(const AddressRange& range);
   const std::map<uint64_t, CopiedAllocation>& all() const { return allocations_; }
 
   // Hashes all that is saved, copies what differs and what is not saved, and waits until that is

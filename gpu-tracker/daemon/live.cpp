@@ -58,7 +58,7 @@ std::optional<PreviousPages> Session::open_previous(int vpid) const {
   return std::nullopt;
 }
 
-Result<void> Session::start_copy(int pid, Held* held) {
+Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
   auto status = read_proc_status(pid);
   if (!status) return status.error();
   LiveCopyImages images;
@@ -67,7 +67,8 @@ Result<void> Session::start_copy(int pid, Held* held) {
   for (const GpuInfo& gpu : gpus_) images.gpus.push_back(gpu.uuid);
   images.previous = open_previous(status->vpid);
   const auto start = steady_clock::now();
-  auto copy = LiveCopy::start({pid, status->vpid, held->restore_tid}, std::move(images), *engines_);
+  auto copy = LiveCopy::start({pid, status->vpid, held->restore_tid, tracker}, std::move(images),
+                              *engines_);
   if (!copy) return copy.error();
   held->scan_time = since(start);
   held->copy = std::move(*copy);
@@ -104,7 +105,7 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
   std::map<int, Error> failures;
   for (auto& [pid, held] : held_) {
     if (held.found != CudaState::kRunning || held.locked || held.copy) continue;
-    if (auto r = start_copy(pid, &held); !r) {
+    if (auto r = start_copy(pid, &held, limits.tracker); !r) {
       failures.emplace(pid, r.error());
       continue;
     }
@@ -120,9 +121,11 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
   }
   for (auto& [pid, error] : failures) {
     auto it = held_.find(pid);
+    auto stopped = it->second.copy ? it->second.copy->stop_watching() : Result<void>();
     it->second.copy.reset();
     if (has_ended(pid, it->second.restore_tid, it->second.start_time)) continue;
     if (error.code() == ECANCELED) return error;
+    if (!stopped) return refuse(pid, stopped.error().message());
     // A dump goes on without: the driver saves all of it, slowly.
     if (pre_dump) return error.wrap("cannot pre-dump GPU memory of " + process(pid));
     log(LogLevel::kWarn, "daemon", "%s: its GPU memory is not copied ahead: %s",
@@ -132,8 +135,8 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
 }
 
 // The process is locked: nothing changes any more.
-void Session::complete_copy(int pid, Held* held) {
-  if (!held->copy) return;
+Result<void> Session::complete_copy(int pid, Held* held) {
+  if (!held->copy) return {};
   auto report = held->copy->last_round();
   Result<void> done;
   if (report) {
@@ -141,16 +144,20 @@ void Session::complete_copy(int pid, Held* held) {
   } else {
     done = report.error();
   }
+  if (auto r = held->copy->stop_watching(); !r) return refuse(pid, r.error().message());
   if (done) done = held->copy->release();
-  if (done) return;
+  if (done) return {};
   log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
       process(pid).c_str(), done.error().message().c_str());
   held->copy.reset();
+  return {};
 }
 
 Result<void> Session::finish_pre_dump() {
   for (auto& [pid, held] : held_) {
     if (!held.copy) continue;
+    if (auto r = held.copy->forget_freed(); !r) return r;
+    if (auto r = held.copy->stop_watching(); !r) return refuse(pid, r.error().message());
     if (auto r = held.copy->release(); !r) return r;
     if (auto r = write_image(pid, &held, {}); !r) return r;
   }

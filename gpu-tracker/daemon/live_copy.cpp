@@ -80,7 +80,11 @@ Result<std::unique_ptr<LiveCopy>> LiveCopy::start(const LiveCopyTarget& target,
 
 LiveCopy::LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngines& engines,
                    PageHashKey key)
-    : target_(target), images_(std::move(images)), engines_(engines), key_(std::move(key)) {}
+    : target_(target),
+      images_(std::move(images)),
+      engines_(engines),
+      key_(std::move(key)),
+      finder_(target.pid, target.tracker) {}
 
 LiveCopy::~LiveCopy() {
   gpus_.clear();
@@ -149,7 +153,7 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh) {
 }
 
 Result<void> LiveCopy::find_memory() {
-  auto seen = agent_->enumerate();
+  auto seen = finder_.list(*agent_);
   if (!seen) return seen.error();
   std::set<uint64_t> present;
   std::vector<AgentAllocation> fresh;
@@ -224,8 +228,24 @@ Result<void> LiveCopy::end_rounds() {
   return r;
 }
 
+Result<void> LiveCopy::forget_freed() {
+  const auto changed = finder_.changed_since_list();
+  if (!changed) return {};
+  for (const AddressRange& range : *changed) {
+    for (auto& m : gpus_) {
+      if (auto r = m->remove_overlapping(range); !r) return r;
+    }
+  }
+  return {};
+}
+
 Result<RoundReport> LiveCopy::last_round() {
-  return copy_round(0);
+  if (auto r = forget_freed(); !r) return r.error();
+  // It waits for the kernel, for longer than most rounds take.
+  auto stopped = std::async(std::launch::async, [this] { return stop_watching(); });
+  auto report = copy_round(0);
+  if (auto r = stopped.get(); !r) return r.error();
+  return report;
 }
 
 Result<void> LiveCopy::release() {

@@ -18,6 +18,7 @@
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/daemon/copied_memory.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
+#include "gpu-tracker/daemon/memory_finder.h"
 #include "gpu-tracker/image/chain.h"
 #include "gpu-tracker/image/image.h"
 #include "gpu-tracker/inject/agent.h"
@@ -28,6 +29,7 @@ struct LiveCopyTarget {
   int pid = 0;   // in phosd's pid namespace
   int vpid = 0;  // in its innermost one, for file names
   int restore_tid = 0;
+  TrackerChoice tracker = TrackerChoice::kAuto;
 };
 
 struct LiveCopyImages {
@@ -56,13 +58,22 @@ class LiveCopy {
   // Gives everything back; without finish(), the pages files go.
   ~LiveCopy();
 
-  // Looks for new and freed memory, then hashes and copies. The process must not be locked.
-  // `max_slowdown`: share of its speed the application may lose; 0: no limit.
+  // Looks for new and freed memory (memory_finder.h), then hashes and copies. The process must not
+  // be locked. `max_slowdown`: share of its speed the application may lose; 0: no limit.
   Result<RoundReport> round(double max_slowdown);
   // No further round(): takes the agent out of the process, unless it was there before.
   Result<void> end_rounds();
-  // The process is locked and its GPUs are idle: what is saved becomes what the memory holds.
+  // No further round(). What the process is seen to have freed since the last one is forgotten, so
+  // that the image does not claim it; where it is not watched, or this cannot be told, the image
+  // may. A claim is no more than hashes of bytes that were saved from that address: who builds on
+  // it compares hashes.
+  Result<void> forget_freed();
+  // The process is locked and its GPUs are idle: forget_freed(), then what is saved becomes what
+  // the memory holds. Meanwhile stop_watching().
   Result<RoundReport> last_round();
+  // No breakpoint of phos is left in the process, whose memory may be dumped; if that fails, it
+  // must not be. Further calls give the same answer.
+  Result<void> stop_watching() { return finder_.stop(); }
   // Lets go of the process's memory. Before the driver's checkpoint, which would not free it.
   Result<void> release();
 
@@ -86,6 +97,7 @@ class LiveCopy {
   GpuEngines& engines_;
   const PageHashKey key_;
   std::optional<Agent> agent_;
+  MemoryFinder finder_;
   std::vector<std::unique_ptr<CopiedMemory>> gpus_;
   std::vector<AllocationInfo> left_to_driver_;  // as last seen
   std::set<uint64_t> refused_;                  // buffer ids that could not be mapped

@@ -36,6 +36,7 @@ struct CopyLimits {
   unsigned max_rounds = 8;
   std::chrono::milliseconds budget{60000};  // begin no further round after this time
   double max_slowdown = 0;  // share of its speed the application may lose; 0: no limit
+  TrackerChoice tracker = TrackerChoice::kAuto;
 };
 
 // Told of each round of each process, one at a time, on any thread. False: give up.
@@ -129,10 +130,11 @@ class Session {
   std::vector<int> to_lock() const;
 
   std::optional<PreviousPages> open_previous(int vpid) const;
-  Result<void> start_copy(int pid, Held* held);
+  Result<void> start_copy(int pid, Held* held, TrackerChoice tracker);
   Result<void> run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
                           const CopyProgress& progress);
-  void complete_copy(int pid, Held* held);
+  // Fails if the process must not be dumped; a copy that fails is given up.
+  Result<void> complete_copy(int pid, Held* held);
   Result<void> finish_pre_dump();
 
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);

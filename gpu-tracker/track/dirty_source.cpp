@@ -40,13 +40,13 @@ std::string ActivitySource::obstacle() const {
   if (!failure_.empty()) return failure_;
   if (!last_.doubts.empty()) return last_.doubts.front();
   if (!proof_.no_call_in_progress) return "a call may have been in progress at the mark";
-  if (!proof_.gpu_idle) return "work from before the mark may still run";
   return "";
 }
 
 DirtyAnswer ActivitySource::ask(uint64_t /*address*/, uint64_t /*size*/) {
   update();
   std::string reason = obstacle();
+  if (reason.empty() && !proof_.gpu_idle) reason = "work from before the mark may still run";
   if (reason.empty() && !proof_.no_outside_writer) {
     reason = "other processes or devices may write to it";
   }

@@ -98,13 +98,14 @@ class ActivitySource : public DirtySource {
   void prove(const IdleProof& proof) override { proof_ = proof; }
   DirtyAnswer ask(uint64_t address, uint64_t size) override;
 
-  // Of memory in the ledger's scope (entry_points.h). kUnchanged and kEvents need a proof of
-  // no_call_in_progress and gpu_idle: a cuMemAlloc that is in progress at the mark returns later, a
-  // graph in flight may free.
-  LedgerAnswer allocations();
+  // Of memory in the ledger's scope (entry_points.h) that no pool and no graph owns. kUnchanged and
+  // kEvents need a proof of no_call_in_progress: a cuMemAlloc that is in progress at the mark
+  // returns later. Work in flight does not matter: streams and graphs allocate and free only what
+  // pools and graphs own.
+  virtual LedgerAnswer allocations();
 
   // Takes the probes away (ActivityWatch::stop); after that every answer is kMaybeDirty and kScan.
-  Result<void> stop();
+  virtual Result<void> stop();
 
  private:
   // Reads the watch; a failure to read makes the source useless until the next mark().

@@ -51,12 +51,12 @@ TEST_F(ActivitySourceTest, SaysNothingWithoutAMark) {
 TEST_F(ActivitySourceTest, NeedsEveryPartOfTheProof) {
   source_->mark();
   EXPECT_EQ(source_->ask(0x1000, 64).verdict, Dirty::kMaybeDirty) << "no proof at all";
-  for (const phos::IdleProof& proof :
-       {phos::IdleProof{false, true, true}, phos::IdleProof{true, false, true}}) {
-    mark(proof);
-    EXPECT_EQ(source_->ask(0x1000, 64).verdict, Dirty::kMaybeDirty);
-    EXPECT_EQ(source_->allocations().verdict, Ledger::kScan);
-  }
+  mark({false, true, true});
+  EXPECT_EQ(source_->ask(0x1000, 64).verdict, Dirty::kMaybeDirty);
+  EXPECT_EQ(source_->allocations().verdict, Ledger::kScan);
+  mark({true, false, true});
+  EXPECT_EQ(source_->ask(0x1000, 64).verdict, Dirty::kMaybeDirty);
+  EXPECT_EQ(source_->allocations().verdict, Ledger::kUnchanged) << "work in flight frees nothing";
   mark({true, true, false});
   EXPECT_EQ(source_->ask(0x1000, 64).verdict, Dirty::kMaybeDirty);
   EXPECT_EQ(source_->allocations().verdict, Ledger::kUnchanged) << "others write, but free nothing";

@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <functional>
 #include <iostream>
 #include <map>
@@ -129,6 +130,18 @@ CUresult pin(Arguments&, Reply&) {
   return r ? r : cuMemFreeHost(p);
 }
 
+// spin: replies the TID of a thread that computes for ever
+CUresult spin(Arguments&, Reply& out) {
+  std::atomic<long> tid = 0;
+  std::thread([&tid] {
+    tid = syscall(SYS_gettid);
+    for (;;) asm volatile("");
+  }).detach();
+  while (!tid) usleep(1000);
+  out << tid;
+  return CUDA_SUCCESS;
+}
+
 // fork: replies the PID of a child that sleeps
 CUresult fork_child(Arguments&, Reply& out) {
   pid_t child = fork();
@@ -155,6 +168,7 @@ const std::map<std::string, CUresult (*)(Arguments&, Reply&)> kCommands = {
     {"churn", churn},
     {"vmm", vmm},
     {"pin", pin},
+    {"spin", spin},
     {"fork", fork_child},
     {"exec", exec},
 };

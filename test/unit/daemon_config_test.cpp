@@ -62,6 +62,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
                                   "idle_timeout = 0\r\n"
                                   "max_sessions = 7\n"
                                   "max-slowdown = 2.5%\n"
+                                  "tracker = verify\n"
                                   "log_level = debug"),
                             &config);
   ASSERT_TRUE(r.ok()) << r.error().message();
@@ -71,6 +72,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
   EXPECT_EQ(config.idle_timeout.count(), 0);
   EXPECT_EQ(config.max_sessions, 7u);
   EXPECT_EQ(config.max_slowdown, 2.5);
+  EXPECT_EQ(config.tracker, TrackerChoice::kVerify);
   EXPECT_EQ(config.log_level, LogLevel::kDebug);
 }
 
@@ -84,7 +86,7 @@ TEST_F(DaemonConfigTest, ErrorsNameTheFileAndTheLine) {
   EXPECT_EQ(refused("\n [phosd]\n"), at + "2: there are no sections");
   for (const char* line :
        {"max_sessions = 0", "idle_timeout = -1", "max_slowdown = 0", "max_slowdown = 101",
-        "max_slowdown = nan", "log_level = loud", "socket = relative",
+        "max_slowdown = nan", "log_level = loud", "tracker = none", "socket = relative",
         "socket =", "pool_size = much", "config = /etc/passwd", "foreground = 1"}) {
     EXPECT_EQ(refused(line).rfind(at + "1: ", 0), 0u) << line << ": " << refused(line);
   }

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/track/activity_program.h"
 #include "tools/phos/checks.h"
 
 namespace phos::cli {
@@ -68,7 +69,7 @@ Check check_uprobes() {
   Check c{"uprobes", Verdict::kOk, "in the kernel", ""};
   if (access("/sys/bus/event_source/devices/uprobe/type", R_OK) == 0) return c;
   c.verdict = Verdict::kWarn;
-  c.detail = "not in the kernel: memory is copied while the process is stopped";
+  c.detail = "not in the kernel: no activity tracker";
   c.remedy = "boot a kernel built with CONFIG_UPROBE_EVENTS=y, with /sys mounted";
   return c;
 }
@@ -86,9 +87,22 @@ Check check_bpf() {
   attr.license = reinterpret_cast<uintptr_t>("GPL");
   UniqueFd fd(static_cast<int>(syscall(SYS_bpf, BPF_PROG_LOAD, &attr, sizeof attr)));
   if (fd) return c;
-  c.detail = "programs do not load (" + why(errno) + "): memory is copied while stopped";
+  c.detail = "programs do not load (" + why(errno) + "): no activity tracker";
   c.verdict = Verdict::kWarn;
   c.remedy = "run as root on a kernel with CONFIG_BPF_SYSCALL=y";
+  return c;
+}
+
+// The one that phosd would use: tried on this process, as phosd does.
+Check check_tracker() {
+  Check c{"tracker", Verdict::kOk, "activity: uprobe_multi counts calls into libcuda", ""};
+  auto able = check_uprobe_multi();
+  if (able) return c;
+  c.verdict = Verdict::kWarn;
+  c.detail = "content only, memory is scanned for in each round: " + able.error().message();
+  c.remedy = able.error().code() == EPERM
+                 ? "run as root, with CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN"
+                 : "boot Linux 6.6 or newer with CONFIG_UPROBE_EVENTS=y and CONFIG_BPF_SYSCALL=y";
   return c;
 }
 
@@ -116,8 +130,9 @@ Check check_io_uring() {
 }  // namespace
 
 std::vector<Check> check_kernel() {
-  return {check_checkpoint_restore(), check_soft_dirty(), check_uprobes(), check_bpf(),
-          check_userfaultfd(),        check_io_uring()};
+  return {
+      check_checkpoint_restore(), check_soft_dirty(), check_uprobes(), check_bpf(), check_tracker(),
+      check_userfaultfd(),        check_io_uring()};
 }
 
 }  // namespace phos::cli
