@@ -84,7 +84,7 @@ LiveCopy::LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngin
 
 LiveCopy::~LiveCopy() {
   gpus_.clear();
-  if (auto r = end_rounds(); !r) {
+  if (auto r = leave_process(); !r) {
     log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
   }
 }
@@ -148,7 +148,8 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh) {
   return {};
 }
 
-Result<void> LiveCopy::find_memory() {
+// Forgets what the process has freed. Returns what phos could copy and does not yet.
+Result<std::vector<AgentAllocation>> LiveCopy::look_again() {
   auto seen = agent_->enumerate();
   if (!seen) return seen.error();
   std::set<uint64_t> present;
@@ -167,7 +168,7 @@ Result<void> LiveCopy::find_memory() {
     present.insert(a.address);
     if (known) continue;
     for (auto& m : gpus_) {
-      if (auto r = m->remove(a.address); !r) return r;
+      if (auto r = m->remove(a.address); !r) return r.error();
     }
     fresh.push_back(a);
   }
@@ -177,10 +178,10 @@ Result<void> LiveCopy::find_memory() {
       if (!present.count(address)) gone.push_back(address);
     }
     for (uint64_t address : gone) {
-      if (auto r = m->remove(address); !r) return r;
+      if (auto r = m->remove(address); !r) return r.error();
     }
   }
-  return import_new(fresh);
+  return fresh;
 }
 
 Result<RoundReport> LiveCopy::copy_round(double max_slowdown) {
@@ -211,11 +212,26 @@ Result<RoundReport> LiveCopy::copy_round(double max_slowdown) {
 }
 
 Result<RoundReport> LiveCopy::round(double max_slowdown) {
-  if (auto r = find_memory(); !r) return r.error();
+  auto fresh = look_again();
+  if (!fresh) return fresh.error();
+  if (auto r = import_new(*fresh); !r) return r.error();
   return copy_round(max_slowdown);
 }
 
+// A round takes long enough for much to be freed, and what is recorded should be there. Memory that
+// is new by now would be copied while the process stands still: rather not.
 Result<void> LiveCopy::end_rounds() {
+  if (!agent_) return {};
+  auto fresh = look_again();
+  if (fresh) {
+    for (const AgentAllocation& a : *fresh) leave_to_driver(a);
+  }
+  auto r = leave_process();
+  if (!fresh) return fresh.error();
+  return r;
+}
+
+Result<void> LiveCopy::leave_process() {
   if (!agent_) return {};
   // As it was found.
   auto r = agent_->was_loaded() ? agent_->unload() : agent_->detach();

@@ -5,6 +5,10 @@
 // for a page is always that of the bytes that were saved, computed from those very bytes: memory
 // that changes back and forth while it is looked at can make phos save a page again, never believe
 // a wrong one. After last_round(), with the process locked, what is saved is what the memory holds.
+//
+// Which memory there is, only the running process can be asked. What it frees after end_rounds()
+// phos still holds, and saves as the buffer that it was: the image's buffer id says which one, and
+// never that other memory at its address had these bytes.
 #pragma once
 
 #include <chrono>
@@ -58,7 +62,8 @@ class LiveCopy {
   // Looks for new and freed memory, then hashes and copies. The process must not be locked.
   // `max_slowdown`: share of its speed the application may lose; 0: no limit.
   Result<RoundReport> round(double max_slowdown);
-  // No further round(): takes the agent out of the process, unless it was there before.
+  // No further round(): looks a last time for what was freed, and takes the agent out of the
+  // process, unless it was there before. Must not be locked.
   Result<void> end_rounds();
   // The process is locked and its GPUs are idle: what is saved becomes what the memory holds.
   Result<RoundReport> last_round();
@@ -74,11 +79,12 @@ class LiveCopy {
   LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngines& engines,
            PageHashKey key);
 
-  Result<void> find_memory();
+  Result<std::vector<AgentAllocation>> look_again();
   Result<CopiedMemory*> memory_on(const GpuUuid& gpu);
   void leave_to_driver(const AgentAllocation& a);
   Result<void> import_new(const std::vector<AgentAllocation>& fresh);
   Result<RoundReport> copy_round(double max_slowdown);
+  Result<void> leave_process();
 
   const LiveCopyTarget target_;
   LiveCopyImages images_;
