@@ -225,10 +225,10 @@ def make_tiers(options):
     return [
         Tier("unit", [program("unit")]),
         Tier("tools", [program("tools"), scripts("tools")]),
-        Tier("sim", [program("contract"), program("agent"), program("track")], sim),
+        Tier("sim", [program("contract"), program("agent"), program("track"), program("live")], sim),
         Tier("criu", [scripts("criu")], sim, no_root),
-        Tier("gpu", [program("contract"), program("agent"), program("track"), scripts("criu"),
-                     scripts("gpu")],
+        Tier("gpu", [program("contract"), program("agent"), program("track"), program("live"),
+                     scripts("criu"), scripts("gpu")],
              {"PHOS_GPU": "real"}, gpu_missing() or no_root,
              os.environ.get("REQUIRE_GPU") == "1"),
     ]

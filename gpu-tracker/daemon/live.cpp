@@ -90,7 +90,7 @@ Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limi
     if (!is_worth_another(copied, before) || steady_clock::now() >= end) break;
     before = copied;
   }
-  return copy->end_rounds();
+  return copy->stop_watching();
 }
 
 Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progress) {
@@ -135,8 +135,8 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
 }
 
 // The process is locked: nothing changes any more.
-Result<void> Session::complete_copy(int pid, Held* held) {
-  if (!held->copy) return {};
+void Session::complete_copy(int pid, Held* held) {
+  if (!held->copy) return;
   auto report = held->copy->last_round();
   Result<void> done;
   if (report) {
@@ -144,20 +144,17 @@ Result<void> Session::complete_copy(int pid, Held* held) {
   } else {
     done = report.error();
   }
-  if (auto r = held->copy->stop_watching(); !r) return refuse(pid, r.error().message());
   if (done) done = held->copy->release();
-  if (done) return {};
+  if (done) return;
   log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
       process(pid).c_str(), done.error().message().c_str());
   held->copy.reset();
-  return {};
 }
 
 Result<void> Session::finish_pre_dump() {
   for (auto& [pid, held] : held_) {
     if (!held.copy) continue;
-    if (auto r = held.copy->forget_freed(); !r) return r;
-    if (auto r = held.copy->stop_watching(); !r) return refuse(pid, r.error().message());
+    if (auto r = held.copy->conclude(); !r) return r;
     if (auto r = held.copy->release(); !r) return r;
     if (auto r = write_image(pid, &held, {}); !r) return r;
   }

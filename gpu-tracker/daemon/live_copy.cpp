@@ -13,6 +13,8 @@ namespace {
 
 using std::chrono::steady_clock;
 
+constexpr std::chrono::milliseconds kLockedAnswer{500};
+
 MemoryKind image_kind(AllocationKind kind) {
   switch (kind) {
     case AllocationKind::kDevice:
@@ -88,9 +90,7 @@ LiveCopy::LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngin
 
 LiveCopy::~LiveCopy() {
   gpus_.clear();
-  if (auto r = end_rounds(); !r) {
-    log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
-  }
+  leave_process();
 }
 
 Result<CopiedMemory*> LiveCopy::memory_on(const GpuUuid& gpu) {
@@ -152,13 +152,12 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh) {
   return {};
 }
 
-Result<void> LiveCopy::find_memory() {
-  auto seen = finder_.list(*agent_);
-  if (!seen) return seen.error();
+// Forgets what the process has freed. Returns what phos could copy and does not yet.
+Result<std::vector<AgentAllocation>> LiveCopy::compare(const std::vector<AgentAllocation>& seen) {
   std::set<uint64_t> present;
   std::vector<AgentAllocation> fresh;
   left_to_driver_.clear();
-  for (const AgentAllocation& a : *seen) {
+  for (const AgentAllocation& a : seen) {
     if (!can_copy(a) || refused_.count(a.buffer_id)) {
       leave_to_driver(a);
       continue;
@@ -171,7 +170,7 @@ Result<void> LiveCopy::find_memory() {
     present.insert(a.address);
     if (known) continue;
     for (auto& m : gpus_) {
-      if (auto r = m->remove(a.address); !r) return r;
+      if (auto r = m->remove(a.address); !r) return r.error();
     }
     fresh.push_back(a);
   }
@@ -181,10 +180,10 @@ Result<void> LiveCopy::find_memory() {
       if (!present.count(address)) gone.push_back(address);
     }
     for (uint64_t address : gone) {
-      if (auto r = m->remove(address); !r) return r;
+      if (auto r = m->remove(address); !r) return r.error();
     }
   }
-  return import_new(fresh);
+  return fresh;
 }
 
 Result<RoundReport> LiveCopy::copy_round(double max_slowdown) {
@@ -216,36 +215,53 @@ Result<RoundReport> LiveCopy::copy_round(double max_slowdown) {
 }
 
 Result<RoundReport> LiveCopy::round(double max_slowdown) {
-  if (auto r = find_memory(); !r) return r.error();
+  auto seen = finder_.list(*agent_);
+  if (!seen) return seen.error();
+  auto fresh = compare(*seen);
+  if (!fresh) return fresh.error();
+  if (auto r = import_new(*fresh); !r) return r.error();
   return copy_round(max_slowdown);
 }
 
-Result<void> LiveCopy::end_rounds() {
-  if (!agent_) return {};
-  // As it was found.
-  auto r = agent_->was_loaded() ? agent_->unload() : agent_->detach();
-  agent_.reset();
-  return r;
-}
-
+// Much may be freed since the last round began, and what is recorded should be there. What is new
+// would have to be copied as a whole, with the process standing still: that is left to the driver.
 Result<void> LiveCopy::forget_freed() {
-  const auto changed = finder_.changed_since_list();
-  if (!changed) return {};
-  for (const AddressRange& range : *changed) {
-    for (auto& m : gpus_) {
-      if (auto r = m->remove_overlapping(range); !r) return r;
-    }
-  }
+  auto seen = agent_->enumerate();
+  if (!seen) return seen.error();
+  auto fresh = compare(*seen);
+  if (!fresh) return fresh.error();
+  for (const AgentAllocation& a : *fresh) leave_to_driver(a);
   return {};
 }
 
+Result<void> LiveCopy::conclude() {
+  auto r = forget_freed();
+  leave_process();
+  return r;
+}
+
 Result<RoundReport> LiveCopy::last_round() {
-  if (auto r = forget_freed(); !r) return r.error();
-  // It waits for the kernel, for longer than most rounds take.
-  auto stopped = std::async(std::launch::async, [this] { return stop_watching(); });
+  // A driver that does not answer in a locked process, as 580 does, need not be waited for.
+  agent_->set_command_timeout(kLockedAnswer);
+  if (auto r = forget_freed(); !r) {
+    log(LogLevel::kWarn, "daemon",
+        "%s: what it has freed or allocated since the last round cannot be told, so that the image "
+        "may name pages of memory that is no more (%s)",
+        process(target_.pid).c_str(), r.error().message().c_str());
+  }
   auto report = copy_round(0);
-  if (auto r = stopped.get(); !r) return r.error();
+  leave_process();
   return report;
+}
+
+// As it was found.
+void LiveCopy::leave_process() {
+  if (!agent_) return;
+  auto r = agent_->was_loaded() ? agent_->unload() : agent_->detach();
+  agent_.reset();
+  if (r) return;
+  log(LogLevel::kWarn, "daemon", "%s: phos's agent sleeps on in it: %s",
+      process(target_.pid).c_str(), r.error().message().c_str());
 }
 
 Result<void> LiveCopy::release() {

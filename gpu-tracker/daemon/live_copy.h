@@ -5,6 +5,9 @@
 // for a page is always that of the bytes that were saved, computed from those very bytes: memory
 // that changes back and forth while it is looked at can make phos save a page again, never believe
 // a wrong one. After last_round(), with the process locked, what is saved is what the memory holds.
+//
+// Which memory there is, driver 580 also tells of a locked process; of another one that does not,
+// the image names the buffers, by their ids, that there were in the last round before.
 #pragma once
 
 #include <chrono>
@@ -61,19 +64,14 @@ class LiveCopy {
   // Looks for new and freed memory (memory_finder.h), then hashes and copies. The process must not
   // be locked. `max_slowdown`: share of its speed the application may lose; 0: no limit.
   Result<RoundReport> round(double max_slowdown);
-  // No further round(): takes the agent out of the process, unless it was there before.
-  Result<void> end_rounds();
-  // No further round(). What the process is seen to have freed since the last one is forgotten, so
-  // that the image does not claim it; where it is not watched, or this cannot be told, the image
-  // may. A claim is no more than hashes of bytes that were saved from that address: who builds on
-  // it compares hashes.
-  Result<void> forget_freed();
-  // The process is locked and its GPUs are idle: forget_freed(), then what is saved becomes what
-  // the memory holds. Meanwhile stop_watching().
-  Result<RoundReport> last_round();
-  // No breakpoint of phos is left in the process, whose memory may be dumped; if that fails, it
-  // must not be. Further calls give the same answer.
+  // No further round(): no breakpoint of phos is left in the process, whose memory may be dumped;
+  // if that fails, it must not be. Further calls give the same answer.
   Result<void> stop_watching() { return finder_.stop(); }
+  // Either, of a pre-dump: forgets what the process has freed, and leaves it.
+  Result<void> conclude();
+  // Or, of a dump: the process is locked and its GPUs are idle. Forgets what it has freed, makes
+  // what is saved equal to what the memory holds, and leaves the process.
+  Result<RoundReport> last_round();
   // Lets go of the process's memory. Before the driver's checkpoint, which would not free it.
   Result<void> release();
 
@@ -86,11 +84,13 @@ class LiveCopy {
   LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngines& engines,
            PageHashKey key);
 
-  Result<void> find_memory();
+  Result<std::vector<AgentAllocation>> compare(const std::vector<AgentAllocation>& seen);
   Result<CopiedMemory*> memory_on(const GpuUuid& gpu);
   void leave_to_driver(const AgentAllocation& a);
   Result<void> import_new(const std::vector<AgentAllocation>& fresh);
   Result<RoundReport> copy_round(double max_slowdown);
+  Result<void> forget_freed();
+  void leave_process();
 
   const LiveCopyTarget target_;
   LiveCopyImages images_;

@@ -134,7 +134,7 @@ class Session {
   Result<void> run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
                           const CopyProgress& progress);
   // Fails if the process must not be dumped; a copy that fails is given up.
-  Result<void> complete_copy(int pid, Held* held);
+  void complete_copy(int pid, Held* held);
   Result<void> finish_pre_dump();
 
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);

@@ -105,6 +105,9 @@ class Agent {
   // them; in the process no descriptor stays open, at most PHOS_EXPORT_MAX_FDS are for a moment.
   Result<std::vector<AgentExport>> export_memory(std::span<const AgentAllocation> allocations);
 
+  void set_command_timeout(std::chrono::milliseconds timeout) {
+    options_.command_timeout = timeout;
+  }
   // Did attach() bring it into the process, rather than find it there?
   bool was_loaded() const { return was_loaded_; }
 

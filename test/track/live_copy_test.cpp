@@ -74,13 +74,12 @@ class WatchedCopyTest : public testing::Test {
   // As Session does: from the last round to the image.
   phos::ProcessImage lock_and_finish() {
     phos::ProcessImage image;
-    EXPECT_TRUE(copy_->end_rounds());
+    EXPECT_TRUE(copy_->stop_watching());
+    EXPECT_EQ(library_text(target_.pid()), text_) << "before CRIU reads it";
     auto locked = driver_->lock(target_.pid(), 10000);
     EXPECT_TRUE(locked) << locked.error().message();
     auto report = copy_->last_round();
     EXPECT_TRUE(report) << report.error().message();
-    EXPECT_EQ(library_text(target_.pid()), text_) << "before CRIU reads it";
-    EXPECT_TRUE(copy_->stop_watching());
     EXPECT_TRUE(copy_->release());
     EXPECT_TRUE(copy_->finish(&image));
     EXPECT_TRUE(driver_->unlock(target_.pid()));

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Many interleavings of live copying with an application that changes its memory in every way it
+// can. A failure names its seed: build/test/live --seed N tries that one again and again.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <iostream>
+
+#include "test/live/interleaving.h"
+#include "test/live/soundness.h"
+
+namespace live_test {
+namespace {
+
+class LiveCopySoundness : public testing::Test {
+ protected:
+  void SetUp() override {
+    contract::Worker probe("0,0");
+    if (probe.ask("count") == "ok 0") return;
+    if (getenv("REQUIRE_GPU")) FAIL() << "an application cannot start CUDA";
+    GTEST_SKIP() << "no CUDA device here";
+  }
+};
+
+// Each application serves many interleavings, which find its memory in another state each time.
+TEST_F(LiveCopySoundness, SavedPagesAreWhatTheLockedProcessHolds) {
+  Soundness soundness;
+  ASSERT_EQ(soundness.start(), "");
+  for (uint32_t seed = 1; seed <= 25; seed++) {
+    ASSERT_EQ(soundness.run(seed, 40), "") << "seed " << seed;
+  }
+  const Tally& t = soundness.tally();
+  std::cout << t << std::endl;
+  // The application must have been hard enough to follow.
+  EXPECT_GT(t.pages, 10000u);
+  EXPECT_GT(t.parent, 100u);
+  EXPECT_GT(t.zero, 100u);
+}
+
+}  // namespace
+}  // namespace live_test

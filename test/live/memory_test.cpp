@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Memory that comes and goes between the steps of live copying, step by step: what the image says
+// must be so.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <optional>
+
+#include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/daemon/live_copy.h"
+#include "test/contract/fixture.h"
+#include "test/live/interleaving.h"
+
+namespace live_test {
+namespace {
+
+using contract::value_of;
+using contract::Worker;
+using phos::AllocationInfo;
+
+#define ASSERT_OK(expression)                               \
+  do {                                                      \
+    const auto& result_ = (expression);                     \
+    ASSERT_TRUE(result_.ok()) << result_.error().message(); \
+  } while (0)
+
+constexpr uint64_t kBytes = 4 << 20;
+constexpr char kBytesText[] = " 4194304";
+constexpr char kElements[] = " 1048576 ";
+
+class LiveCopyMemory : public contract::WorkerTest {
+ protected:
+  void SetUp() override {
+    contract::WorkerTest::SetUp();
+    if (IsSkipped() || HasFatalFailure()) return;
+    ASSERT_EQ(copier_.start(), "");
+    ASSERT_NE(mkdtemp(directory_), nullptr);
+    fd_.reset(open(directory_, O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    process_.emplace("cuda");
+    start();
+  }
+  void TearDown() override {
+    copy_.reset();
+    std::error_code ignored;
+    std::filesystem::remove_all(directory_, ignored);
+  }
+
+  void start() {
+    phos::LiveCopyImages images;
+    images.directory = fd_.get();
+    images.dump_id.fill(7);
+    for (const phos::GpuInfo& gpu : copier_.gpus()) images.gpus.push_back(gpu.uuid);
+    const int pid = process_->pid();
+    auto tid = copier_.driver().restore_thread_id(pid);
+    ASSERT_OK(tid);
+    auto copy = phos::LiveCopy::start({pid, pid, *tid}, std::move(images), copier_.engines());
+    ASSERT_OK(copy);
+    copy_ = std::move(*copy);
+  }
+
+  // The process is locked, the last round made, the image written.
+  void complete() {
+    ASSERT_OK(copier_.driver().lock(process_->pid(), 10000));
+    auto last = copy_->last_round();
+    EXPECT_TRUE(last) << last.error().message();
+    EXPECT_TRUE(copy_->release());
+    phos::ProcessImage image;
+    image.dump_id.fill(7);
+    image.pid = process_->pid();
+    image.comm = "worker";
+    image.driver_release = "none";
+    image.driver_api = 13000;
+    image.created_us = 1;
+    image.phos_version = "test";
+    image.gpus = copier_.gpus();
+    auto finished = copy_->finish(&image);
+    EXPECT_TRUE(finished) << finished.error().message();
+    ASSERT_OK(copier_.driver().unlock(process_->pid()));
+    ASSERT_OK(write_process_image(fd_.get(), image));
+    auto chain = phos::PageChain::open(fd_.get(), process_->pid(), phos::PageIo::kCached);
+    ASSERT_OK(chain);
+    chain_.emplace(std::move(*chain));
+  }
+
+  // The index of what the image has at that address; nothing: it has nothing there.
+  std::optional<size_t> find(const std::string& address) {
+    const uint64_t at = strtoull(address.c_str(), nullptr, 16);
+    const auto& all = chain_->image().allocations;
+    for (size_t i = 0; i < all.size(); i++) {
+      if (all[i].address == at) return i;
+    }
+    return {};
+  }
+  const AllocationInfo& allocation(size_t index) { return chain_->image().allocations[index]; }
+
+  // Is it saved with what phos_fill(seed) writes?
+  void expect_saved(size_t index, uint32_t seed) {
+    const AllocationInfo& a = allocation(index);
+    ASSERT_FALSE(chain_->runs(index).empty()) << "no page is saved";
+    std::vector<uint32_t> words;
+    auto* page = static_cast<uint8_t*>(aligned_alloc(phos::kPageIoAlignment, phos::kImagePageSize));
+    for (uint64_t i = 0; i < page_count(a); i++) {
+      ASSERT_OK(chain_->read_page(index, i, page));
+      const auto* begin = reinterpret_cast<const uint32_t*>(page);
+      words.insert(words.end(), begin, begin + phos::kImagePageSize / 4);
+    }
+    free(page);
+    words.resize(a.size / 4);
+    EXPECT_EQ(contract::count_wrong(words, seed), 0u);
+  }
+
+  std::string fill(const std::string& address, unsigned seed) {
+    return process_->ask("fill " + address + kElements + std::to_string(seed));
+  }
+
+  Copier copier_;
+  char directory_[32] = "/dev/shm/phos-live-XXXXXX";
+  phos::UniqueFd fd_;
+  std::optional<Worker> process_;
+  std::unique_ptr<phos::LiveCopy> copy_;
+  std::optional<phos::PageChain> chain_;
+};
+
+TEST_F(LiveCopyMemory, ReplacedBetweenRounds) {
+  const std::string address = value_of(process_->ask("map 4194304 1 1"));
+  ASSERT_EQ(fill(address, 1), "ok");
+  ASSERT_OK(copy_->round(0));
+  ASSERT_EQ(process_->ask("remap " + address + kBytesText), "ok");
+  ASSERT_EQ(fill(address, 2), "ok");
+  ASSERT_OK(copy_->round(0));
+  ASSERT_OK(copy_->stop_watching());
+  ASSERT_NO_FATAL_FAILURE(complete());
+  const auto index = find(address);
+  ASSERT_TRUE(index);
+  expect_saved(*index, 2);
+}
+
+TEST_F(LiveCopyMemory, FreedAfterTheLastRoundIsForgotten) {
+  const std::string kept = value_of(process_->ask(std::string("alloc") + kBytesText));
+  const std::string freed = value_of(process_->ask(std::string("alloc") + kBytesText));
+  ASSERT_EQ(fill(kept, 3), "ok");
+  ASSERT_EQ(fill(freed, 4), "ok");
+  ASSERT_OK(copy_->round(0));
+  ASSERT_EQ(process_->ask("free " + freed), "ok");
+  ASSERT_OK(copy_->stop_watching());
+  ASSERT_NO_FATAL_FAILURE(complete());
+  EXPECT_FALSE(find(freed));
+  const auto index = find(kept);
+  ASSERT_TRUE(index);
+  expect_saved(*index, 3);
+}
+
+TEST_F(LiveCopyMemory, ReplacedAfterTheLastRoundIsTheDrivers) {
+  const std::string address = value_of(process_->ask("map 4194304 1 1"));
+  ASSERT_EQ(fill(address, 5), "ok");
+  ASSERT_OK(copy_->round(0));
+  ASSERT_EQ(process_->ask("remap " + address + kBytesText), "ok");
+  const std::string fresh = value_of(process_->ask(std::string("alloc") + kBytesText));
+  ASSERT_OK(copy_->stop_watching());
+  ASSERT_NO_FATAL_FAILURE(complete());
+  for (const std::string& at : {address, fresh}) {
+    const auto index = find(at);
+    ASSERT_TRUE(index) << at;
+    EXPECT_TRUE(chain_->runs(*index).empty()) << at << ": nobody has copied it";
+    EXPECT_EQ(allocation(*index).size, kBytes);
+    EXPECT_EQ(allocation(*index).path, phos::MemoryPath::kDriver);
+  }
+}
+
+TEST_F(LiveCopyMemory, BytesOfAShortLastPage) {
+  const std::string address = value_of(process_->ask("alloc 1048580"));  // 4 bytes of a page
+  ASSERT_EQ(process_->ask("fill " + address + " 262145 8"), "ok");
+  ASSERT_OK(copy_->round(0));
+  ASSERT_OK(copy_->stop_watching());
+  ASSERT_EQ(process_->ask("fill " + address + " 262145 9"), "ok");
+  ASSERT_NO_FATAL_FAILURE(complete());
+  const auto index = find(address);
+  ASSERT_TRUE(index);
+  EXPECT_EQ(allocation(*index).size, 1048580u);
+  expect_saved(*index, 9);
+}
+
+}  // namespace
+}  // namespace live_test
