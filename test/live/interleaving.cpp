@@ -207,7 +207,9 @@ std::string Interleaving::one_level(unsigned number, bool last) {
   const int pid = application_.pid();
   auto tid = copier_.driver().restore_thread_id(pid);
   if (!tid) return tid.error().message();
-  auto started = LiveCopy::start({pid, pid, *tid}, std::move(images), copier_.engines());
+  // Watching takes longer to begin and end than all of the rest.
+  const auto tracker = random_() % 20 ? phos::TrackerChoice::kContent : phos::TrackerChoice::kAuto;
+  auto started = LiveCopy::start({pid, pid, *tid, tracker}, std::move(images), copier_.engines());
   if (!started) return started.error().message();
   LiveCopy& copy = **started;
   for (unsigned i = random_() % 3 + 1; i > 0; i--) {
