@@ -43,6 +43,7 @@ criu: ## provide CRIU >= 4.2 in build/criu: the installed one, else built from s
 	$(Q)B=$(B) ci/criu
 
 check: deps ## build everything and run every test that can run here
+	$(Q)B=$(B) ci/deps vm
 	$(Q)+$(MAKE_ALL)
 	$(Q)ci/lint
 	$(Q)$(PYTHON) test/run.py --build $(B)

@@ -3,8 +3,8 @@
 """Runs phos's test tiers and says for each test: ok, FAIL or SKIP.
 
 Tiers: unit, tools (GoogleTest programs), sim (the driver contract and the agent on the simulated
-GPU), criu (real dumps and restores by CRIU on the simulated GPU; root), gpu (all of these and
-test/gpu on a real one). A tier that cannot run here is one SKIP with its reason; REQUIRE_GPU=1
+GPU), criu (real dumps and restores by CRIU on the simulated GPU; root), vm (the same in a QEMU
+guest whose kernel tracks writes), gpu (all of these and test/gpu on a real one). A tier that cannot run here is one SKIP with its reason; REQUIRE_GPU=1
 makes a missing GPU a failure. After each tier test/oracle.py checks that nothing was left behind.
 
 Tests find in their environment: PHOS_BUILD (the build directory), PHOS_CRIU (stock criu), PHOS_GPU
@@ -27,7 +27,7 @@ sys.path.insert(0, TEST_DIR)
 
 import oracle  # noqa: E402  (lies beside this file)
 
-TIERS = ["unit", "tools", "sim", "criu", "gpu"]
+TIERS = ["unit", "tools", "sim", "criu", "vm", "gpu"]
 
 
 class Outcome:
@@ -218,8 +218,8 @@ def make_tiers(options):
     def program(name):
         return GoogleTest(os.path.join(build, "test", name), options.binary_timeout)
 
-    def scripts(name):
-        return PythonTests(os.path.join(TEST_DIR, name), options.timeout)
+    def scripts(name, timeout=options.timeout):
+        return PythonTests(os.path.join(TEST_DIR, name), timeout)
 
     no_root = None if os.geteuid() == 0 else "CRIU needs root"
     return [
@@ -227,6 +227,8 @@ def make_tiers(options):
         Tier("tools", [program("tools"), scripts("tools")]),
         Tier("sim", [program("contract"), program("agent"), program("track"), program("live")], sim),
         Tier("criu", [scripts("criu")], sim, no_root),
+        # One case is a guest's whole life, on a processor that QEMU emulates.
+        Tier("vm", [scripts("vm", 3 * options.timeout)], {}, no_root),
         Tier("gpu", [program("contract"), program("agent"), program("track"), program("live"),
                      scripts("criu"), scripts("gpu")],
              {"PHOS_GPU": "real"}, gpu_missing() or no_root,

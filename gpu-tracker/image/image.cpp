@@ -243,6 +243,12 @@ Result<void> remove_images(int dir_fd, const DumpId& id) {
   return result;
 }
 
+Result<bool> has_images(int dir_fd) {
+  auto names = list_names(dir_fd);
+  if (!names) return names.error();
+  return std::any_of(names->begin(), names->end(), is_image_name);
+}
+
 Result<void> remove_all_images(int dir_fd) {
   auto names = list_names(dir_fd);
   if (!names) return names.error();

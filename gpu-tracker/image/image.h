@@ -174,6 +174,9 @@ struct ImageSet {
 // pages. An empty set is fine.
 Result<ImageSet> read_image_set(int dir_fd);
 
+// Is there a file with the name of a phos image, whatever is in it?
+Result<bool> has_images(int dir_fd);
+
 // Undoes a failed dump: removes the files that carry `id` and leaves everything else, also what
 // cannot be read as an image.
 Result<void> remove_images(int dir_fd, const DumpId& id);

@@ -31,6 +31,7 @@ struct Options {
   uint64_t check_every = 10;  // ticks
   uint64_t ticks = 0;         // 0: until SIGTERM
   uint64_t spin_ms = 0;       // after tick 3, a kernel of this length on another stream
+  int device = 0;
 };
 
 bool parse(int argc, char** argv, Options* o) {
@@ -46,6 +47,8 @@ bool parse(int argc, char** argv, Options* o) {
       o->ticks = value;
     else if (!strcmp(argv[i], "--spin-ms"))
       o->spin_ms = value;
+    else if (!strcmp(argv[i], "--device"))
+      o->device = static_cast<int>(value);
     else
       return false;
   }
@@ -71,12 +74,15 @@ uint32_t mix(uint32_t sum, uint32_t value) {
 class Counter {
  public:
   explicit Counter(const Options& options)
-      : elements_(static_cast<uint32_t>(options.mib << 18)), chunk_(kChunk), small_(kCounters) {}
+      : elements_(static_cast<uint32_t>(options.mib << 18)),
+        ordinal_(options.device),
+        chunk_(kChunk),
+        small_(kCounters) {}
 
   bool start() {
     CUdevice device;
     TRY(cuInit(0));
-    TRY(cuDeviceGet(&device, 0));
+    TRY(cuDeviceGet(&device, ordinal_));
     TRY(cuDevicePrimaryCtxRetain(&context_, device));
     TRY(cuCtxSetCurrent(context_));
     TRY(cuModuleLoadData(&module_, phos_test::kTestPtx));
@@ -142,6 +148,7 @@ class Counter {
   }
 
   uint32_t elements_;
+  int ordinal_;
   std::vector<uint32_t> chunk_, small_;
   CUcontext context_ = nullptr;
   CUmodule module_ = nullptr;
@@ -158,7 +165,7 @@ int main(int argc, char** argv) {
   if (!parse(argc, argv, &options)) {
     fprintf(stderr,
             "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n"
-            "               [--spin-ms N]\n");
+            "               [--spin-ms N] [--device N]\n");
     return 2;
   }
   struct sigaction action = {};

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A QEMU guest with Debian's stock kernel, for what the machine's own kernel may lack: tracking of
 written pages (criu pre-dump), fentry, modules. The guest's root is this machine's, over 9p, so it
-runs what was built here; /run and /tmp are its own.
+runs what was built here; /run and /tmp are its own, but for the current directory.
 
     python3 test/vm/vm.py [--build B] [--timeout S] COMMAND...    (as root)
 
@@ -30,8 +30,12 @@ mount -t devtmpfs dev /dev
 for m in {boot}; do modprobe $m || echo "vm: no module $m"; done
 mkdir -p /new
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=1048576,cache=loose host /new || sleep 5
+mkdir -p /here
+mount -o bind /new{directory} /here
 mount -t tmpfs tmpfs /new/run
 mount -t tmpfs tmpfs /new/tmp
+[ -d /new{directory} ] || {{ mkdir -p /new{directory}; mount -o bind /here /new{directory}; }}
+umount /here
 for m in {criu}; do modprobe $m 2>/dev/null; done
 ip link set lo up
 mount -t proc proc /new/proc
@@ -67,6 +71,9 @@ def kernel(directory):
     """The unpacked package of Debian's kernel: (vmlinuz, module directory)."""
     found = glob.glob(f'{directory}/root/boot/vmlinuz-*')
     if not found:
+        for program in ('apt-cache', 'apt-get', 'dpkg-deb'):
+            if not shutil.which(program):
+                raise Missing(f"no {program}, to get Debian's kernel with")
         os.makedirs(directory, exist_ok=True)
         depends = subprocess.run(['apt-cache', 'depends', 'linux-image-amd64'], text=True,
                                  capture_output=True).stdout
@@ -109,14 +116,16 @@ def initramfs(directory, modules, release, command):
     if not busybox:
         raise Missing('no busybox (package busybox-static)')
     shutil.copy(busybox, f'{tree}/bin/busybox')
-    for applet in ('sh', 'mount', 'mkdir', 'modprobe', 'switch_root', 'sleep', 'cp', 'ip', 'echo'):
+    for applet in ('sh', 'mount', 'umount', 'mkdir', 'modprobe', 'switch_root', 'sleep', 'cp', 'ip',
+                   'echo'):
         os.symlink('busybox', f'{tree}/bin/{applet}')
     for file in module_files(modules, BOOT_MODULES + CRIU_MODULES):
         os.makedirs(os.path.dirname(f'{tree}/lib/modules/{release}/{file}'), exist_ok=True)
         shutil.copy(f'{modules}/{file}', f'{tree}/lib/modules/{release}/{file}')
     run('depmod', '-b', tree, release, stderr=subprocess.DEVNULL)
     with open(f'{tree}/init', 'w') as f:
-        f.write(INIT.format(boot=' '.join(BOOT_MODULES), criu=' '.join(CRIU_MODULES)))
+        f.write(INIT.format(boot=' '.join(BOOT_MODULES), criu=' '.join(CRIU_MODULES),
+                            directory=shlex.quote(os.getcwd())))
     os.chmod(f'{tree}/init', 0o755)
     with open(f'{tree}/command', 'w') as f:
         f.write(COMMAND.format(directory=shlex.quote(os.getcwd()), command=command, done=DONE))

@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <ctime>
 #include <optional>
@@ -25,6 +26,7 @@ namespace po = boost::program_options;
 
 constexpr char kName[] = "pre-dump";
 constexpr char kLog[] = "pre-dump.log";
+constexpr double kMaxRounds = 1000, kMaxBudgetSeconds = 24 * 60 * 60;
 
 Syntax syntax() {
   Syntax s;
@@ -43,7 +45,7 @@ Syntax syntax() {
       "prev-images-dir", po::value<std::string>()->value_name("DIR"),
       "an earlier pre-dump, of which this one is a continuation")("gpu-only",
                                                                   "leave CPU memory to the dump")(
-      "max-rounds", po::value<unsigned>()->value_name("N"),
+      "max-rounds", po::value<double>()->value_name("N"),
       "with --gpu-only: copy what has changed at most N times")(
       "budget", po::value<double>()->value_name("SEC"),
       "with --gpu-only: begin no further round after this time")(
@@ -131,16 +133,49 @@ int with_criu(const Parsed& options, int pid, const std::string& comm, DumpDir& 
   return kExitOk;
 }
 
-int gpu_only(const Parsed& options, int pid, const std::string& comm, DumpDir& dir) {
+// The value of a numeric option, which must be in [least, most].
+Result<double> number(const Parsed& options, const char* name, double least, double most) {
+  const double value = options.values[name].as<double>();
+  if (value >= least && value <= most) return value;  // false for NaN
+  char text[96];
+  snprintf(text, sizeof text, "--%s must be from %g to %g", name, least, most);
+  return Error(Domain::kUsage, ERANGE, text);
+}
+
+Result<PreDumpLimits> limits_of(const Parsed& options) {
+  PreDumpLimits limits;
+  if (options.has("max-rounds")) {
+    auto rounds = number(options, "max-rounds", 1, kMaxRounds);
+    if (!rounds) return rounds.error();
+    limits.max_rounds = static_cast<unsigned>(*rounds);
+  }
+  if (options.has("budget")) {
+    auto seconds = number(options, "budget", 0, kMaxBudgetSeconds);
+    if (!seconds) return seconds.error();
+    limits.seconds = *seconds;
+  }
+  if (options.has("max-slowdown")) {
+    auto percent = number(options, "max-slowdown", 0, 100);
+    if (!percent) return percent.error();
+    limits.max_slowdown = *percent / 100;
+  }
+  return limits;
+}
+
+// Nothing of it needs the processes.
+Result<PreDumpLimits> check_options(const Parsed& options, bool gpu_only) {
+  for (const char* name : {"max-rounds", "budget", "max-slowdown"}) {
+    if (gpu_only || !options.has(name)) continue;
+    return Error(Domain::kUsage, EINVAL, std::string("--") + name + " needs --gpu-only");
+  }
+  return limits_of(options);
+}
+
+int gpu_only(const Parsed& options, const PreDumpLimits& limits, int pid, const std::string& comm,
+             DumpDir& dir) {
   if (!options.criu_options.empty()) {
     dir.undo();
     return fail(kName, "words after -- are for criu, which does not run here", kExitUsage);
-  }
-  PreDumpLimits limits;
-  if (options.has("max-rounds")) limits.max_rounds = options.values["max-rounds"].as<unsigned>();
-  if (options.has("budget")) limits.seconds = options.values["budget"].as<double>();
-  if (options.has("max-slowdown")) {
-    limits.max_slowdown = options.values["max-slowdown"].as<double>() / 100;
   }
   const bool quiet = options.has("json");
   const bool verbose = options.has("verbose");
@@ -177,6 +212,8 @@ int gpu_only(const Parsed& options, int pid, const std::string& comm, DumpDir& d
 
 int pre_dump(const Parsed& options) {
   const int pid = options.values["tree"].as<int>();
+  auto limits = check_options(options, options.has("gpu-only"));
+  if (!limits) return fail(kName, limits.error().message(), kExitUsage);
   if (geteuid() != 0) return fail(kName, "run as root: phos must read other processes");
   auto target = check_target(pid);
   if (!target) return fail(kName, target.error().message());
@@ -204,7 +241,7 @@ int pre_dump(const Parsed& options) {
   if (done && parent) done = dir->link(*parent);
   if (!done) return fail(kName, done.error().message());
   return cpu ? with_criu(options, pid, target->comm, *dir, parent ? &*parent : nullptr)
-             : gpu_only(options, pid, target->comm, *dir);
+             : gpu_only(options, *limits, pid, target->comm, *dir);
 }
 
 }  // namespace

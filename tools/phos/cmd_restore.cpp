@@ -206,10 +206,11 @@ int restore(const Parsed& options) {
   if (geteuid() != 0) return fail(kName, "run as root: CRIU must make processes of other users");
   auto fd = open_existing(path);
   if (!fd) return fail(kName, fd.error().message());
-  if (auto ok = check_inventory(fd->get(), path); !ok) return fail(kName, ok.error().message());
+  // First of all: a pre-dump of GPU memory alone has no inventory.
   auto images = read_image_set(fd->get());
   if (!images) return fail(kName, images.error().message());
   if (auto ok = check_stage(*images); !ok) return fail(kName, ok.error().message());
+  if (auto ok = check_inventory(fd->get(), path); !ok) return fail(kName, ok.error().message());
   if (auto ok = check_machine(*images); !ok) return fail(kName, ok.error().message());
   if (auto ok = wait_for_pids(fd->get()); !ok) return fail(kName, ok.error().message());
   std::unique_ptr<char, decltype(&free)> real(realpath(path.c_str(), nullptr), free);

@@ -48,7 +48,10 @@ Result<void> DumpDir::start() {
 }
 
 Result<void> DumpDir::link(const ParentLink& parent) {
-  if (symlinkat(parent.path.c_str(), fd.get(), kParent) == 0) return {};
+  if (symlinkat(parent.path.c_str(), fd.get(), kParent) == 0) {
+    linked = true;
+    return {};
+  }
   return Error::from_errno(errno, "making the link " + path + "/" + kParent);
 }
 
@@ -73,7 +76,7 @@ Result<ParentLink> find_parent(const DumpDir& dir, const std::string& previous) 
 }
 
 void DumpDir::undo() {
-  if (created) unlinkat(fd.get(), kParent, 0);
+  if (linked) unlinkat(fd.get(), kParent, 0);
   if (created) rmdir(path.c_str());
 }
 
@@ -93,11 +96,21 @@ Result<DumpDir> open_for_dump(const std::string& path, bool force) {
   auto real = absolute(path);
   if (!real) return real.error();
   dir.path = std::move(*real);
-  if (!force && faccessat(dir.fd.get(), kInventory, F_OK, AT_SYMLINK_NOFOLLOW) == 0) {
+  if (force) return dir;
+  if (faccessat(dir.fd.get(), kInventory, F_OK, AT_SYMLINK_NOFOLLOW) == 0) {
     return Error(Domain::kUsage, EEXIST,
                  path +
                      " already holds a dump (inventory.img); choose another directory, or "
                      "replace that dump with --force");
+  }
+  // A pre-dump of GPU memory alone has no inventory.
+  auto images = has_images(dir.fd.get());
+  if (!images) return images.error();
+  if (*images) {
+    return Error(Domain::kUsage, EEXIST,
+                 path +
+                     " already holds GPU images (phos-*.img); choose another directory, or "
+                     "replace them with --force");
   }
   return dir;
 }

@@ -21,18 +21,19 @@ struct DumpDir {
   std::string path;  // absolute
   UniqueFd fd;
   bool created = false;
+  bool linked = false;
 
   // Removes what an earlier dump left that could be taken for part of the new one: CRIU's inventory
   // and log, phos's images.
   Result<void> start();
   // Makes the link `parent`. After start().
   Result<void> link(const ParentLink& parent);
-  // Takes back the directory if it was made here and is still empty.
+  // Takes back the link, and the directory if it was made here and is still empty.
   void undo();
 };
 
-// A directory for a new dump: made (mode 0700) if it is missing. One that holds a dump already is
-// refused unless `force`.
+// A directory for a new dump: made (mode 0700) if it is missing. One that holds a dump already, or
+// a pre-dump, is refused unless `force`.
 Result<DumpDir> open_for_dump(const std::string& path, bool force);
 
 // `previous` (as the user sees it, not relative to `dir` as CRIU wants it) must hold images.

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "tools/phos/pre_dump_gpus.h"
 
+#include <cerrno>
+
 #include "gpu-tracker/abi/protocol.h"
+#include "gpu-tracker/image/image.h"
 #include "tools/phos/daemon_call.h"
 
 namespace phos::cli {
@@ -106,6 +109,13 @@ Result<PreDumpResult> pre_dump_gpus(int pid, int image_dir, const PreDumpLimits&
   }
   if (auto r = session.copy(limits); !r) return r.error();
   if (auto r = session.finish(); !r) return r.error();
+  auto saved = has_images(image_dir);
+  if (!saved) return saved.error();
+  if (!*saved) {
+    return Error(Domain::kUsage, ESRCH,
+                 "nothing was saved: the CUDA processes of " + std::to_string(pid) +
+                     " have ended meanwhile, or another checkpoint tool holds them");
+  }
   return result;
 }
 
