@@ -98,9 +98,9 @@ TEST_F(CopyShared, MemoryThatChangesMeanwhile) {
     }
     EXPECT_EQ(cuStreamDestroy(stream), CUDA_SUCCESS);
   });
-  for (int round = 0; round < 5; round++) {
+  for (int round = 0; round < 10; round++) {
     Copy copy;
-    ASSERT_OK(engine_->copy(pages, into(copy), pace_));
+    ASSERT_OK(engine_->copy(pages, into(copy), round % 2 ? pace_ : beside_others_));
     EXPECT_EQ(wrong_hashes(copy), 0u);
   }
 }
