@@ -16,6 +16,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -139,6 +140,13 @@ class CopyEngine {
     PinnedPool::Buffer buffer;
   };
   class Flight;
+  // The GPU time that others have not been given back yet; outlives an operation, since the next
+  // one may follow at once.
+  struct LastTurn {
+    std::chrono::steady_clock::time_point start;
+    double busy_ns = 0;
+  };
+  class Pacer;
 
   CopyEngine(GpuContext& context, PinnedPool& pool, const PageHashKey& key,
              CopyEngineOptions options);
@@ -190,6 +198,7 @@ class CopyEngine {
   std::vector<Lane> slots_, batches_;
   // Kernel time a page, undisturbed: the least seen so far. 0: not known yet.
   double hash_ns_ = 0;
+  LastTurn last_turn_;
   bool broken_ = false;
 };
 

@@ -34,36 +34,6 @@ constexpr double kTurnNs = 300e3;
 // The least that is worth a launch when nobody else needs the GPU.
 constexpr size_t kSmallBatch = 4096;
 
-// Spaces kernel launches out so that they take no more than the allowed share of the GPU's time.
-class Pacer {
- public:
-  Pacer(const Pace& pace, std::stop_token stop) : pace_(pace), stop_(std::move(stop)) {}
-
-  // Whether there is a limit, now.
-  bool limited() const { return pace_.max_slowdown() > 0; }
-
-  // Returns when a kernel of `pages` may start, or when `stop` is requested.
-  void wait_turn(uint32_t pages, double ns_per_page) {
-    const double share = pace_.max_slowdown();
-    if (share <= 0 || share >= 1) {
-      due_ = Clock::time_point();
-      return;
-    }
-    std::mutex mutex;
-    std::unique_lock<std::mutex> hold(mutex);
-    std::condition_variable_any never;
-    never.wait_until(hold, stop_, due_, [] { return false; });
-    const double busy = kTurnNs + pages * (ns_per_page > 0 ? ns_per_page : kFirstNsPerPage);
-    due_ = std::max(due_, Clock::now()) +
-           std::chrono::duration_cast<Clock::duration>(Nanoseconds(busy / share));
-  }
-
- private:
-  const Pace& pace_;
-  const std::stop_token stop_;
-  Clock::time_point due_;
-};
-
 // Pages that follow each other in memory and come first in `pages`.
 struct Run {
   size_t pages;
@@ -79,6 +49,36 @@ Run first_run(std::span<const PageRef> pages) {
 }
 
 }  // namespace
+
+// Spaces kernel launches out so that they take no more than the allowed share of the GPU's time.
+class CopyEngine::Pacer {
+ public:
+  Pacer(const Pace& pace, LastTurn& last, std::stop_token stop)
+      : pace_(pace), last_(last), stop_(std::move(stop)) {}
+
+  // Whether there is a limit, now.
+  bool limited() const { return pace_.max_slowdown() > 0; }
+
+  // Returns when a kernel of `pages` may start, or when `stop` is requested.
+  void wait_turn(uint32_t pages, double ns_per_page) {
+    const double share = pace_.max_slowdown();
+    if (share > 0 && share < 1) {
+      const auto due = last_.start + std::chrono::duration_cast<Clock::duration>(
+                                         Nanoseconds(last_.busy_ns / share));
+      std::mutex mutex;
+      std::unique_lock<std::mutex> hold(mutex);
+      std::condition_variable_any never;
+      never.wait_until(hold, stop_, due, [] { return false; });
+    }
+    last_.start = Clock::now();
+    last_.busy_ns = kTurnNs + pages * (ns_per_page > 0 ? ns_per_page : kFirstNsPerPage);
+  }
+
+ private:
+  const Pace& pace_;
+  LastTurn& last_;
+  const std::stop_token stop_;
+};
 
 // The lanes that the GPU works on, oldest first.
 class CopyEngine::Flight {
@@ -121,7 +121,7 @@ Result<void> CopyEngine::load(const LoadSource& source, std::stop_token stop) {
 Result<void> CopyEngine::run_hash(std::span<const PageRef> pages, std::span<PageHash> hashes,
                                   const Pace& pace, std::stop_token stop) {
   Flight flight(batches_);
-  Pacer pacer(pace, stop);
+  Pacer pacer(pace, last_turn_, stop);
   // Small batches first and last: the GPU is idle while the CPU makes the first table, and while it
   // takes the last hashes. But each launch is a turn, so not where turns are scarce.
   size_t most = std::min<size_t>(kSmallBatch, options_.hash_batch_pages);
