@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "gpu-tracker/base/log.h"
 
@@ -17,7 +18,8 @@ namespace phos {
 namespace {
 
 constexpr uint64_t kAlignment = 4096;
-constexpr unsigned kBatches = 2;  // one is hashed while the table of the other is on its way
+// One is hashed while the table of the next is on its way, and the hashes of the last.
+constexpr unsigned kBatches = 3;
 
 uint64_t aligned(uint64_t n) {
   return (n + kAlignment - 1) / kAlignment * kAlignment;
@@ -26,6 +28,11 @@ uint64_t aligned(uint64_t n) {
 // Table and hashes of a lane, on either side.
 uint64_t lane_bytes(uint32_t pages) {
   return aligned(uint64_t{pages} * sizeof(PageEntry)) + aligned(uint64_t{pages} * sizeof(PageHash));
+}
+
+unsigned hash_threads(const CopyEngineOptions& options) {
+  if (options.hash_threads) return options.hash_threads;
+  return std::clamp(std::thread::hardware_concurrency() / 2, 1u, 8u);
 }
 
 Result<uint8_t*> map_pinned(GpuContext& context, uint64_t bytes) {
@@ -49,11 +56,14 @@ Result<void> unmap_pinned(GpuContext& context, uint8_t* p, uint64_t bytes) {
 
 }  // namespace
 
-CopyEngine::CopyEngine(GpuContext& context, PinnedPool& pool, CopyEngineOptions options)
+CopyEngine::CopyEngine(GpuContext& context, PinnedPool& pool, const PageHashKey& key,
+                       CopyEngineOptions options)
     : context_(context),
       pool_(pool),
       options_(options),
       slot_pages_(static_cast<uint32_t>(pool.buffer_bytes() / kPageBytes)),
+      key_(key),
+      host_hasher_(hash_threads(options)),
       slots_(options.slots),
       batches_(kBatches) {
   layout_.key = 0;
@@ -68,12 +78,12 @@ CopyEngine::CopyEngine(GpuContext& context, PinnedPool& pool, CopyEngineOptions 
 Result<std::unique_ptr<CopyEngine>> CopyEngine::create(GpuContext& context, PinnedPool& pool,
                                                        const PageHashKey& key,
                                                        CopyEngineOptions options) {
-  std::unique_ptr<CopyEngine> engine(new CopyEngine(context, pool, options));
-  if (auto r = engine->set_up(key); !r) return r.error().wrap("starting the copy engine");
+  std::unique_ptr<CopyEngine> engine(new CopyEngine(context, pool, key, options));
+  if (auto r = engine->set_up(); !r) return r.error().wrap("starting the copy engine");
   return engine;
 }
 
-Result<void> CopyEngine::set_up(const PageHashKey& key) {
+Result<void> CopyEngine::set_up() {
   auto multiprocessors = context_.multiprocessors();
   if (!multiprocessors) return multiprocessors.error();
   blocks_ = static_cast<unsigned>(*multiprocessors) * kBlocksPerMultiprocessor;
@@ -110,7 +120,7 @@ Result<void> CopyEngine::set_up(const PageHashKey& key) {
     slot.staging = staging;
     staging += uint64_t{slot_pages_} * kPageBytes;
   }
-  return use_key(key);
+  return use_key(key_);
 }
 
 Result<void> CopyEngine::set_up_lanes(std::vector<Lane>& lanes, uint32_t pages, uint64_t& device,
@@ -155,6 +165,7 @@ CopyEngine::~CopyEngine() {
 
 Result<void> CopyEngine::use_key(const PageHashKey& key) {
   if (auto r = begin({}); !r) return r;
+  key_ = key;
   memcpy(arguments_.level1, key.level1().data(), sizeof arguments_.level1);
   memcpy(arguments_.level3, key.level3().data(), sizeof arguments_.level3);
   arguments_.level2 = device_ + layout_.key;
@@ -166,6 +177,9 @@ Result<void> CopyEngine::use_key(const PageHashKey& key) {
 }
 
 Result<void> CopyEngine::check(std::span<const PageRef> pages) const {
+  uint64_t wrong = 0;  // first without branches: there may be a million pages, and a GPU waiting
+  for (const PageRef& page : pages) wrong |= page.address % 16 | (page.bytes - 1 >= kPageBytes);
+  if (!wrong) return {};
   for (const PageRef& page : pages) {
     if (page.address % 16 == 0 && page.bytes > 0 && page.bytes <= kPageBytes) continue;
     char text[160];

@@ -3,6 +3,12 @@
 // of the very bytes that were copied, while its owner goes on writing to it.
 //
 //   source pages --kernel: copy and hash--> staging slot --DMA--> host buffer --> sink
+//   source pages --DMA--> host buffer --CPU threads: hash--> sink
+//
+// The first way needs no CPU; the second one needs no kernel, and is taken where others may be
+// slowed down so and so much at most. For what a kernel of one process costs another is its turn,
+// not its work: on an H200 the change to phos's context and back takes 270 us of a busy process,
+// and 2.5 % of its speed if that happens 100 times a second. DMA takes no turns.
 //
 // The kernel fills the slots of a ring in device memory on one stream, the DMA engine drains them
 // on another; hashes follow their pages on the same stream. The ring is deep enough to keep the DMA
@@ -10,6 +16,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -19,6 +26,7 @@
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/copy/host_hasher.h"
 #include "gpu-tracker/copy/page_hash.h"
 #include "gpu-tracker/copy/pinned_pool.h"
 #include "gpu-tracker/driver/gpu_context.h"
@@ -35,13 +43,16 @@ struct PageRef {
 // How much of the GPU an operation may take from others. May be changed at any time, by any thread.
 class Pace {
  public:
-  // Share of the GPU's time that phos's kernels take at most: 0.05 slows others down by 5 %. 0, the
-  // default: no limit. (DMA costs others next to nothing and is not limited: about 1 %.)
+  explicit Pace(double max_slowdown = 0) : max_slowdown_(max_slowdown) {}
+  // Share of the GPU's time that phos's kernels take at most, the changes to phos's context and
+  // back included: 0.05 slows others down by 5 %. 0, the default: no limit. (DMA costs others next
+  // to nothing and is not limited: about 1 % of an H200.) With a limit, copies are hashed by the
+  // CPU.
   void set_max_slowdown(double share) { max_slowdown_ = share; }
   double max_slowdown() const { return max_slowdown_; }
 
  private:
-  std::atomic<double> max_slowdown_{0};
+  std::atomic<double> max_slowdown_;
 };
 
 // Pages first, first + 1, ... of a copy, as many as there are hashes. Page i of them is at
@@ -71,6 +82,8 @@ struct CopyEngineOptions {
   unsigned slots = 8;
   // Pages hashed by one launch: 4 GiB, 1 ms of an H200.
   uint32_t hash_batch_pages = 65536;
+  // CPU threads that hash what is copied, where the CPU does. 0: half of the CPUs, 8 at most.
+  unsigned hash_threads = 0;
 };
 
 // One GPU. Operations are called by one thread at a time and return when they are done. After an
@@ -122,14 +135,23 @@ class CopyEngine {
     // while in flight
     size_t first = 0;
     uint32_t count = 0;
+    bool hash_on_host = false;       // a copy's; no kernel knows the lane then
     std::vector<PageHash> expected;  // of a load
     PinnedPool::Buffer buffer;
   };
   class Flight;
+  // The GPU time that others have not been given back yet; outlives an operation, since the next
+  // one may follow at once.
+  struct LastTurn {
+    std::chrono::steady_clock::time_point start;
+    double busy_ns = 0;
+  };
+  class Pacer;
 
-  CopyEngine(GpuContext& context, PinnedPool& pool, CopyEngineOptions options);
+  CopyEngine(GpuContext& context, PinnedPool& pool, const PageHashKey& key,
+             CopyEngineOptions options);
 
-  Result<void> set_up(const PageHashKey& key);
+  Result<void> set_up();
   Result<void> set_up_lanes(std::vector<Lane>& lanes, uint32_t pages, uint64_t& device,
                             uint8_t*& host);
   Result<void> check(std::span<const PageRef> pages) const;
@@ -150,9 +172,13 @@ class CopyEngine {
   Result<void> start_hash(Lane& lane, size_t first, std::span<const PageRef> pages);
   Result<void> start_copy(Lane& lane, size_t first, std::span<const PageRef> pages,
                           PinnedPool::Buffer buffer);
+  Result<void> start_transfer(Lane& lane, size_t first, std::span<const PageRef> pages,
+                              PinnedPool::Buffer buffer);
+  // What the lane copied, with its hashes.
+  Result<CopiedPages> finish_copy(Lane& lane);
   Result<void> start_load(Lane& lane, PagesToLoad work);
-  // Waits for the lane and learns how fast the kernel was.
-  Result<void> finish(Lane& lane, double* ns_per_page);
+  // Waits for the lane and learns how fast the hash kernel was.
+  Result<void> finish_hash(Lane& lane);
 
   GpuContext& context_;
   PinnedPool& pool_;
@@ -166,10 +192,13 @@ class CopyEngine {
   GpuKernel hash_kernel_ = nullptr, copy_kernel_ = nullptr;
   GpuStream uploads_ = nullptr, kernels_ = nullptr, transfers_ = nullptr;
   unsigned blocks_ = 0;
+  PageHashKey key_;
   HashArguments arguments_ = {};
+  HostHasher host_hasher_;
   std::vector<Lane> slots_, batches_;
   // Kernel time a page, undisturbed: the least seen so far. 0: not known yet.
-  double hash_ns_ = 0, copy_ns_ = 0;
+  double hash_ns_ = 0;
+  LastTurn last_turn_;
   bool broken_ = false;
 };
 

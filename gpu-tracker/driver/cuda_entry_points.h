@@ -32,6 +32,7 @@ namespace phos {
   X(cuDevicePrimaryCtxRelease_v2, 450)          \
   X(cuDevicePrimaryCtxSetFlags_v2, 450)         \
   X(cuCtxSetCurrent, 0)                         \
+  X(cuCtxSetLimit, 0)                           \
   X(cuMemGetInfo_v2, 0)                         \
   X(cuMemAlloc_v2, 0)                           \
   X(cuMemFree_v2, 0)                            \

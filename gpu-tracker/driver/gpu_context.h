@@ -3,7 +3,7 @@
 // of another process's memory, streams, events, asynchronous copies, kernels. Part of the GpuDriver
 // seam (gpu_driver.h): one implementation over libcuda and one fault-injecting wrapper.
 //
-// Costs device memory (some 500 MB on an H200) for as long as it is open: open it when there is
+// Costs device memory (263 MiB on an H200) for as long as it is open: open it when there is
 // work and close it afterwards. All calls may be made from any thread; each makes the context
 // current on its thread. Addresses are of the device, sizes in bytes.
 //

@@ -15,6 +15,7 @@ namespace contract {
 namespace {
 
 using phos::CopiedPages;
+using phos::CopySink;
 using phos::kPageBytes;
 using phos::PageHash;
 using phos::PageRef;
@@ -42,6 +43,8 @@ class CopyFaults : public CopyTest {
     }
     std::vector<PageHash> hashes(kPages);
     if (auto r = engine_->hash(pages_, hashes, pace_); !r) return r;
+    const CopySink drop = [](CopiedPages) -> phos::Result<void> { return {}; };
+    if (auto r = engine_->copy(pages_, drop, beside_others_); !r) return r;
     std::deque<CopiedPages> copied;
     auto r = engine_->copy(
         pages_,

@@ -102,6 +102,14 @@ class CopyTest : public CudaTest {
     return options;
   }
 
+  void soil_the_pool() {
+    std::vector<phos::PinnedPool::Buffer> all;
+    while (auto buffer = pool_->try_acquire()) {
+      memset(buffer->data(), 0xee, kBuffer);
+      all.push_back(std::move(*buffer));
+    }
+  }
+
   // Device memory with these contents; freed with the fixture's context at the latest.
   CUdeviceptr upload(const std::vector<uint8_t>& bytes) {
     CUdeviceptr p = 0;
@@ -140,7 +148,9 @@ class CopyTest : public CudaTest {
   std::unique_ptr<phos::PinnedPool> pool_;
   std::unique_ptr<phos::GpuContext> copy_context_;
   std::unique_ptr<phos::CopyEngine> engine_;
-  const phos::Pace pace_;
+  // No limit, and a limit: copies are hashed by the GPU, and by the CPU.
+  const phos::Pace pace_{0};
+  const phos::Pace beside_others_{0.05};
 };
 
 }  // namespace contract

@@ -98,9 +98,9 @@ TEST_F(CopyShared, MemoryThatChangesMeanwhile) {
     }
     EXPECT_EQ(cuStreamDestroy(stream), CUDA_SUCCESS);
   });
-  for (int round = 0; round < 5; round++) {
+  for (int round = 0; round < 10; round++) {
     Copy copy;
-    ASSERT_OK(engine_->copy(pages, into(copy), pace_));
+    ASSERT_OK(engine_->copy(pages, into(copy), round % 2 ? pace_ : beside_others_));
     EXPECT_EQ(wrong_hashes(copy), 0u);
   }
 }
@@ -197,8 +197,17 @@ TEST_F(CopyShared, PaceKeepsKernelsToTheirShare) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   };
   const double fast = time();
-  pace.set_max_slowdown(on_simulation() ? 0.1 : 0.001);
+  pace.set_max_slowdown(on_simulation() ? 0.1 : 0.01);
   EXPECT_GT(time(), 2 * fast);
+  // One launch each, which still have to wait for each other.
+  const auto few = std::span(pages).first(1);
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < 6; i++) {
+    EXPECT_OK(engine_->hash(few, std::span(hashes).first(1), pace));
+  }
+  // A turn is 0.3 ms at least.
+  EXPECT_GT(std::chrono::steady_clock::now() - begin,
+            std::chrono::microseconds(on_simulation() ? 15000 : 150000));
   // Cancelled in the middle of a pause.
   pace.set_max_slowdown(1e-9);
   std::stop_source stop;

@@ -29,17 +29,22 @@ TEST_F(CopyTest, GpuHashesAsTheCpuDoes) {
   }
   std::vector<PageHash> hashes(pages.size());
   ASSERT_OK(engine_->hash(pages, hashes, pace_));
-  Copy copy;
-  ASSERT_OK(engine_->copy(pages, into(copy), pace_));
-  ASSERT_EQ(copy.hashes.size(), pages.size());
-  for (size_t i = 0; i < pages.size(); i++) {
-    const uint8_t* source = &bytes[pages[i].address - p];
-    const PageHash expected = hash_page(*key_, source, pages[i].bytes);
-    EXPECT_EQ(hashes[i], expected) << "page " << i << " of " << pages[i].bytes << " bytes";
-    EXPECT_EQ(copy.hashes[i], expected) << "page " << i << " of " << pages[i].bytes << " bytes";
-    EXPECT_EQ(memcmp(&copy.bytes[i * kPageBytes], source, pages[i].bytes), 0) << i;
-    const auto* rest = &copy.bytes[i * kPageBytes + pages[i].bytes];
-    EXPECT_EQ(std::count(rest, rest + kPageBytes - pages[i].bytes, 0), kPageBytes - pages[i].bytes);
+  for (const phos::Pace* pace : {&pace_, &beside_others_}) {
+    // So that what is there already is not what should come.
+    ASSERT_NO_FATAL_FAILURE(soil_the_pool());
+    Copy copy;
+    ASSERT_OK(engine_->copy(pages, into(copy), *pace));
+    ASSERT_EQ(copy.hashes.size(), pages.size());
+    for (size_t i = 0; i < pages.size(); i++) {
+      const uint8_t* source = &bytes[pages[i].address - p];
+      const PageHash expected = hash_page(*key_, source, pages[i].bytes);
+      EXPECT_EQ(hashes[i], expected) << "page " << i << " of " << pages[i].bytes << " bytes";
+      EXPECT_EQ(copy.hashes[i], expected) << "page " << i << " of " << pages[i].bytes << " bytes";
+      EXPECT_EQ(memcmp(&copy.bytes[i * kPageBytes], source, pages[i].bytes), 0) << i;
+      const auto* rest = &copy.bytes[i * kPageBytes + pages[i].bytes];
+      EXPECT_EQ(std::count(rest, rest + kPageBytes - pages[i].bytes, 0),
+                kPageBytes - pages[i].bytes);
+    }
   }
 }
 
@@ -77,12 +82,46 @@ TEST_F(CopyTest, AnotherKeyGivesOtherHashes) {
 TEST_F(CopyTest, RingWrapsAround) {
   const auto bytes = random_bytes(41 * kMiB + 12345, 3);
   const auto pages = pages_of(upload(bytes), bytes.size());
+  for (const phos::Pace* pace : {&pace_, &beside_others_}) {
+    Copy copy;
+    ASSERT_OK(engine_->copy(pages, into(copy), *pace));
+    ASSERT_EQ(copy.hashes.size(), pages.size());
+    EXPECT_EQ(memcmp(copy.bytes.data(), bytes.data(), bytes.size()), 0);
+    EXPECT_EQ(wrong_hashes(copy), 0u);
+    EXPECT_EQ(pool_->statistics().in_use, 0u);
+  }
+}
+
+// A limit that comes and goes while lanes are in flight.
+TEST_F(CopyTest, PaceMayChangeInTheMiddle) {
+  const auto bytes = random_bytes(30 * kMiB, 8);
+  const auto pages = pages_of(upload(bytes), bytes.size());
+  phos::Pace pace;
   Copy copy;
-  ASSERT_OK(engine_->copy(pages, into(copy), pace_));
-  ASSERT_EQ(copy.hashes.size(), pages.size());
-  EXPECT_EQ(memcmp(copy.bytes.data(), bytes.data(), bytes.size()), 0);
+  const auto sink = into(copy);
+  ASSERT_OK(engine_->copy(
+      pages,
+      [&](phos::CopiedPages copied) -> phos::Result<void> {
+        pace.set_max_slowdown(pace.max_slowdown() > 0 ? 0 : 0.05);
+        return sink(std::move(copied));
+      },
+      pace));
+  EXPECT_EQ(copy.bytes, bytes);
   EXPECT_EQ(wrong_hashes(copy), 0u);
-  EXPECT_EQ(pool_->statistics().in_use, 0u);
+}
+
+// Where others must not be slowed down, a copy starts no kernel.
+TEST_F(CopyTest, CopyBesideOthersIsDmaOnly) {
+  const auto bytes = random_bytes(3 * kMiB, 9);
+  const auto pages = pages_of(upload(bytes), bytes.size());
+  for (const phos::Pace* pace : {&pace_, &beside_others_}) {
+    const size_t before = faults_->calls().size();
+    Copy copy;
+    ASSERT_OK(engine_->copy(pages, into(copy), *pace));
+    const auto& calls = faults_->calls();
+    EXPECT_EQ(std::count(calls.begin() + static_cast<ptrdiff_t>(before), calls.end(), "launch"),
+              pace == &pace_ ? 2 : 0);
+  }
 }
 
 TEST_F(CopyTest, NothingToDoIsDone) {

@@ -340,6 +340,22 @@ TEST_F(DeviceMemory, MoreThanTheDeviceHasIsOutOfMemory) {
   EXPECT_EQ(cuMemAlloc(&p, total + 2 * kMiB), CUDA_ERROR_OUT_OF_MEMORY);
 }
 
+// What phos lowers in its own context to save device memory.
+TEST_F(DeviceMemory, LimitsAreRaisedToTheLeastThereIs) {
+  CUcontext own;
+  ASSERT_EQ(cuCtxCreate(&own, nullptr, 0, device_), CUDA_SUCCESS);
+  for (CUlimit limit : {CU_LIMIT_STACK_SIZE, CU_LIMIT_MALLOC_HEAP_SIZE, CU_LIMIT_PRINTF_FIFO_SIZE,
+                        CU_LIMIT_DEV_RUNTIME_PENDING_LAUNCH_COUNT}) {
+    size_t before = 0, after = 0;
+    ASSERT_EQ(cuCtxGetLimit(&before, limit), CUDA_SUCCESS) << limit;
+    EXPECT_EQ(cuCtxSetLimit(limit, 0), CUDA_SUCCESS) << limit;
+    ASSERT_EQ(cuCtxGetLimit(&after, limit), CUDA_SUCCESS) << limit;
+    EXPECT_LT(after, before) << limit;
+  }
+  EXPECT_EQ(cuCtxDestroy(own), CUDA_SUCCESS);
+  cuCtxSetCurrent(context_);
+}
+
 TEST_F(DeviceMemory, FreeMemoryGoesDownByAnAllocation) {
   size_t before = 0, after = 0, total = 0;
   ASSERT_EQ(cuMemGetInfo(&before, &total), CUDA_SUCCESS);

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Devices and contexts.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <set>
 #include <vector>
@@ -16,6 +18,10 @@ struct CUctx_st {
   unsigned flags;
   bool primary;
   int references;
+  std::map<CUlimit, size_t> limits = {{CU_LIMIT_STACK_SIZE, 1024},
+                                      {CU_LIMIT_PRINTF_FIFO_SIZE, 8650752},
+                                      {CU_LIMIT_MALLOC_HEAP_SIZE, 8388608},
+                                      {CU_LIMIT_DEV_RUNTIME_PENDING_LAUNCH_COUNT, 2048}};
 };
 
 namespace phos_sim {
@@ -298,6 +304,32 @@ CUresult cuCtxGetDevice(CUdevice* device) {
   PHOS_SIM_API(kContext);
   if (!device) return CUDA_ERROR_INVALID_VALUE;
   *device = current_context()->device;
+  return CUDA_SUCCESS;
+}
+
+// The least that an H200 takes (driver 580); it raises what is below.
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) {
+  PHOS_SIM_API(kContext);
+  static const std::map<CUlimit, size_t> kLeast = {{CU_LIMIT_STACK_SIZE, 0},
+                                                   {CU_LIMIT_PRINTF_FIFO_SIZE, 524288},
+                                                   {CU_LIMIT_MALLOC_HEAP_SIZE, 4194304},
+                                                   {CU_LIMIT_DEV_RUNTIME_PENDING_LAUNCH_COUNT, 32}};
+  const auto least = kLeast.find(limit);
+  if (least == kLeast.end()) return CUDA_ERROR_UNSUPPORTED_LIMIT;
+  const CUcontext context = current_context();
+  std::lock_guard<std::mutex> hold(contexts().mutex);
+  context->limits[limit] = std::max(value, least->second);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetLimit(size_t* value, CUlimit limit) {
+  PHOS_SIM_API(kContext);
+  if (!value) return CUDA_ERROR_INVALID_VALUE;
+  const CUcontext context = current_context();
+  std::lock_guard<std::mutex> hold(contexts().mutex);
+  const auto it = context->limits.find(limit);
+  if (it == context->limits.end()) return CUDA_ERROR_UNSUPPORTED_LIMIT;
+  *value = it->second;
   return CUDA_SUCCESS;
 }
 

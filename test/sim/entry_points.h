@@ -28,6 +28,8 @@
   X(cuCtxPopCurrent, 4000)                         \
   X(cuCtxGetDevice, 2000)                          \
   X(cuCtxSynchronize, 2000)                        \
+  X(cuCtxSetLimit, 3010)                           \
+  X(cuCtxGetLimit, 3010)                           \
   X(cuMemGetInfo, 3020)                            \
   X(cuMemAlloc, 3020)                              \
   X(cuMemFree, 3020)                               \

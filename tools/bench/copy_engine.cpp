@@ -1,15 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // usage: copy_bench [--mib N] [--rounds N] [--pool-mib N] [--slots N] [--slowdown SHARE]
-// [--no-load]
+// [--load NAMES] [--no-load]
 //
 // How fast the copy engine is on the first GPU, against what the hardware can do: prints JSON. The
 // four kinds of run take turns, so that clocks and neighbours are the same for all:
 //   dma    cuMemcpyDtoHAsync into pinned buffers, nothing else
-//   copy   CopyEngine::copy into a sink that throws the buffers away
+//   copy   CopyEngine::copy into a sink that throws the buffers away, without a limit
+//   paced  the same with a limit (--slowdown, 0.03): nothing but DMA on the GPU, hashed by the CPU
 //   read   a kernel that only reads memory
-//   hash   CopyEngine::hash
-// Unless --no-load, a second process then keeps the GPU busy with the read kernel, and the runs say
-// how fast the engine is then, and what share of its speed that process keeps.
+//   hash   CopyEngine::hash, without a limit
+// Unless --no-load, a second process then keeps the GPU busy (--load: in which ways), and the runs
+// say how fast the engine is then, and what that process loses (by windows of half a second with
+// and without, in turns; the median of the pairs). It stands for
+//   reader   one long kernel after the other that only reads memory: the worst case
+//   decode   generating: 60 kernels of some 20 us in a row, a pause for the CPU
+//   train    kernels long and short, queued ahead
+//   storm    launches of kernels that do nothing
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -44,8 +50,8 @@ struct Options {
   int rounds = 7;
   uint64_t pool_mib = 8192;
   unsigned slots = CopyEngineOptions().slots;
-  double slowdown = 0;
-  bool load = true;
+  double slowdown = 0.03;
+  std::string load = "reader,decode,train,storm";
 };
 
 [[noreturn]] void die(const std::string& why) {
@@ -103,7 +109,7 @@ class Bench {
     const auto begin = Clock::now();
     engine_ = need(CopyEngine::create(*context_, pool, key_, options));
     engine_seconds_ = seconds_since(begin);
-    pace_.set_max_slowdown(options_.slowdown);
+    limit_.set_max_slowdown(options_.slowdown);
     for (uint64_t at = 0; at < bytes_; at += kPageBytes) {
       pages_.push_back({source_ + at, kPageBytes});
     }
@@ -114,15 +120,21 @@ class Bench {
   double context_seconds() const { return context_seconds_; }
   double engine_seconds() const { return engine_seconds_; }  // compiles the kernels
 
-  void read() {
-    const phos_bench::ReadArguments arguments = {source_, bytes_ / 16, out_};
-    need(context_->launch(read_, blocks_, 512, &arguments, stream_));
-    need(context_->synchronize(stream_));
+  void start_read(uint64_t bytes) {
+    const phos_bench::ReadArguments arguments = {source_, bytes / 16, out_};
+    need(context_->launch(read_, bytes < 1 << 20 ? 1 : blocks_, 512, &arguments, stream_));
   }
-  void hash() { need(engine_->hash(pages_, hashes_, pace_)); }
-  void copy() {
+  void wait() { need(context_->synchronize(stream_)); }
+  void read() {
+    start_read(bytes_);
+    wait();
+  }
+  void hash(bool limited = false) {
+    need(engine_->hash(pages_, hashes_, limited ? limit_ : none_));
+  }
+  void copy(bool limited = false) {
     need(engine_->copy(
-        pages_, [](CopiedPages) -> Result<void> { return {}; }, pace_));
+        pages_, [](CopiedPages) -> Result<void> { return {}; }, limited ? limit_ : none_));
   }
   // As many transfers in flight as the engine has.
   void dma() {
@@ -140,18 +152,20 @@ class Bench {
   bool verify() {
     hash();
     size_t wrong = 0, seen = 0;
-    need(engine_->copy(
-        pages_,
-        [&](CopiedPages copied) -> Result<void> {
-          for (size_t i = 0; i < copied.hashes.size(); i += 61) {
-            const auto expected =
-                hash_page(key_, copied.buffer.data() + i * kPageBytes, kPageBytes);
-            wrong += copied.hashes[i] != expected || hashes_[copied.first + i] != expected;
-            seen++;
-          }
-          return {};
-        },
-        pace_));
+    for (const Pace* pace : {&none_, &limit_}) {
+      need(engine_->copy(
+          pages_,
+          [&](CopiedPages copied) -> Result<void> {
+            for (size_t i = 0; i < copied.hashes.size(); i += 61) {
+              const auto expected =
+                  hash_page(key_, copied.buffer.data() + i * kPageBytes, kPageBytes);
+              wrong += copied.hashes[i] != expected || hashes_[copied.first + i] != expected;
+              seen++;
+            }
+            return {};
+          },
+          *pace));
+    }
     return !wrong && seen;
   }
 
@@ -177,7 +191,7 @@ class Bench {
   const Options options_;
   std::string name_;
   const PageHashKey key_ = need(PageHashKey::generate());
-  Pace pace_;
+  Pace none_, limit_;
   std::unique_ptr<GpuContext> context_;
   std::unique_ptr<CopyEngine> engine_;
   PinnedPool* pool_ = nullptr;
@@ -190,12 +204,13 @@ class Bench {
   std::vector<PageHash> hashes_;
 };
 
-// A process that reads its own memory on the GPU over and over, and counts.
+// A process that keeps the GPU busy in one of several ways, and counts.
 class Neighbour {
  public:
+  enum Kind { kNone, kReader, kDecode, kTrain, kStorm };
   struct Shared {
-    std::atomic<uint64_t> reads{0};
-    std::atomic<bool> go{false};
+    std::atomic<uint64_t> steps{0};
+    std::atomic<Kind> kind{kNone};
   };
 
   // Before this process has called CUDA: a forked child of a CUDA process cannot.
@@ -214,34 +229,63 @@ class Neighbour {
   Neighbour(const Neighbour&) = delete;
   Neighbour& operator=(const Neighbour&) = delete;
 
-  void start() {
-    shared_->go = true;
-    while (shared_->reads < 10) usleep(10000);
+  void start(Kind kind) {
+    const uint64_t before = shared_->steps;
+    shared_->kind = kind;
+    while (shared_->steps < before + 10) usleep(10000);
   }
-  void stop() { shared_->go = false; }
-  // Reads a second while `work` runs; repeated for half a second at least.
+  void stop() { shared_->kind = kNone; }
+  // Steps a second while `work` runs; repeated for half a second at least.
   double rate(const std::function<void()>& work) {
-    const uint64_t before = shared_->reads;
+    const uint64_t before = shared_->steps;
     const auto begin = Clock::now();
     do {
       work();
     } while (seconds_since(begin) < 0.5);
-    return static_cast<double>(shared_->reads - before) / seconds_since(begin);
+    return static_cast<double>(shared_->steps - before) / seconds_since(begin);
   }
 
  private:
   [[noreturn]] void run(uint64_t mib) {
-    while (!shared_->go) usleep(10000);
+    while (shared_->kind == kNone) usleep(10000);
     Options options;
     options.mib = std::min<uint64_t>(mib, 1024);
     auto driver = need(open_cuda_driver());
     Bench bench(*driver, options);
     while (getppid() != 1) {
-      while (!shared_->go) usleep(10000);
-      bench.read();
-      shared_->reads++;
+      step(bench, options.mib << 20);
+      shared_->steps++;
     }
     _exit(0);
+  }
+
+  void step(Bench& bench, uint64_t most) {
+    auto read = [&](uint64_t mib) { bench.start_read(std::min(mib << 20, most)); };
+    switch (shared_->kind) {
+      case kNone:
+        usleep(10000);
+        return;
+      case kReader:
+        bench.read();
+        return;
+      case kDecode:
+        for (int i = 0; i < 60; i++) read(96);
+        bench.wait();
+        usleep(200);
+        return;
+      case kTrain:
+        for (uint64_t i = 0; i < 40; i++) {
+          read(64 + i % 3 * 64);
+          read(i % 5);
+          bench.start_read(16);
+        }
+        bench.wait();
+        usleep(50);
+        return;
+      case kStorm:
+        for (int i = 0; i < 200; i++) bench.start_read(16);
+        bench.wait();
+    }
   }
 
   Shared* shared_ = nullptr;
@@ -285,36 +329,44 @@ void print(const Runs& runs, const char* title) {
 void bench_alone(Bench& bench, int rounds) {
   Runs runs;
   for (int i = 0; i <= rounds; i++) {
-    const std::pair<const char*, double> results[] = {{"dma", bench.rate([&] { bench.dma(); })},
-                                                      {"copy", bench.rate([&] { bench.copy(); })},
-                                                      {"read", bench.rate([&] { bench.read(); })},
-                                                      {"hash", bench.rate([&] { bench.hash(); })}};
+    const std::pair<const char*, double> results[] = {
+        {"dma", bench.rate([&] { bench.dma(); })},
+        {"copy", bench.rate([&] { bench.copy(); })},
+        {"paced", bench.rate([&] { bench.copy(true); })},
+        {"read", bench.rate([&] { bench.read(); })},
+        {"hash", bench.rate([&] { bench.hash(); })}};
     if (i == 0) continue;  // to warm up
     for (const auto& [name, rate] : results) runs[name].push_back(rate);
   }
   print(runs, "alone_gb_per_s");
-  printf("    \"copy_to_dma\": %.3f, \"hash_to_read\": %.3f\n  },\n",
-         median(runs, "copy") / median(runs, "dma"), median(runs, "hash") / median(runs, "read"));
+  printf("    \"copy_to_dma\": %.3f, \"paced_to_dma\": %.3f, \"hash_to_read\": %.3f\n  },\n",
+         median(runs, "copy") / median(runs, "dma"), median(runs, "paced") / median(runs, "dma"),
+         median(runs, "hash") / median(runs, "read"));
 }
 
-void bench_loaded(Bench& bench, Neighbour& neighbour, int rounds) {
-  neighbour.start();
-  Runs runs, kept;
+void bench_loaded(Bench& bench, Neighbour& neighbour, const char* name, Neighbour::Kind kind,
+                  int rounds) {
+  neighbour.start(kind);
+  const std::map<std::string, std::function<void()>> kinds = {
+      {"dma", [&] { bench.dma(); }},
+      {"copy", [&] { bench.copy(); }},
+      {"paced", [&] { bench.copy(true); }},
+      {"paced_hash", [&] { bench.hash(true); }}};
+  Runs runs, lost;
   for (int i = 0; i < rounds; i++) {
-    const double alone = neighbour.rate([] { usleep(100000); });
-    for (const auto& [name, run] : std::map<std::string, std::function<void()>>{
-             {"dma", [&] { bench.dma(); }}, {"copy", [&] { bench.copy(); }}, {"hash", [&] {
-                                                                                bench.hash();
-                                                                              }}}) {
+    for (const auto& [run_name, run] : kinds) {
       std::vector<double> rates;
-      kept[name].push_back(neighbour.rate([&] { rates.push_back(bench.rate(run)); }) / alone * 100);
-      runs[name].push_back(summarize(rates).median);
+      const double alone = neighbour.rate([] { usleep(100000); });
+      const double beside = neighbour.rate([&] { rates.push_back(bench.rate(run)); });
+      lost[run_name].push_back(100 * (1 - beside / alone));
+      runs[run_name].push_back(summarize(rates).median);
     }
   }
   neighbour.stop();
-  print(runs, "gpu_busy_gb_per_s");
-  printf("    \"copy_to_dma\": %.3f\n  },\n", median(runs, "copy") / median(runs, "dma"));
-  print(kept, "neighbour_speed_percent");
+  print(runs, (std::string("beside_") + name + "_gb_per_s").c_str());
+  printf("    \"copy_to_dma\": %.3f, \"paced_to_dma\": %.3f\n  },\n",
+         median(runs, "copy") / median(runs, "dma"), median(runs, "paced") / median(runs, "dma"));
+  print(lost, (std::string(name) + "_loses_percent").c_str());
   printf("    \"rounds\": %d\n  },\n", rounds);
 }
 
@@ -323,10 +375,14 @@ Options parse(int argc, char** argv) {
   for (int i = 1; i < argc; i++) {
     const std::string name = argv[i];
     if (name == "--no-load") {
-      o.load = false;
+      o.load.clear();
       continue;
     }
     if (++i == argc) die("usage: see the top of tools/bench/copy_engine.cpp");
+    if (name == "--load") {
+      o.load = argv[i];
+      continue;
+    }
     const double value = atof(argv[i]);
     if (name == "--mib") {
       o.mib = static_cast<uint64_t>(value);
@@ -352,7 +408,7 @@ Options parse(int argc, char** argv) {
 int main(int argc, char** argv) {
   const Options options = parse(argc, argv);
   std::unique_ptr<Neighbour> neighbour;
-  if (options.load) neighbour = std::make_unique<Neighbour>(options.mib);
+  if (!options.load.empty()) neighbour = std::make_unique<Neighbour>(options.mib);
   auto driver = need(open_cuda_driver());
   PinnedPoolOptions pool_options;
   pool_options.max_bytes = uint64_t{options.slots + 8} * pool_options.buffer_bytes;
@@ -372,7 +428,16 @@ int main(int argc, char** argv) {
   const bool verified = bench.verify();
   printf("  \"hashes_verified\": %s,\n", verified ? "true" : "false");
   bench_alone(bench, options.rounds);
-  if (neighbour) bench_loaded(bench, *neighbour, options.rounds);
+  if (neighbour) {
+    const std::map<std::string, Neighbour::Kind> kinds = {{"reader", Neighbour::kReader},
+                                                          {"decode", Neighbour::kDecode},
+                                                          {"train", Neighbour::kTrain},
+                                                          {"storm", Neighbour::kStorm}};
+    for (const auto& [name, kind] : kinds) {
+      if (options.load.find(name) == std::string::npos) continue;
+      bench_loaded(bench, *neighbour, name.c_str(), kind, options.rounds);
+    }
+  }
   if (options.pool_mib) {
     bench_pool(bench.context(), options.pool_mib << 20, true);
     bench_pool(bench.context(), options.pool_mib << 20, false);
