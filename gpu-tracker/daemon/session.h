@@ -129,6 +129,7 @@ class Session {
   std::vector<int> to_lock() const;
 
   std::optional<PreviousPages> open_previous(int vpid) const;
+  bool has_room_for_copies() const;
   Result<void> start_copy(int pid, Held* held);
   Result<void> run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
                           const CopyProgress& progress);

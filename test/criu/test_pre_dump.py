@@ -305,6 +305,18 @@ class EndedEarly(PreDumpTest):
         self.assert_no_phos_images()
         self.assert_others_are_served()
 
+    def test_dump_where_the_copy_does_not_fit_beside_it(self):
+        target = self.counter('--mib', '64')
+        self.small_directory('small', '110m')
+        self.images = self.path('small')
+        self.dump_ok(target)
+        wait_until(target.gone, 'the dumped process to be gone')
+        self.assertIn('GPU memory is not copied ahead', self.log('dump.log'))
+        ticks = target.last_tick()
+        self.restore_ok()
+        target.wait_tick(ticks + 3)
+        target.check_output(self)
+
     def test_small_pool(self):
         os.mkdir(self.run_dir, 0o700)
         with open(os.path.join(self.run_dir, 'phosd.conf'), 'w') as f:
