@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Session: the rounds of live copying, and what becomes of them when the process is locked.
+#include <sys/statvfs.h>
+
 #include <algorithm>
 #include <future>
 #include <mutex>
@@ -58,6 +60,24 @@ std::optional<PreviousPages> Session::open_previous(int vpid) const {
   return std::nullopt;
 }
 
+// In a dump the driver's bytes of the same memory follow in CRIU's images: a disk that has no room
+// for both must not fail the dump for what is only there to make later ones shorter.
+bool Session::has_room_for_copies() const {
+  struct statvfs disk;
+  if (fstatvfs(image_dir_.get(), &disk) != 0) return true;
+  uint64_t needed = 0;
+  for (const auto& [pid, held] : held_) {
+    if (held.found == CudaState::kRunning) needed += 2 * held.memory.own;
+  }
+  const uint64_t free = uint64_t{disk.f_bavail} * disk.f_frsize;
+  if (free >= needed) return true;
+  log(LogLevel::kWarn, "daemon",
+      "GPU memory is not copied ahead: the image directory has %s free, and twice the GPU memory "
+      "is %s",
+      megabytes(free).c_str(), megabytes(needed).c_str());
+  return false;
+}
+
 Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
   auto status = read_proc_status(pid);
   if (!status) return status.error();
@@ -96,6 +116,7 @@ Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limi
 Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progress) {
   if (!engines_) return {};
   const bool pre_dump = stage_ == DumpStage::kPreDump;
+  if (!pre_dump && !has_room_for_copies()) return {};
   std::mutex reporting;
   auto report = [&](int pid, unsigned number, const RoundReport& r) {
     std::lock_guard<std::mutex> hold(reporting);

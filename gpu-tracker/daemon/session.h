@@ -130,10 +130,10 @@ class Session {
   std::vector<int> to_lock() const;
 
   std::optional<PreviousPages> open_previous(int vpid) const;
+  bool has_room_for_copies() const;
   Result<void> start_copy(int pid, Held* held, TrackerChoice tracker);
   Result<void> run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
                           const CopyProgress& progress);
-  // Fails if the process must not be dumped; a copy that fails is given up.
   void complete_copy(int pid, Held* held);
   Result<void> finish_pre_dump();
 

@@ -209,7 +209,7 @@ class FaultyDriver : public contract::WorkerTest {
 };
 
 TEST_F(FaultyDriver, PhosdKilledInMidCommandIsFollowedByAnother) {
-  fail("cuPointerGetAttribute 5 slow:300");
+  fail("cuPointerGetAttributes 5 slow:300");
   ASSERT_TRUE(Agent::attach(pid_, tid_));  // loaded already: the child is quick
   run_and_kill(std::chrono::milliseconds(100), [&] {
     auto agent = Agent::attach(pid_, tid_);

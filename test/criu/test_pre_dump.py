@@ -253,7 +253,7 @@ class WithoutAttaching(PreDumpTest):
         self.assert_runs_on(target)
 
     def test_driver_that_does_not_answer_about_memory(self):
-        self.fail_in_driver('cuPointerGetAttribute * 999')
+        self.fail_in_driver('cuPointerGetAttributes * 999')
         target = self.counter()
         self.fails('pre-dump', '--gpu-only', '-t', str(target.pid), '-D', self.path('1'),
                    says=f'cannot pre-dump GPU memory of process {target.pid}')
@@ -304,6 +304,18 @@ class EndedEarly(PreDumpTest):
         self.assert_runs_on(target)
         self.assert_no_phos_images()
         self.assert_others_are_served()
+
+    def test_dump_where_the_copy_does_not_fit_beside_it(self):
+        target = self.counter('--mib', '64')
+        self.small_directory('small', '110m')
+        self.images = self.path('small')
+        self.dump_ok(target)
+        wait_until(target.gone, 'the dumped process to be gone')
+        self.assertIn('GPU memory is not copied ahead', self.log('dump.log'))
+        ticks = target.last_tick()
+        self.restore_ok()
+        target.wait_tick(ticks + 3)
+        target.check_output(self)
 
     def test_small_pool(self):
         os.mkdir(self.run_dir, 0o700)
@@ -371,7 +383,7 @@ class EndedEarly(PreDumpTest):
         self.assert_others_are_served()
 
     def test_target_killed_while_it_is_searched(self):
-        self.fail_in_driver('cuPointerGetAttribute 1 slow:1000')
+        self.fail_in_driver('cuPointerGetAttributes 1 slow:1000')
         target = self.counter()
         process = self.start_phos('pre-dump', '--gpu-only', '-t', str(target.pid), '-D',
                                   self.path('1'))
