@@ -118,6 +118,8 @@ class CopyEngine {
 
   // Device memory that the engine has allocated, without the context's own.
   uint64_t device_bytes() const { return layout_.total; }
+  // Time of the hash kernel a page, the least so far; 0: not known yet.
+  double hash_ns_per_page() const { return hash_ns_; }
   // No further operation will succeed: make a new context and engine.
   bool broken() const { return broken_; }
 

@@ -51,7 +51,7 @@ class PageHashKey {
 };
 
 // Hashes a page on the CPU. `bytes` is at most kPageBytes; a shorter page counts as if zeros
-// followed it. `page` needs no alignment. 12 GB/s of one CPU with AVX2, 6 GB/s without.
+// followed it. `page` needs no alignment. 11 GB/s of one CPU with AVX2, 6 GB/s without.
 // `use_avx2`: where there is any; false for tests of the other way.
 PageHash hash_page(const PageHashKey& key, const void* page, size_t bytes, bool use_avx2 = true);
 

@@ -21,7 +21,7 @@ struct OpenGpu {
   std::mutex busy;
 };
 
-// Thread-safe. Contexts cost GPU memory (some 600 MB with the staging ring), so they are open only
+// Thread-safe. Contexts cost GPU memory (some 520 MiB with the staging ring), so they are open only
 // while somebody uses them; the host memory stays warm for the next time.
 class GpuEngines {
  public:

@@ -339,6 +339,7 @@ void bench_alone(Bench& bench, int rounds) {
     for (const auto& [name, rate] : results) runs[name].push_back(rate);
   }
   print(runs, "alone_gb_per_s");
+  printf("    \"hash_kernel\": %.1f,\n", kPageBytes / bench.engine().hash_ns_per_page());
   printf("    \"copy_to_dma\": %.3f, \"paced_to_dma\": %.3f, \"hash_to_read\": %.3f\n  },\n",
          median(runs, "copy") / median(runs, "dma"), median(runs, "paced") / median(runs, "dma"),
          median(runs, "hash") / median(runs, "read"));
@@ -406,6 +407,7 @@ Options parse(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  setvbuf(stdout, nullptr, _IOLBF, 0);
   const Options options = parse(argc, argv);
   std::unique_ptr<Neighbour> neighbour;
   if (!options.load.empty()) neighbour = std::make_unique<Neighbour>(options.mib);
