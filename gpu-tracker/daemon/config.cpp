@@ -122,7 +122,7 @@ constexpr Setting kSettings[] = {
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_percentage(text), &config->max_slowdown);
      }},
-    {"tracker", "how memory is followed: auto, activity, content or verify (default: auto)",
+    {"tracker", "how memory is followed: auto, activity, content or verify (default: content)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_tracker(text), &config->tracker);
      }},

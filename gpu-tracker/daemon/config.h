@@ -19,8 +19,8 @@ struct DaemonConfig {
   uint64_t pool_size = 0;                  // bytes of pinned host memory that sessions share
   std::chrono::seconds idle_timeout{300};  // 0: stays for ever
   unsigned max_sessions = 32;
-  double max_slowdown = 5;  // percent of its speed that copying may cost a running process
-  TrackerChoice tracker = TrackerChoice::kAuto;
+  double max_slowdown = 3;  // percent of its speed that copying may cost a running process
+  TrackerChoice tracker = TrackerChoice::kContent;
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 

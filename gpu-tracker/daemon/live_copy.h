@@ -32,7 +32,7 @@ struct LiveCopyTarget {
   int pid = 0;   // in phosd's pid namespace
   int vpid = 0;  // in its innermost one, for file names
   int restore_tid = 0;
-  TrackerChoice tracker = TrackerChoice::kAuto;
+  TrackerChoice tracker = TrackerChoice::kContent;
 };
 
 struct LiveCopyImages {

@@ -36,7 +36,7 @@ struct CopyLimits {
   unsigned max_rounds = 8;
   std::chrono::milliseconds budget{60000};  // begin no further round after this time
   double max_slowdown = 0;  // share of its speed the application may lose; 0: no limit
-  TrackerChoice tracker = TrackerChoice::kAuto;
+  TrackerChoice tracker = TrackerChoice::kContent;
 };
 
 // Told of each round of each process, one at a time, on any thread. False: give up.

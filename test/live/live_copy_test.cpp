@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <iostream>
 
+#include "test/contract/cuda_helpers.h"
 #include "test/live/interleaving.h"
 #include "test/live/soundness.h"
 
@@ -26,15 +27,17 @@ class LiveCopySoundness : public testing::Test {
 TEST_F(LiveCopySoundness, SavedPagesAreWhatTheLockedProcessHolds) {
   Soundness soundness;
   ASSERT_EQ(soundness.start(), "");
-  for (uint32_t seed = 1; seed <= 25; seed++) {
+  // A real GPU is slow to open and close; `live --seconds 600` is for it.
+  const uint32_t seeds = contract::on_simulation() ? 25 : 2;
+  for (uint32_t seed = 1; seed <= seeds; seed++) {
     ASSERT_EQ(soundness.run(seed, 40), "") << "seed " << seed;
   }
   const Tally& t = soundness.tally();
   std::cout << t << std::endl;
   // The application must have been hard enough to follow.
-  EXPECT_GT(t.pages, 10000u);
-  EXPECT_GT(t.parent, 100u);
-  EXPECT_GT(t.zero, 100u);
+  EXPECT_GT(t.pages, 400u * seeds);
+  EXPECT_GT(t.parent, 4u * seeds);
+  EXPECT_GT(t.zero, 4u * seeds);
 }
 
 }  // namespace
