@@ -34,10 +34,12 @@
 namespace phos {
 
 // A page of device memory, by the engine's own address of it. `address` is a multiple of 16,
-// `bytes` 1 to kPageBytes (less than that: the end of an allocation).
+// `bytes` 1 to kPageBytes (less than that: the end of an allocation). `allocation` is any number
+// that tells allocations apart: the driver refuses a copy that reaches from one into the next.
 struct PageRef {
   uint64_t address;
   uint32_t bytes = kPageBytes;
+  uint32_t allocation = 0;
 };
 
 // How much of the GPU an operation may take from others. May be changed at any time, by any thread.

@@ -42,6 +42,7 @@ struct Run {
 Run first_run(std::span<const PageRef> pages) {
   Run run = {1, pages[0].bytes};
   while (run.pages < pages.size() && run.bytes == run.pages * kPageBytes &&
+         pages[run.pages].allocation == pages[0].allocation &&
          pages[run.pages].address == pages[0].address + run.bytes) {
     run.bytes += pages[run.pages++].bytes;
   }

@@ -126,6 +126,7 @@ Result<void> CopiedMemory::add(const AgentAllocation& allocation, AgentExport ha
           : gpu_->context->import_fd(handle.fd.get(), allocation.mapping_size, MemoryAccess::kRead);
   if (!mapped) return mapped.error();
   copied.mapped_at = *mapped;
+  copied.number = next_number_++;
   copied.handle.type = handle.type;
   const size_t pages = (allocation.size + kPageBytes - 1) / kPageBytes;
   copied.saved.resize(pages);
@@ -185,7 +186,7 @@ PageRef CopiedMemory::page_ref(const Page& page) {
   const uint64_t offset = uint64_t{page.index} * kPageBytes;
   const uint64_t left = page.allocation->seen.size - offset;
   return {page.allocation->mapped_at + offset,
-          static_cast<uint32_t>(std::min<uint64_t>(left, kPageBytes))};
+          static_cast<uint32_t>(std::min<uint64_t>(left, kPageBytes)), page.allocation->number};
 }
 
 Result<void> CopiedMemory::find_dirty(const Pace& pace, std::vector<Page>* dirty,

@@ -20,6 +20,7 @@ struct CopiedAllocation {
   AgentAllocation seen;    // as the agent described it
   AgentExport handle;      // kept for its type; the descriptor is closed
   uint64_t mapped_at = 0;  // in phosd's context; 0: let go
+  uint32_t number = 0;     // tells it from the others
   // By page. `saved` holds for the pages that are somewhere.
   std::vector<PageHash> saved;
   std::vector<uint32_t> where;  // a slot in the pages file, or one of the constants below
@@ -91,6 +92,7 @@ class CopiedMemory {
   std::map<uint64_t, CopiedAllocation> allocations_;  // by address in the process
   std::vector<uint32_t> free_slots_;
   uint32_t next_slot_ = 0;
+  uint32_t next_number_ = 0;
 };
 
 }  // namespace phos

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // memcpy and memset, synchronous and asynchronous.
 #include <cstring>
+#include <utility>
 
 #include "test/sim/engine.h"
 #include "test/sim/memory.h"
@@ -30,11 +31,21 @@ CUresult copy(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream stream, Wa
   return wait == Wait::kYes ? wait_for(ticket) : CUDA_SUCCESS;
 }
 
+// Driver 580 refuses a copy that reaches from one allocation into the next one, imported ones
+// included, though kernels may. What is mapped side by side by cuMemMap is one piece.
+bool is_in_one_allocation(CUdeviceptr p, size_t size) {
+  std::lock_guard<std::mutex> hold(memory().mutex);
+  const Range* r = find_range(p);
+  return r && (r->kind == Kind::kVmm || p + size <= r->base + r->size);
+}
+
 CUresult copy_checked(CUdeviceptr to, bool to_device, CUdeviceptr from, bool from_device,
                       size_t size, CUstream stream, Wait wait) {
   if (CUresult r = check_stream(stream)) return r;
-  if (to_device && !reachable(to, size)) return CUDA_ERROR_INVALID_VALUE;
-  if (from_device && !reachable(from, size)) return CUDA_ERROR_INVALID_VALUE;
+  for (auto [on_device, p] : {std::pair(to_device, to), std::pair(from_device, from)}) {
+    if (!on_device || !size) continue;
+    if (!reachable(p, size) || !is_in_one_allocation(p, size)) return CUDA_ERROR_INVALID_VALUE;
+  }
   return copy(to, from, size, stream, wait);
 }
 
