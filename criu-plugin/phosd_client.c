@@ -161,13 +161,14 @@ static Phos__Wire__Reply *exchange(const Phos__Wire__Request *request, int fd, i
 	/* A phosd that turns us away answers before it is asked, and hangs up. */
 	if (*error && *error != -EPIPE)
 		return NULL;
-	/* Long work accounts for itself now and then: that it does is what we wait for. */
+	/* Long work accounts for itself: what follows the first word moves data. */
 	for (;;) {
 		reply = receive_reply(timeout_ms, error);
 		if (!reply || !reply->more)
 			return reply;
 		print_log(reply);
 		phos__wire__reply__free_unpacked(reply, NULL);
+		timeout_ms = MOVE_TIMEOUT_MS;
 	}
 }
 

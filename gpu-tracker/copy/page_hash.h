@@ -50,9 +50,13 @@ class PageHashKey {
   std::array<std::array<uint64_t, 2>, kLevel3Words> level3_;
 };
 
+// Instructions that the CPU may have for it. All give the same hashes.
+enum class HashCode { kSse2, kAvx2, kAvx512 };
+HashCode best_hash_code();
+
 // Hashes a page on the CPU. `bytes` is at most kPageBytes; a shorter page counts as if zeros
-// followed it. `page` needs no alignment. 11 GB/s of one CPU with AVX2, 6 GB/s without.
-// `use_avx2`: where there is any; false for tests of the other way.
-PageHash hash_page(const PageHashKey& key, const void* page, size_t bytes, bool use_avx2 = true);
+// followed it. `page` needs no alignment.
+PageHash hash_page(const PageHashKey& key, const void* page, size_t bytes,
+                   HashCode code = best_hash_code());
 
 }  // namespace phos

@@ -5,6 +5,9 @@
 
 #include <cerrno>
 #include <exception>
+#include <stop_token>
+#include <thread>
+#include <utility>
 
 #include "gpu-tracker/abi/protocol.h"
 #include "gpu-tracker/abi/version.h"
@@ -12,6 +15,8 @@
 
 namespace phos {
 namespace {
+
+constexpr int kLookForClientMs = 50;
 
 const char* to_string(Phos__Wire__Stage stage) {
   switch (stage) {
@@ -149,7 +154,7 @@ ReplyData Connection::handle_in_session(const Phos__Wire__Request& request) {
       done(copy(*request.copy));
       break;
     case PHOS__WIRE__REQUEST__OP_LOCK:
-      done(session_->lock(request.lock->timeout_ms));
+      done(lock(request.lock->timeout_ms));
       break;
     case PHOS__WIRE__REQUEST__OP_LEFTOVER:
       done(session_->check_leftover(request.leftover->pid));
@@ -198,14 +203,40 @@ Result<void> Connection::copy(const Phos__Wire__Copy& request) {
   if (request.has_max_rounds) limits.max_rounds = request.max_rounds;
   if (request.has_budget_ms) limits.budget = std::chrono::milliseconds(request.budget_ms);
   if (request.has_max_slowdown) limits.max_slowdown = request.max_slowdown;
-  return session_->copy(limits, [this](int pid, unsigned number, const RoundReport& report) {
-    ReplyData progress;
-    progress.more = true;
-    progress.rounds.push_back({pid, number, report});
-    progress.log = entry_->log.end_reply();
-    entry_->log.begin_reply();
-    return send_reply(socket_.get(), progress).ok();
+  std::stop_source gone;
+  // A client that is killed says so by hanging up.
+  std::jthread watch([this, &gone](const std::stop_token& copied) {
+    pollfd client = {socket_.get(), POLLRDHUP, 0};
+    while (!copied.stop_requested()) {
+      if (poll(&client, 1, kLookForClientMs) == 1) {
+        gone.request_stop();
+        return;
+      }
+    }
   });
+  const auto progress = [this](int pid, unsigned number, const RoundReport& report) {
+    return send_progress({{pid, number, report}});
+  };
+  return session_->copy(limits, progress, gone.get_token());
+}
+
+bool Connection::send_progress(std::vector<RoundData> rounds) {
+  ReplyData progress;
+  progress.more = true;
+  progress.rounds = std::move(rounds);
+  progress.log = entry_->log.end_reply();
+  entry_->log.begin_reply();
+  return send_reply(socket_.get(), progress).ok();
+}
+
+// To lock takes no longer than it may, but what is copied then has to be written as well: the
+// client, which would give up soon after the time to lock is over, is told that it has begun.
+Result<void> Connection::lock(unsigned timeout_ms) {
+  if (auto r = session_->lock(timeout_ms); !r) return r;
+  if (!session_->has_copies()) return {};
+  if (!send_progress({})) return Error(Domain::kErrno, ECANCELED, "the client has gone");
+  session_->complete_copies();
+  return {};
 }
 
 Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_dir,

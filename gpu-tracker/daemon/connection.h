@@ -33,6 +33,9 @@ class Connection {
   ReplyData handle(ReceivedRequest& received);
   ReplyData handle_in_session(const Phos__Wire__Request& request);
   Result<void> copy(const Phos__Wire__Copy& request);
+  Result<void> lock(unsigned timeout_ms);
+  // Tells the client that its request is being worked on. False: it has gone.
+  bool send_progress(std::vector<RoundData> rounds);
   Result<void> hello(const Phos__Wire__Hello& hello, UniqueFd image_dir, ReplyData* reply);
   void recover();
 

@@ -42,7 +42,7 @@ class CopiedMemory::Writers {
   explicit Writers(PageFileWriter& file) : file_(file) {
     for (int i = 0; i < kWriterThreads; i++) threads_.emplace_back([this] { run(); });
   }
-  ~Writers() { (void)finish(); }
+  ~Writers() { (void)finish(false); }
 
   // Fails with the first error of an earlier write.
   Result<void> write(PinnedPool::Buffer buffer, std::vector<SlotRun> runs) {
@@ -53,11 +53,12 @@ class CopiedMemory::Writers {
     return {};
   }
 
-  // All is written, or the first error.
-  Result<void> finish() {
+  // All is written, or the first error. What waits is dropped unless it is `wanted`.
+  Result<void> finish(bool wanted) {
     {
       std::lock_guard<std::mutex> hold(mutex_);
       ending_ = true;
+      if (!wanted) work_.clear();
       changed_.notify_all();
     }
     for (auto& t : threads_) {
@@ -189,8 +190,8 @@ PageRef CopiedMemory::page_ref(const Page& page) {
           static_cast<uint32_t>(std::min<uint64_t>(left, kPageBytes)), page.allocation->number};
 }
 
-Result<void> CopiedMemory::find_dirty(const Pace& pace, std::vector<Page>* dirty,
-                                      CopiedBytes* done) {
+Result<void> CopiedMemory::find_dirty(const Pace& pace, const std::stop_token& stop,
+                                      std::vector<Page>* dirty, CopiedBytes* done) {
   std::vector<Page> saved;
   for (auto& [address, a] : allocations_) {
     for (uint32_t i = 0; i < a.pages(); i++) {
@@ -205,21 +206,21 @@ Result<void> CopiedMemory::find_dirty(const Pace& pace, std::vector<Page>* dirty
     done->checked_bytes += refs.back().bytes;
   }
   std::vector<PageHash> now(saved.size());
-  if (auto r = gpu_->engine->hash(refs, now, pace); !r) return r;
+  if (auto r = gpu_->engine->hash(refs, now, pace, stop); !r) return r;
   for (size_t i = 0; i < saved.size(); i++) {
     if (now[i] != saved[i].allocation->saved[saved[i].index]) dirty->push_back(saved[i]);
   }
   return {};
 }
 
-Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown) {
+Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown, const std::stop_token& stop) {
   CopiedBytes done;
   std::lock_guard<std::mutex> hold(gpu_->busy);
   Pace pace;
   pace.set_max_slowdown(max_slowdown);
   if (auto r = gpu_->engine->use_key(key_); !r) return r.error();
   std::vector<Page> dirty;
-  if (auto r = find_dirty(pace, &dirty, &done); !r) return r.error();
+  if (auto r = find_dirty(pace, stop, &dirty, &done); !r) return r.error();
   done.dirty_pages = dirty.size();
   std::vector<PageRef> refs;
   refs.reserve(dirty.size());
@@ -249,9 +250,9 @@ Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown) {
     return writers.write(std::move(copied.buffer), std::move(runs));
   };
   const auto start = std::chrono::steady_clock::now();
-  auto copied = gpu_->engine->copy(refs, sink, pace);
+  auto copied = gpu_->engine->copy(refs, sink, pace, stop);
   done.copy_us = static_cast<uint64_t>(since(start).count());
-  auto written = writers.finish();
+  auto written = writers.finish(copied.ok());
   // A write that failed is why the copy ended.
   if (!written) return written.error();
   if (!copied) return copied.error();

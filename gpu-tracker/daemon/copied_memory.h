@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <stop_token>
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
@@ -60,8 +61,8 @@ class CopiedMemory {
   const std::map<uint64_t, CopiedAllocation>& all() const { return allocations_; }
 
   // Hashes all that is saved, copies what differs and what is not saved, and waits until that is
-  // written.
-  Result<CopiedBytes> copy_round(double max_slowdown);
+  // written, or drops it all when asked to stop.
+  Result<CopiedBytes> copy_round(double max_slowdown, const std::stop_token& stop);
 
   // Unmaps everything; what is saved stays known.
   Result<void> release();
@@ -82,7 +83,8 @@ class CopiedMemory {
   Result<void> unmap(CopiedAllocation* allocation);
   uint32_t take_slot();
   static PageRef page_ref(const Page& page);
-  Result<void> find_dirty(const Pace& pace, std::vector<Page>* dirty, CopiedBytes* done);
+  Result<void> find_dirty(const Pace& pace, const std::stop_token& stop, std::vector<Page>* dirty,
+                          CopiedBytes* done);
 
   GpuEngines::User gpu_;
   const int gpu_index_;

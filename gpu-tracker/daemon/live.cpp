@@ -96,11 +96,11 @@ Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
 }
 
 Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
-                                 const CopyProgress& progress) {
+                                 const CopyProgress& progress, const std::stop_token& stop) {
   const auto end = steady_clock::now() + limits.budget;
   uint64_t before = UINT64_MAX;
   for (unsigned number = 1; number <= limits.max_rounds; number++) {
-    auto report = copy->round(limits.max_slowdown);
+    auto report = copy->round(limits.max_slowdown, stop);
     if (!report) return report.error();
     log_round(pid, ("round " + std::to_string(number)).c_str(), *report);
     if (!progress(pid, number, *report)) {
@@ -113,7 +113,8 @@ Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limi
   return copy->stop_watching();
 }
 
-Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progress) {
+Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progress,
+                           const std::stop_token& stop) {
   if (!engines_) return {};
   const bool pre_dump = stage_ == DumpStage::kPreDump;
   if (!pre_dump && !has_room_for_copies()) return {};
@@ -132,9 +133,9 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
     }
     under_way[pid] =
         std::async(std::launch::async, [this, pid = pid, copy = held.copy.get(), &limits, &report,
-                                        session_log = SessionLog::current()] {
+                                        &stop, session_log = SessionLog::current()] {
           SessionLog::Scope scope(session_log);
-          return run_rounds(pid, copy, limits, report);
+          return run_rounds(pid, copy, limits, report, stop);
         });
   }
   for (auto& [pid, rounds] : under_way) {
@@ -155,9 +156,19 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
   return {};
 }
 
+bool Session::has_copies() const {
+  return std::any_of(held_.begin(), held_.end(),
+                     [](const auto& h) { return h.second.copy && !h.second.copy_completed; });
+}
+
+void Session::complete_copies() {
+  for (auto& [pid, held] : held_) {
+    if (held.locked && held.copy && !held.copy_completed) complete_copy(pid, &held);
+  }
+}
+
 // The process is locked: nothing changes any more.
 void Session::complete_copy(int pid, Held* held) {
-  if (!held->copy) return;
   auto report = held->copy->last_round();
   Result<void> done;
   if (report) {
@@ -166,6 +177,7 @@ void Session::complete_copy(int pid, Held* held) {
     done = report.error();
   }
   if (done) done = held->copy->release();
+  held->copy_completed = done.ok();
   if (done) return;
   log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
       process(pid).c_str(), done.error().message().c_str());

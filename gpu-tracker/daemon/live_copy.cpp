@@ -186,12 +186,13 @@ Result<std::vector<AgentAllocation>> LiveCopy::compare(const std::vector<AgentAl
   return fresh;
 }
 
-Result<RoundReport> LiveCopy::copy_round(double max_slowdown) {
+Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_token& stop) {
   const auto start = steady_clock::now();
   std::vector<std::future<Result<CopiedBytes>>> parts;
   for (auto& m : gpus_) {
-    parts.push_back(
-        std::async(std::launch::async, [&m, max_slowdown] { return m->copy_round(max_slowdown); }));
+    parts.push_back(std::async(std::launch::async, [&m, max_slowdown, &stop] {
+      return m->copy_round(max_slowdown, stop);
+    }));
   }
   RoundReport report;
   std::optional<Error> failed;
@@ -214,13 +215,13 @@ Result<RoundReport> LiveCopy::copy_round(double max_slowdown) {
   return report;
 }
 
-Result<RoundReport> LiveCopy::round(double max_slowdown) {
+Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& stop) {
   auto seen = finder_.list(*agent_);
   if (!seen) return seen.error();
   auto fresh = compare(*seen);
   if (!fresh) return fresh.error();
   if (auto r = import_new(*fresh); !r) return r.error();
-  return copy_round(max_slowdown);
+  return copy_round(max_slowdown, stop);
 }
 
 // Much may be freed since the last round began, and what is recorded should be there. What is new
@@ -249,7 +250,7 @@ Result<RoundReport> LiveCopy::last_round() {
         "may name pages of memory that is no more (%s)",
         process(target_.pid).c_str(), r.error().message().c_str());
   }
-  auto report = copy_round(0);
+  auto report = copy_round(0, {});
   leave_process();
   return report;
 }

@@ -15,6 +15,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <stop_token>
 #include <string>
 #include <vector>
 
@@ -62,8 +63,9 @@ class LiveCopy {
   ~LiveCopy();
 
   // Looks for new and freed memory (memory_finder.h), then hashes and copies. The process must not
-  // be locked. `max_slowdown`: share of its speed the application may lose; 0: no limit.
-  Result<RoundReport> round(double max_slowdown);
+  // be locked. `max_slowdown`: share of its speed the application may lose; 0: no limit. A request
+  // to stop ends it within milliseconds, with ECANCELED; the copy is of no use then.
+  Result<RoundReport> round(double max_slowdown, const std::stop_token& stop = {});
   // No further round(): no breakpoint of phos is left in the process, whose memory may be dumped;
   // if that fails, it must not be. Further calls give the same answer.
   Result<void> stop_watching() { return finder_.stop(); }
@@ -88,7 +90,7 @@ class LiveCopy {
   Result<CopiedMemory*> memory_on(const GpuUuid& gpu);
   void leave_to_driver(const AgentAllocation& a);
   Result<void> import_new(const std::vector<AgentAllocation>& fresh);
-  Result<RoundReport> copy_round(double max_slowdown);
+  Result<RoundReport> copy_round(double max_slowdown, const std::stop_token& stop);
   Result<void> forget_freed();
   void leave_process();
 

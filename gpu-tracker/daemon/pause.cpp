@@ -229,10 +229,6 @@ Result<void> Session::lock(unsigned timeout_ms) {
     if (memory && memory->imported) return refuse_imports(pid, memory->imported);
     if (memory) held.memory = *memory;
   }
-  for (int pid : wanted) {
-    auto it = held_.find(pid);
-    if (it != held_.end()) complete_copy(pid, &it->second);
-  }
   return {};
 }
 

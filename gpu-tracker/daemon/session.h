@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <stop_token>
 #include <string>
 #include <vector>
 
@@ -63,11 +64,18 @@ class Session {
 
   // Copies the GPU memory of all held processes that were found running, while they run. A dump
   // goes on without what cannot be copied; a pre-dump fails.
-  Result<void> copy(const CopyLimits& limits, const CopyProgress& progress);
+  Result<void> copy(const CopyLimits& limits, const CopyProgress& progress,
+                    const std::stop_token& stop = {});
 
   // Locks all held processes that were found running and are not locked yet: submitted work is
-  // finished and new CUDA calls block. Completes what copy() has begun. On failure they run again.
+  // finished and new CUDA calls block. On failure they run again.
   Result<void> lock(unsigned timeout_ms);
+
+  // Has copy() begun what complete_copies() must complete?
+  bool has_copies() const;
+  // Copies what the locked processes have changed since their last round. A copy that fails is
+  // given up with a word in the log: the driver saves everything.
+  void complete_copies();
 
   // The task is frozen, has device files open and was not found to use CUDA. Refuses it if it uses
   // the GPU in some other way, which would be lost.
@@ -114,6 +122,7 @@ class Session {
     ProcessMemory memory;
     std::chrono::microseconds scan_time{0}, lock_time{0};
     std::unique_ptr<LiveCopy> copy;
+    bool copy_completed = false;    // what it saved is what the memory holds
     bool locked = false;            // by us
     bool failure_reported = false;  // of bringing it back
   };
@@ -133,7 +142,7 @@ class Session {
   bool has_room_for_copies() const;
   Result<void> start_copy(int pid, Held* held, TrackerChoice tracker);
   Result<void> run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
-                          const CopyProgress& progress);
+                          const CopyProgress& progress, const std::stop_token& stop);
   void complete_copy(int pid, Held* held);
   Result<void> finish_pre_dump();
 

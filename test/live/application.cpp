@@ -139,7 +139,9 @@ class Writer {
   }
 
   bool unmake(Piece& p) {
-    DO(cuStreamSynchronize(stream_));
+    // Not only its own stream: a small cuMemcpyHtoD may return before the bytes have arrived, and
+    // cuMemUnmap does not wait for them.
+    DO(cuCtxSynchronize());
     if (p.kind == Kind::kAlloc || p.kind == Kind::kSmall) {
       DO(cuMemFree(p.address));
       return true;

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A workload for the benchmarks: works until it is killed and prints how far it is.
 
-    python3 app.py llama|train|storm|idle [N]
+    python3 app.py llama|train|storm|idle|allocations [N]
 
 Every 50 ms a line `rate SECONDS UNITS`: CLOCK_MONOTONIC and how many units of work (tokens, steps,
 launches) are done and finished on the GPU.
@@ -10,8 +10,11 @@ launches) are done and finished on the GPU.
   train  a training loop of a 4-layer MLP, AdamW
   storm  tiny kernels, launched as fast as Python can
   idle   does nothing
-N of the others: GiB of further memory, filled with random bytes and not written any more.
+  allocations  does nothing, with N of 2 MiB
+It ends when its parent does. N of the others: GiB of further memory, filled with random bytes and not written any more.
 """
+import ctypes
+import os
 import sys
 import time
 
@@ -22,6 +25,7 @@ class Meter:
     def __init__(self):
         self.units = 0
         self.last = 0.0
+        self.parent = os.getppid()
 
     def count(self, units=1):
         self.units += units
@@ -29,6 +33,8 @@ class Meter:
         if now - self.last >= 0.05:
             print(f'rate {now:.6f} {self.units}', flush=True)
             self.last = now
+            if os.getppid() != self.parent:
+                sys.exit()
 
 
 def llama(meter):
@@ -78,14 +84,24 @@ def idle(meter):
         meter.count()
 
 
+def allocations(meter):
+    driver = ctypes.CDLL('libcuda.so.1')
+    for _ in range(int(sys.argv[2])):
+        address = ctypes.c_uint64()
+        if driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(2 << 20)):
+            sys.exit('app.py: cuMemAlloc failed')
+    idle(meter)
+
+
 def main():
     torch.manual_seed(1)
     extra = []
-    if len(sys.argv) > 2 and sys.argv[1] != 'llama':
+    if len(sys.argv) > 2 and sys.argv[1] not in ('llama', 'allocations'):
         for _ in range(int(float(sys.argv[2]) * 4)):
             extra.append(torch.randint(0, 1 << 62, (1 << 25,), device='cuda'))  # 256 MiB each
     torch.zeros(1, device='cuda').item()
-    work = {'llama': llama, 'train': train, 'storm': storm, 'idle': idle}[sys.argv[1]]
+    work = {'llama': llama, 'train': train, 'storm': storm, 'idle': idle,
+            'allocations': allocations}[sys.argv[1]]
     work(Meter())
 
 

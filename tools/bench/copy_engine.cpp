@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // usage: copy_bench [--mib N] [--rounds N] [--pool-mib N] [--slots N] [--slowdown SHARE]
-// [--load NAMES] [--no-load]
+// [--load NAMES] [--no-load] [--hash-threads N] [--hash-batch PAGES] [--serve]
 //
 // How fast the copy engine is on the first GPU, against what the hardware can do: prints JSON. The
 // four kinds of run take turns, so that clocks and neighbours are the same for all:
@@ -9,6 +9,9 @@
 //   paced  the same with a limit (--slowdown, 0.03): nothing but DMA on the GPU, hashed by the CPU
 //   read   a kernel that only reads memory
 //   hash   CopyEngine::hash, without a limit
+// --serve: no such runs. For each line `SECONDS` of standard input, copies (paced) for that long
+// and prints `copied BYTES`.
+//
 // Unless --no-load, a second process then keeps the GPU busy (--load: in which ways), and the runs
 // say how fast the engine is then, and what that process loses (by windows of half a second with
 // and without, in turns; the median of the pairs). It stands for
@@ -51,6 +54,9 @@ struct Options {
   uint64_t pool_mib = 8192;
   unsigned slots = CopyEngineOptions().slots;
   double slowdown = 0.03;
+  unsigned hash_threads = 0;
+  uint32_t hash_batch = CopyEngineOptions().hash_batch_pages;
+  bool serve = false;
   std::string load = "reader,decode,train,storm";
 };
 
@@ -106,6 +112,8 @@ class Bench {
     need(pool.attach(*context_));
     CopyEngineOptions options;
     options.slots = options_.slots;
+    options.hash_threads = options_.hash_threads;
+    options.hash_batch_pages = options_.hash_batch;
     const auto begin = Clock::now();
     engine_ = need(CopyEngine::create(*context_, pool, key_, options));
     engine_seconds_ = seconds_since(begin);
@@ -167,6 +175,11 @@ class Bench {
           *pace));
     }
     return !wrong && seen;
+  }
+
+  // Of the last hash(), as if its kernels had followed each other at once.
+  double hash_kernels_rate() const {
+    return static_cast<double>(bytes_) / 1e6 / engine_->last_hash_kernels_ms();
   }
 
   // Gigabytes a second.
@@ -328,6 +341,7 @@ void print(const Runs& runs, const char* title) {
 
 void bench_alone(Bench& bench, int rounds) {
   Runs runs;
+  std::vector<double> kernels;
   for (int i = 0; i <= rounds; i++) {
     const std::pair<const char*, double> results[] = {
         {"dma", bench.rate([&] { bench.dma(); })},
@@ -337,9 +351,11 @@ void bench_alone(Bench& bench, int rounds) {
         {"hash", bench.rate([&] { bench.hash(); })}};
     if (i == 0) continue;  // to warm up
     for (const auto& [name, rate] : results) runs[name].push_back(rate);
+    kernels.push_back(bench.hash_kernels_rate());
   }
   print(runs, "alone_gb_per_s");
-  printf("    \"hash_kernel\": %.1f,\n", kPageBytes / bench.engine().hash_ns_per_page());
+  printf("    \"hash_kernel_best\": %.1f, \"hash_kernels\": %.1f,\n",
+         kPageBytes / bench.engine().hash_ns_per_page(), summarize(kernels).median);
   printf("    \"copy_to_dma\": %.3f, \"paced_to_dma\": %.3f, \"hash_to_read\": %.3f\n  },\n",
          median(runs, "copy") / median(runs, "dma"), median(runs, "paced") / median(runs, "dma"),
          median(runs, "hash") / median(runs, "read"));
@@ -371,12 +387,23 @@ void bench_loaded(Bench& bench, Neighbour& neighbour, const char* name, Neighbou
   printf("    \"rounds\": %d\n  },\n", rounds);
 }
 
+void serve(Bench& bench, uint64_t bytes) {
+  printf("ready\n");
+  for (double seconds; scanf("%lf", &seconds) == 1;) {
+    const auto begin = Clock::now();
+    uint64_t copied = 0;
+    for (; seconds_since(begin) < seconds; copied += bytes) bench.copy(true);
+    printf("copied %llu\n", static_cast<unsigned long long>(copied));
+  }
+}
+
 Options parse(int argc, char** argv) {
   Options o;
   for (int i = 1; i < argc; i++) {
     const std::string name = argv[i];
-    if (name == "--no-load") {
+    if (name == "--no-load" || name == "--serve") {
       o.load.clear();
+      o.serve = o.serve || name == "--serve";
       continue;
     }
     if (++i == argc) die("usage: see the top of tools/bench/copy_engine.cpp");
@@ -393,6 +420,10 @@ Options parse(int argc, char** argv) {
       o.pool_mib = static_cast<uint64_t>(value);
     } else if (name == "--slots") {
       o.slots = static_cast<unsigned>(value);
+    } else if (name == "--hash-batch") {
+      o.hash_batch = static_cast<uint32_t>(value);
+    } else if (name == "--hash-threads") {
+      o.hash_threads = static_cast<unsigned>(value);
     } else if (name == "--slowdown") {
       o.slowdown = value;
     } else {
@@ -416,6 +447,11 @@ int main(int argc, char** argv) {
   pool_options.max_bytes = uint64_t{options.slots + 8} * pool_options.buffer_bytes;
   PinnedPool pool(pool_options);
   Bench bench(*driver, options);
+  if (options.serve) {
+    bench.open_engine(pool);
+    serve(bench, options.mib << 20);
+    return 0;
+  }
   printf("{\n  \"gpu\": \"%s\",\n  \"mib\": %llu, \"rounds\": %d, \"slots\": %u,\n",
          bench.name().c_str(), static_cast<unsigned long long>(options.mib), options.rounds,
          options.slots);

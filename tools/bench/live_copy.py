@@ -7,14 +7,18 @@ llama, transformers; phosd gets a pool that holds the whole process.
 
   speed     round 1 of `phos pre-dump --gpu-only` (every page, no parent), until all is in host
             memory, taking turns with plain cuMemcpyDtoHAsync (copy_bench)
-  slowdown  units of work a second while pre-dumps run one after the other, against windows of the
-            same length without, taking turns
+  slowdown  units of work a second while the copy engine copies as fast as it can (copy_bench
+            --serve), without a pause, against windows of the same length without, taking turns;
+            then the same with whole pre-dumps one after the other, which mostly write
+  attach    how long the agent takes to get into a process and list its allocations (agent_tool)
 """
 import argparse
 import bisect
 import json
 import os
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,17 +34,27 @@ def summary(values):
 
 
 class Workload:
+    """app.py; ends with the `with` block, or when this process does."""
+
     def __init__(self, directory, name, *args):
         self.rates = os.path.join(directory, f'{name}.rate')
         with open(self.rates, 'w') as out:
             self.process = subprocess.Popen(
                 [sys.executable, os.path.join(HERE, 'app.py'), name, *args], stdout=out,
-                stdin=subprocess.DEVNULL, start_new_session=True)
-        while sum(1 for _ in open(self.rates)) < 20:
-            if self.process.poll() is not None:
-                sys.exit(f'live_copy: {name} ended with {self.process.returncode}')
+                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while len(self.points()) < 20:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                sys.exit(f'live_copy: {name} does not run ({self.process.returncode})')
             time.sleep(0.1)
         time.sleep(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
 
     def points(self):
         with open(self.rates) as f:
@@ -79,12 +93,14 @@ class Bench:
         self.env = dict(os.environ, PHOS_RUN_DIR=run)
         self.phos = os.path.join(options.build, 'bin', 'phos')
         self.copy_bench = os.path.join(options.build, 'test', 'copy_bench')
+        self.agent_tool = os.path.join(options.build, 'test', 'agent_tool')
 
     def pre_dump(self, pid, *args):
         images = os.path.join(self.directory, 'images')
         shutil.rmtree(images, ignore_errors=True)
         result = subprocess.run([self.phos, 'pre-dump', '--gpu-only', '-t', str(pid), '-D', images,
-                                 '--json', *args], env=self.env, capture_output=True, text=True)
+                                 '--json', *args], env=self.env, capture_output=True, text=True,
+                                timeout=180)
         if result.returncode:
             sys.exit(f'live_copy: phos pre-dump failed: {result.stderr}')
         return json.loads(result.stdout)
@@ -99,43 +115,100 @@ class Bench:
 
 
 def speed(bench, runs):
-    work = Workload(bench.directory, 'idle', str(bench.options.gib))
     ratios, speeds = [], []
-    for i in range(runs + 1):
-        first = bench.pre_dump(work.process.pid, '--max-rounds', '1')['rounds'][0]
-        copy = first['copied_bytes'] / first['copy_microseconds'] / 1e3
-        dma = bench.dma()
-        print(f'  copied {first["copied_bytes"] / 1e9:.1f} GB at {copy:.1f} GB/s, DMA {dma:.1f} GB/s, '
-              f'written after {first["microseconds"] / 1e6:.1f} s', flush=True)
-        if i:  # the first one makes the pool
-            speeds.append(copy)
-            ratios.append(copy / dma)
-    work.stop()
+    with Workload(bench.directory, 'idle', str(bench.options.gib)) as work:
+        for i in range(runs + 1):
+            first = bench.pre_dump(work.process.pid, '--max-rounds', '1')['rounds'][0]
+            copy = first['copied_bytes'] / first['copy_microseconds'] / 1e3
+            dma = bench.dma()
+            print(f'  copied {first["copied_bytes"] / 1e9:.1f} GB at {copy:.1f} GB/s, DMA {dma:.1f} '
+                  f'GB/s, written after {first["microseconds"] / 1e6:.1f} s', flush=True)
+            if i:  # the first one makes the pool
+                speeds.append(copy)
+                ratios.append(copy / dma)
     print(f'speed      {bench.options.gib} GiB: GB/s {summary(speeds)}, of DMA {summary(ratios)}',
           flush=True)
 
 
-def slowdown(bench, name, args, runs):
-    work = Workload(bench.directory, name, *args)
-    pid = work.process.pid
-    bench.pre_dump(pid)
+class Engine:
+    """The copy engine on memory of its own."""
+
+    def __init__(self, bench):
+        command = [bench.copy_bench, '--serve', '--mib', '8192']
+        if bench.options.max_slowdown is not None:
+            command += ['--slowdown', str(bench.options.max_slowdown / 100)]
+        if bench.options.hash_threads:
+            command += ['--hash-threads', str(bench.options.hash_threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True)
+        if self.process.stdout.readline() != 'ready\n':
+            sys.exit('live_copy: copy_bench does not run')
+
+    def copy(self, seconds):
+        self.process.stdin.write(f'{seconds}\n')
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline().split()[1])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+
+def pre_dumps(bench, pid, seconds):
+    end = time.monotonic() + seconds
+    copied = 0
+    while time.monotonic() < end:
+        copied += sum(r['copied_bytes'] for r in bench.pre_dump(pid)['rounds'])
+    return copied
+
+
+def compare(work, runs, seconds, busy, what):
+    """Percent that the workload loses while `busy` copies; in turns with windows as long without."""
     pairs = []
     for _ in range(runs):
         begin = time.monotonic()
-        copied = 0
-        while time.monotonic() < begin + bench.options.window:
-            copied += sum(r['copied_bytes'] for r in bench.pre_dump(pid)['rounds'])
+        copied = busy(seconds)
         middle = time.monotonic()
         time.sleep(middle - begin)
         pairs.append(((begin, middle), (middle, time.monotonic()), copied))
     time.sleep(0.3)
     points = work.points()
-    work.stop()
-    loss = [100 * (1 - rate(points, busy) / rate(points, idle)) for busy, idle, _ in pairs]
-    volume = statistics.median(c / (busy[1] - busy[0]) / 1e9 for busy, _, c in pairs)
-    print(f'slowdown   {name} {" ".join(args)}: percent {summary(loss)}, copying {volume:.1f} GB/s on '
-          f'average, windows of {statistics.median(b[1] - b[0] for b, _, _ in pairs):.1f} s',
-          flush=True)
+    loss = [100 * (1 - rate(points, a) / rate(points, b)) for a, b, _ in pairs]
+    volume = statistics.median(c / (a[1] - a[0]) / 1e9 for a, _, c in pairs)
+    print(f'slowdown   {what}: percent {summary(loss)}, copying {volume:.1f} GB/s on average, '
+          f'windows of {statistics.median(b[1] - b[0] for b, _, _ in pairs):.1f} s', flush=True)
+
+
+def slowdown(bench, name, args, runs):
+    what = ' '.join([name, *args])
+    with Workload(bench.directory, name, *args) as work:
+        with Engine(bench) as engine:
+            engine.copy(0.5)
+            compare(work, runs, bench.options.window, engine.copy, f'{what}, engine')
+        if bench.options.whole:
+            pid = work.process.pid
+            bench.pre_dump(pid)
+            compare(work, runs, bench.options.window,
+                    lambda seconds: pre_dumps(bench, pid, seconds), f'{what}, pre-dumps')
+
+
+def attach(bench, runs):
+    for count in (300, 3000, 20000):
+        attached, listed = [], []
+        with Workload(bench.directory, 'allocations', str(count)) as work:
+            for _ in range(runs + 1):
+                out = subprocess.run([bench.agent_tool, str(work.process.pid), 'enumerate', 'unload'],
+                                     capture_output=True, text=True, check=True)
+                attached.append(float(re.search(r'attached in ([0-9.]+)', out.stderr)[1]))
+                listed.append(float(re.search(r'addresses in ([0-9.]+)', out.stderr)[1]))
+                found = out.stdout.count(' 2097152 ')
+                if found < count:
+                    sys.exit(f'live_copy: the agent lists {found} of {count} allocations')
+        print(f'attach     {count} allocations: attach ms {summary(attached[1:])}, list ms '
+              f'{summary(listed[1:])}', flush=True)
 
 
 def main():
@@ -147,11 +220,16 @@ def main():
     parser.add_argument('--max-slowdown', type=float, help='phosd\'s, percent')
     parser.add_argument('--runs', type=int, default=5)
     parser.add_argument('--window', type=float, default=2.0, help='seconds, at least (%(default)s)')
-    parser.add_argument('--only', nargs='+', default=['speed', 'llama', 'train', 'storm'])
+    parser.add_argument('--hash-threads', type=int, help='of the engine in slowdown tests')
+    parser.add_argument('--whole', action='store_true', help='slowdown by whole pre-dumps, too')
+    parser.add_argument('--only', nargs='+', default=['attach', 'speed', 'llama', 'train', 'storm'])
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('live_copy: terminated'))
     directory = tempfile.mkdtemp(prefix='phos-bench-', dir=options.directory)
     bench = Bench(options, directory)
     try:
+        if 'attach' in options.only:
+            attach(bench, options.runs)
         if 'speed' in options.only:
             speed(bench, options.runs)
         for name, args in (('llama', ['13']), ('train', []), ('storm', ['4'])):
