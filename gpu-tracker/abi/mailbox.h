@@ -71,6 +71,7 @@ enum phos_agent_result {
   PHOS_RESULT_NO_HOOKS = 17,   /* unknown code at an entry point; driver_result: which, from 1 */
   PHOS_RESULT_IN_USE = 18,     /* EXIT: the agent still holds memory of the application */
   PHOS_RESULT_NO_MEMORY = 19,
+  PHOS_RESULT_THREAD_INSIDE = 20, /* a thread is just freeing adopted memory */
 };
 
 /* phos_allocation.status after RELEASE */

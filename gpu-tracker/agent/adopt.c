@@ -8,6 +8,7 @@
  * then reserved too until all is done. A miss or two in a process with few allocations; how often
  * it works with many is for phosd to find out: it says how many misses are allowed.
  */
+#include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
 #include "gpu-tracker/agent/release.h"
 
@@ -181,6 +182,7 @@ int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
   plugs.allowed = m->argument < MAX_PLUGS ? m->argument : MAX_PLUGS;
   m->argument = 0;
   m->count = 0;
+  if (!answers_quiet()) return PHOS_RESULT_THREAD_INSIDE;
   if (!table_check()) return PHOS_RESULT_BAD_TABLE;
   table_order();
   for (uint32_t i = 0; i < table_count(); i++) {
@@ -204,6 +206,7 @@ int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
 
 int run_loaded(const struct driver* driver, struct phos_mailbox* m) {
   m->count = 0;
+  if (!answers_quiet()) return PHOS_RESULT_THREAD_INSIDE;
   if (!table_check()) return PHOS_RESULT_BAD_TABLE;
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);

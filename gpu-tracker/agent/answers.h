@@ -22,6 +22,12 @@ struct answers {
 };
 void answers_use(const struct answers* answers);
 
+/*
+ * Is no thread at work on an entry of the table? Waits a moment for those that are. One that the
+ * gate stopped at a call made from here, while it was freeing adopted memory, stays until let go.
+ */
+bool answers_quiet(void);
+
 /* As cuda.h: cuMemFree_v2, ... */
 int answer_free(uint64_t address);
 int answer_free_async(uint64_t address, void* stream);

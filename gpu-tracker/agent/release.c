@@ -9,6 +9,7 @@
  */
 #include "gpu-tracker/agent/release.h"
 
+#include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
 
 /* Each miss holds as much memory as is wanted until the right address has come. */
@@ -178,6 +179,7 @@ static void forget_native(void) {
 int run_release(const struct driver* driver, struct phos_mailbox* m) {
   const uint32_t count = m->count;
   if (count > PHOS_MAILBOX_MAX_ALLOCATIONS) return PHOS_RESULT_BAD_COMMAND;
+  if (!answers_quiet()) return PHOS_RESULT_THREAD_INSIDE;
   if (!table_check()) return PHOS_RESULT_BAD_TABLE;
   if (!table_make()) return PHOS_RESULT_NO_MEMORY;
   m->released_table = table_address();

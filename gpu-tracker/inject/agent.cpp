@@ -26,6 +26,10 @@ Error refusal(int pid, int result, int detail) {
                            "its libcuda has unknown code at an entry point (number " +
                                std::to_string(detail) +
                                "), so its GPU memory is not released; the driver saves it");
+    case PHOS_RESULT_THREAD_INSIDE:
+      return process_error(pid, EBUSY,
+                           "one of its threads is freeing memory that phos stands in for; let it "
+                           "go on, then try again");
     case PHOS_RESULT_IN_USE:
       return process_error(pid, EBUSY, "phos's agent in it still stands in for some of its memory");
     case PHOS_RESULT_NO_MEMORY:

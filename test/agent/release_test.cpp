@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <optional>
@@ -403,7 +404,7 @@ TEST_F(FaultyRelease, NothingIsLostWhateverFails) {
         unlink(faults_.c_str());
         Worker worker("cuda", {"PHOS_SIM_FAULTS=" + faults_});
         std::vector<Block> blocks;
-        for (uint64_t i = 0; i < 3; i++) blocks.push_back(allocate(worker, 5000001 + i * kMiB));
+        for (uint64_t i = 0; i < 3; i++) blocks.push_back(allocate(worker, (2 + i) * kMiB + 1));
         auto agent = Agent::attach(worker.pid(), restore_tid(worker.pid()));
         ASSERT_TRUE(agent);
         for (const Block& b : blocks)
@@ -485,6 +486,26 @@ TEST_F(FaultyRelease, LostAddressStopsTheReleaseAndIsFoundAgain) {
   ASSERT_TRUE(agent->contents_loaded());
   expect_ordinary(*faulty_, blocks[0], 49);
   expect_ordinary(*faulty_, blocks[1], 1);
+}
+
+TEST_F(FaultyRelease, ThreadThatFreesAdoptedMemoryIsNotOvertaken) {
+  const Block a = allocate(*faulty_, 3 * kMiB), b = allocate(*faulty_, 3 * kMiB);
+  auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
+  ASSERT_TRUE(agent);
+  ASSERT_NO_FATAL_FAILURE(release_all(*agent));
+  ASSERT_TRUE(agent->map_back(kAdoptAll));
+  ASSERT_TRUE(agent->contents_loaded());
+  ASSERT_EQ(faulty_->ask(fill_command(b.address, b.size, 3)), "ok");
+  const auto memory = large(*agent);
+  fail("cuMemUnmap * slow:400");
+  faulty_->send("free " + a.address);
+  usleep(100000);
+  auto refused = agent->release(memory);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code(), EBUSY);
+  EXPECT_EQ(faulty_->reply(5000).value_or("hangs"), "ok");
+  unlink(faults_.c_str());
+  expect_ordinary(*faulty_, b, 3);
 }
 
 // A phosd that dies in the middle of a command: the agent ends it, or stops between two
