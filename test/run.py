@@ -225,9 +225,11 @@ def make_tiers(options):
     return [
         Tier("unit", [program("unit")]),
         Tier("tools", [program("tools"), scripts("tools")]),
-        Tier("sim", [program("contract"), program("agent"), program("track")], sim),
+        Tier("sim", [program("contract"), program("agent"), program("track"),
+                     program("gate")], sim),
         Tier("criu", [scripts("criu")], sim, no_root),
-        Tier("gpu", [program("contract"), program("agent"), program("track"), scripts("criu"),
+        Tier("gpu", [program("contract"), program("agent"), program("track"),
+                     program("gate"), scripts("criu"),
                      scripts("gpu")],
              {"PHOS_GPU": "real"}, gpu_missing() or no_root,
              os.environ.get("REQUIRE_GPU") == "1"),

@@ -15,6 +15,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "gpu-tracker/abi/gate.h"
+
 /* "PHOSMBOX" in memory. */
 #define PHOS_MAILBOX_MAGIC 0x584f424d534f4850ull
 #define PHOS_MAILBOX_VERSION 1u
@@ -49,6 +51,9 @@ enum phos_agent_command {
   PHOS_COMMAND_EXPORT = 2,    /* in and out: exports; closes what is still open first */
   PHOS_COMMAND_CLOSE = 3,     /* closes the descriptors of the last EXPORT */
   PHOS_COMMAND_EXIT = 4,      /* the thread ends */
+
+  PHOS_COMMAND_GATE_INSTALL = 32, /* in: gate.avoid; out: gate.signal */
+  PHOS_COMMAND_GATE_REMOVE = 33,  /* the gate must be open, and no thread in its handler */
 };
 
 /* phos_mailbox.result */
@@ -57,6 +62,9 @@ enum phos_agent_result {
   PHOS_RESULT_BAD_COMMAND = 1, /* unknown, or counts out of bounds */
   PHOS_RESULT_DRIVER = 2,      /* driver_result says what libcuda answered */
   PHOS_RESULT_CANCELLED = 3,   /* `cancel` was set */
+
+  PHOS_RESULT_NO_SIGNAL = 32, /* GATE_INSTALL: sigaction refused every candidate */
+  PHOS_RESULT_GATE_BUSY = 33, /* GATE_REMOVE, EXIT: threads are parked, or may be about to be */
 };
 
 /* phos_allocation.kind: how the memory was made, as far as its attributes tell. */
@@ -148,7 +156,8 @@ struct phos_mailbox {
   uint64_t next_address;
   uint64_t driver_calls; /* out of ENUMERATE */
   uint64_t nanoseconds;  /* out: how long the command took */
-  uint8_t reserved[3976];
+  uint8_t reserved[3944];
+  struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];
   struct phos_export exports[PHOS_MAILBOX_MAX_EXPORTS];
@@ -187,6 +196,7 @@ PHOS_ABI_ASSERT(offsetof(struct phos_export, ipc_handle) == 32);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, state) == 24);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, command_seq) == 64);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, next_address) == 96);
+PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, gate) == 4064);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, ranges) == 4096);
 PHOS_ABI_ASSERT(sizeof(struct phos_mailbox) % 4096 == 0);
 PHOS_ABI_ASSERT(sizeof(struct phos_agent_config) == 40);

@@ -61,8 +61,19 @@ static void execute(struct phos_mailbox* m) {
     case PHOS_COMMAND_EXPORT:
       m->result = run_export(&g_driver, m);
       break;
-    case PHOS_COMMAND_CLOSE:
+    case PHOS_COMMAND_GATE_INSTALL:
+      m->result = gate_install(m);
+      break;
+    case PHOS_COMMAND_GATE_REMOVE:
+      m->result = gate_remove(m);
+      break;
     case PHOS_COMMAND_EXIT:
+      if (m->gate.signal) {
+        m->result = PHOS_RESULT_GATE_BUSY;
+        break;
+      }
+      /* fallthrough */
+    case PHOS_COMMAND_CLOSE:
       close_exports();
       m->result = PHOS_RESULT_OK;
       break;
@@ -94,8 +105,9 @@ static void* serve(void* unused) {
       futex_wait(&m->command_seq, done);
       continue;
     }
-    const bool last = m->command == PHOS_COMMAND_EXIT;
+    const uint32_t command = m->command;
     execute(m);
+    const bool last = command == PHOS_COMMAND_EXIT && m->result == PHOS_RESULT_OK;
     done = wanted;
     if (last) set_state(PHOS_AGENT_ENDED);
     __atomic_store_n(&m->done_seq, done, __ATOMIC_RELEASE);
@@ -104,12 +116,12 @@ static void* serve(void* unused) {
   }
 }
 
-/* Frees everything but the library itself, whose handle it returns (0: unknown). */
+/* Frees everything but the library itself, whose handle it returns (0: it is to stay). */
 __attribute__((used, noinline)) static uint64_t release(void) {
   struct phos_mailbox* m = g_mailbox;
   if (!m) return 0;
   g_mailbox = NULL;
-  const uint64_t library = m->library_handle;
+  const uint64_t library = gate_was_used() ? 0 : m->library_handle;
   if (g_has_thread) g_libc.join(g_thread, NULL);
   if (g_stack) sys3(SYS_munmap, (long)g_stack, STACK_SIZE + GUARD_SIZE, 0);
   if (m->libcuda_handle) g_libc.dlclose((void*)m->libcuda_handle);

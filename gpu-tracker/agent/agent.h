@@ -58,5 +58,10 @@ bool describe(const struct memory_facts* facts, uint64_t address, struct phos_al
 int run_enumerate(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_export(const struct driver* driver, struct phos_mailbox* mailbox);
 void close_exports(void);
+int gate_install(struct phos_mailbox* mailbox);
+int gate_remove(struct phos_mailbox* mailbox);
+
+/* A thread may still be on its way out of the handler: the library's code must stay for good. */
+bool gate_was_used(void);
 
 #endif

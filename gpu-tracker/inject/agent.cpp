@@ -144,6 +144,12 @@ Result<void> Agent::run(phos_agent_command command, uint32_t count) {
                      ": its driver does not tell about its memory: CUDA error " +
                      std::to_string(driver_result));
   }
+  if (result == PHOS_RESULT_NO_SIGNAL) {
+    return process_error(pid_, ENOTSUP, "it ignores every real-time signal");
+  }
+  if (result == PHOS_RESULT_GATE_BUSY) {
+    return process_error(pid_, EBUSY, "threads may still be parked at its gate");
+  }
   return process_error(pid_, EPROTO,
                        "phos's agent in it refuses a command (" + std::to_string(result) + ")");
 }
