@@ -15,16 +15,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "gpu-tracker/abi/gate.h"
+
 /* "PHOSMBOX" in memory. */
 #define PHOS_MAILBOX_MAGIC 0x584f424d534f4850ull
-#define PHOS_MAILBOX_VERSION 1u
+#define PHOS_MAILBOX_VERSION 2u
 /*
  * Names end in the version: agents of different versions live side by side in one process, and each
  * phosd sees only its own. In /proc/PID/maps: "/memfd:<name> (deleted)".
  */
-#define PHOS_MAILBOX_NAME "phos-mailbox-1"
-#define PHOS_AGENT_MEMFD_PREFIX "phos-agent-1-" /* and random hex digits */
-#define PHOS_AGENT_THREAD_NAME "phos-agent"
+#define PHOS_MAILBOX_NAME "phos-mailbox-2"
+#define PHOS_AGENT_MEMFD_PREFIX "phos-agent-2-" /* and random hex digits */
+#define PHOS_AGENT_THREAD_NAME "phos-agent-2"
 
 enum phos_agent_state {
   PHOS_AGENT_STARTING = 0,
@@ -59,6 +61,9 @@ enum phos_agent_command {
   PHOS_COMMAND_MAP_BACK = 17, /* in: argument; out: as RELEASED */
   PHOS_COMMAND_RELEASED = 18, /* out: allocations with a phos_released_state; needs no guarantee */
   PHOS_COMMAND_LOADED = 19,   /* what was mapped back has its contents again; out: as RELEASED */
+
+  PHOS_COMMAND_GATE_INSTALL = 32, /* in: gate.avoid; out: gate.signal */
+  PHOS_COMMAND_GATE_REMOVE = 33,  /* the gate must be open, and no thread in its handler */
 };
 
 /* phos_mailbox.result */
@@ -72,6 +77,9 @@ enum phos_agent_result {
   PHOS_RESULT_IN_USE = 18,     /* EXIT: the agent still holds memory of the application */
   PHOS_RESULT_NO_MEMORY = 19,
   PHOS_RESULT_THREAD_INSIDE = 20, /* a thread is just freeing adopted memory */
+
+  PHOS_RESULT_NO_SIGNAL = 32, /* GATE_INSTALL: sigaction refused every candidate */
+  PHOS_RESULT_GATE_BUSY = 33, /* GATE_REMOVE, EXIT: threads are parked, or may be about to be */
 };
 
 /* phos_allocation.status after RELEASE */
@@ -189,7 +197,8 @@ struct phos_mailbox {
   uint32_t argument;
   uint32_t padding2;
   uint64_t released_table; /* out: where the agent notes what it has released; 0: nowhere yet */
-  uint8_t reserved[3960];
+  uint8_t reserved[3928];
+  struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];
   struct phos_export exports[PHOS_MAILBOX_MAX_EXPORTS];
@@ -228,6 +237,7 @@ PHOS_ABI_ASSERT(offsetof(struct phos_export, ipc_handle) == 32);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, state) == 24);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, command_seq) == 64);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, next_address) == 96);
+PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, gate) == 4064);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, ranges) == 4096);
 PHOS_ABI_ASSERT(sizeof(struct phos_mailbox) % 4096 == 0);
 PHOS_ABI_ASSERT(sizeof(struct phos_agent_config) == 40);

@@ -53,6 +53,12 @@ static void set_state(uint32_t state) {
   futex_wake_all(&g_mailbox->state);
 }
 
+/* Nothing of the process may need the agent any more. */
+static int may_leave(const struct phos_mailbox* m) {
+  if (m->gate.signal) return PHOS_RESULT_GATE_BUSY;
+  return holds_memory() ? PHOS_RESULT_IN_USE : PHOS_RESULT_OK;
+}
+
 static void execute(struct phos_mailbox* m) {
   const uint64_t start = monotonic_ns();
   m->driver_result = 0;
@@ -69,7 +75,7 @@ static void execute(struct phos_mailbox* m) {
       break;
     case PHOS_COMMAND_EXIT:
       close_exports();
-      m->result = holds_memory() ? PHOS_RESULT_IN_USE : PHOS_RESULT_OK;
+      m->result = may_leave(m);
       break;
     case PHOS_COMMAND_RELEASE:
       m->result = run_release(&g_driver, m);
@@ -82,6 +88,12 @@ static void execute(struct phos_mailbox* m) {
       break;
     case PHOS_COMMAND_LOADED:
       m->result = run_loaded(&g_driver, m);
+      break;
+    case PHOS_COMMAND_GATE_INSTALL:
+      m->result = gate_install(m);
+      break;
+    case PHOS_COMMAND_GATE_REMOVE:
+      m->result = gate_remove(m);
       break;
     default:
       m->result = PHOS_RESULT_BAD_COMMAND;
@@ -122,12 +134,12 @@ static void* serve(void* unused) {
   }
 }
 
-/* Frees everything but the library itself, whose handle it returns (0: unknown). */
+/* Frees everything but the library itself, whose handle it returns (0: it is to stay). */
 __attribute__((used, noinline)) static uint64_t release(void) {
   struct phos_mailbox* m = g_mailbox;
   if (!m) return 0;
   g_mailbox = NULL;
-  const uint64_t library = m->library_handle;
+  const uint64_t library = gate_was_used() ? 0 : m->library_handle;
   if (g_has_thread) g_libc.join(g_thread, NULL);
   if (g_stack) sys3(SYS_munmap, (long)g_stack, STACK_SIZE + GUARD_SIZE, 0);
   table_drop();

@@ -85,4 +85,10 @@ int run_loaded(const struct driver* driver, struct phos_mailbox* mailbox);
 /* Does the process need the agent: for memory that it has released or adopted? */
 bool holds_memory(void);
 
+int gate_install(struct phos_mailbox* mailbox);
+int gate_remove(struct phos_mailbox* mailbox);
+
+/* A thread may still be on its way out of the handler: the library's code must stay for good. */
+bool gate_was_used(void);
+
 #endif

@@ -34,6 +34,10 @@ Error refusal(int pid, int result, int detail) {
       return process_error(pid, EBUSY, "phos's agent in it still stands in for some of its memory");
     case PHOS_RESULT_NO_MEMORY:
       return process_error(pid, ENOMEM, "no memory in it for the record of what is released");
+    case PHOS_RESULT_NO_SIGNAL:
+      return process_error(pid, ENOTSUP, "it ignores every real-time signal");
+    case PHOS_RESULT_GATE_BUSY:
+      return process_error(pid, EBUSY, "threads may still be parked at its gate");
     default:
       return process_error(pid, EPROTO,
                            "phos's agent in it refuses a command (" + std::to_string(result) + ")");

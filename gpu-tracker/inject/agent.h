@@ -174,14 +174,31 @@ class Agent {
   // The contents are where they were: the application may go on. Returns what is still recorded.
   Result<std::vector<ReleasedMemory>> contents_loaded();
 
+  // The gate (gpu-tracker/gate), which is who calls these. install_gate() sets the handler of a
+  // signal that the application does not use, or keeps the one that an earlier phosd has set;
+  // avoids those in `blocked_signals` (bit: number - 1) if it can, and returns its number.
+  // remove_gate() puts back what was there; EBUSY while the gate is closed or a thread is in the
+  // handler. The address is the gate's in the process.
+  Result<int> install_gate(uint64_t blocked_signals);
+  Result<void> remove_gate();
+  phos_gate& gate();
+  // One gate at a time: EBUSY while another has it.
+  Result<void> claim_gate();
+  void unclaim_gate() { gate_claimed_ = false; }
+  uint64_t gate_address() const;
+
+  int restore_tid() const { return restore_tid_; }
+  // The agent's own thread, as this process numbers it.
+  Result<int> thread_id() const;
+
   // Did attach() bring it into the process, rather than find it there?
   bool was_loaded() const { return was_loaded_; }
 
   // Lets the agent sleep on in the process, with nothing open, for the next attach().
   Result<void> detach();
-  // Ends the agent: its thread, mailbox and library leave the process. EBUSY while it holds memory
-  // of the application, released or adopted, or hooks that no contents_loaded() has taken out
-  // since.
+  // Ends the agent: its thread, mailbox and library leave the process; the library stays if the
+  // gate has been used. EBUSY while it holds memory of the application, released or adopted, or
+  // hooks that no contents_loaded() has taken out since, or while the gate's handler is installed.
   Result<void> unload();
 
  private:
@@ -202,6 +219,7 @@ class Agent {
   ScanCost cost_;
   bool was_loaded_ = false;
   int missing_hook_ = 0;
+  bool gate_claimed_ = false;
 };
 
 // Address ranges of process `pid` in which device memory can lie: inaccessible private memory, and

@@ -136,6 +136,7 @@ bool device_exists(CUdevice device) {
 using namespace phos_sim;
 
 CUresult cuDriverGetVersion(int* version) {
+  PHOS_SIM_FRAME();
   if (!version) return CUDA_ERROR_INVALID_VALUE;
   *version = CUDA_VERSION;
   return CUDA_SUCCESS;
