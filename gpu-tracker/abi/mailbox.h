@@ -27,6 +27,7 @@
 #define PHOS_MAILBOX_NAME "phos-mailbox-2"
 #define PHOS_AGENT_MEMFD_PREFIX "phos-agent-2-" /* and random hex digits */
 #define PHOS_AGENT_THREAD_NAME "phos-agent-2"
+#define PHOS_HOOKS_PAGE_SIZE 4096u
 
 enum phos_agent_state {
   PHOS_AGENT_STARTING = 0,
@@ -197,7 +198,8 @@ struct phos_mailbox {
   uint32_t argument;
   uint32_t padding2;
   uint64_t released_table; /* out: where the agent notes what it has released; 0: nowhere yet */
-  uint8_t reserved[3928];
+  uint64_t hooks_page;     /* out: PHOS_HOOKS_PAGE_SIZE bytes of code; 0: none (agent/hooks.h) */
+  uint8_t reserved[3920];
   struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];

@@ -98,6 +98,7 @@ static void execute(struct phos_mailbox* m) {
     default:
       m->result = PHOS_RESULT_BAD_COMMAND;
   }
+  m->hooks_page = hooks_page();
   m->nanoseconds = monotonic_ns() - start;
 }
 

@@ -19,7 +19,7 @@
 /* What of an entry point may be copied. */
 #define HEAD_SIZE (1u + JUMP_SIZE + RELOCATE_LONGEST)
 
-#define PAGE_SIZE 4096u
+#define PAGE_SIZE PHOS_HOOKS_PAGE_SIZE
 #define SLOT_SIZE 64u
 #define TRAMPOLINE 16u /* offset in a slot; the stub is before it */
 #define FAR_JUMP_SIZE 14u
@@ -217,6 +217,10 @@ int hooks_remove(void) {
 
 bool hooks_installed(void) {
   return g_installed;
+}
+
+uint64_t hooks_page(void) {
+  return (uint64_t)g_page;
 }
 
 void hooks_drop(void) {

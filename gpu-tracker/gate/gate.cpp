@@ -197,7 +197,7 @@ Result<void> Gate::resume_lease() {
 bool Gate::is_parked(const ThreadInfo& thread) const {
   for (int i = 0; i < kParkedLooks; i++) {
     if (i) std::this_thread::sleep_for(kPollInterval);
-    if (locate_thread(pid_, thread, text_, agent_.gate_address()) == ThreadPlace::kParked) {
+    if (locate_thread(pid_, thread, {text_, {}}, agent_.gate_address()) == ThreadPlace::kParked) {
       return true;
     }
   }
@@ -248,6 +248,9 @@ Result<void> Gate::check_counters() {
 
 Result<void> Gate::check_quiet(milliseconds timeout) {
   const auto deadline = steady_clock::now() + timeout;
+  auto agent_code = agent_.call_code();
+  if (!agent_code) return agent_code.error();
+  const CallCode code = {text_, *agent_code};
   std::set<std::pair<int, uint64_t>> shown;
   for (;;) {
     auto threads = list_threads(pid_);
@@ -257,7 +260,7 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
     for (const ThreadInfo& t : *threads) {
       const std::pair<int, uint64_t> key(t.tid, t.start_time);
       if (may_pass(t) || shown.contains(key)) continue;
-      const ThreadPlace place = locate_thread(pid_, t, text_, agent_.gate_address());
+      const ThreadPlace place = locate_thread(pid_, t, code, agent_.gate_address());
       const std::string name = "thread " + std::to_string(t.tid) + " (" + t.comm + ") ";
       if (place == ThreadPlace::kOutside && blocks(t, signal_)) {
         // For good, or while it starts a thread or is being started.

@@ -18,6 +18,10 @@
 // What it does not see: the functions behind cuGetExportTable, which libcudart calls too. A thread
 // inside one is found by check_quiet(), but nothing keeps it from entering.
 //
+// A thread that is freeing memory for which the agent stands in (agent/hooks.h) parks in the middle
+// of that, at a call that the agent makes on it. Agent::release() and its like then refuse with
+// EBUSY: open the gate, let the thread go on, close it again.
+//
 // The application must not change the action of the gate's signal while the gate is closed. If it
 // does, its handler gets the gate's signals; SIG_DFL would end the process. The signal is one that
 // had no handler, if there is any; a handler that was there gets the signals that are not the

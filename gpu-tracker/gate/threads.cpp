@@ -93,7 +93,7 @@ std::optional<Sleep> parse_sleep(const std::string& line) {
   return s;
 }
 
-ThreadPlace search_stack(int pid, uint64_t sp, const LibraryText& text) {
+ThreadPlace search_stack(int pid, uint64_t sp, const CallCode& code) {
   auto maps = read_proc_maps(pid);
   UniqueFd memory(open(("/proc/" + std::to_string(pid) + "/mem").c_str(), O_RDONLY | O_CLOEXEC));
   if (!maps || !memory) return ThreadPlace::kNotShown;
@@ -106,7 +106,7 @@ ThreadPlace search_stack(int pid, uint64_t sp, const LibraryText& text) {
     const ssize_t n = pread(memory.get(), words.data(), wanted, static_cast<off_t>(at));
     if (n != static_cast<ssize_t>(wanted)) return ThreadPlace::kNotShown;
     for (size_t i = 0; i < wanted / sizeof(uint64_t); i++) {
-      if (text.contains(words[i])) return ThreadPlace::kInside;
+      if (code.contains(words[i])) return ThreadPlace::kInside;
     }
     at += wanted;
   }
@@ -147,7 +147,13 @@ bool is_driver_thread(const ThreadInfo& thread) {
                      [](unsigned char c) { return isdigit(c) || (c >= 'a' && c <= 'f'); });
 }
 
-ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const LibraryText& text,
+bool CallCode::contains(uint64_t address) const {
+  return library.contains(address) ||
+         std::any_of(agent.begin(), agent.end(),
+                     [&](const AddressRange& r) { return address >= r.begin && address < r.end; });
+}
+
+ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
                           uint64_t gate_word) {
   if (thread.state == 'Z' || thread.state == 'X') return ThreadPlace::kOutside;
   const std::string path = task_path(pid, thread.tid, "syscall");
@@ -159,11 +165,11 @@ ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const LibraryText& 
     return ThreadPlace::kNotShown;
   }
   if (sleep->number == SYS_futex && sleep->first_argument == gate_word) return ThreadPlace::kParked;
-  if (text.contains(sleep->pc)) return ThreadPlace::kInside;
+  if (code.contains(sleep->pc)) return ThreadPlace::kInside;
   if (sleep->sp == 0) {
     return is_kernel_worker(pid, thread.tid) ? ThreadPlace::kOutside : ThreadPlace::kNotShown;
   }
-  const ThreadPlace place = search_stack(pid, sleep->sp, text);
+  const ThreadPlace place = search_stack(pid, sleep->sp, code);
   if (place != ThreadPlace::kOutside) return place;
   const bool slept_on =
       read_line(path) == before && switches && count_switches(pid, thread.tid) == switches;

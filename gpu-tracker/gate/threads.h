@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/inject/agent.h"
 #include "gpu-tracker/track/library_text.h"
 
 namespace phos {
@@ -26,10 +28,19 @@ Result<std::vector<ThreadInfo>> list_threads(int pid);
 // restore thread, "cuda-EvtHandlr" waits for the GPU's events.
 bool is_driver_thread(const ThreadInfo& thread);
 
+// Code that a call into libcuda may be in: the library's, and the agent's, which goes on from an
+// entry point that it has hooked without passing the gate (Agent::call_code).
+struct CallCode {
+  const LibraryText& library;
+  std::span<const AddressRange> agent;
+
+  bool contains(uint64_t address) const;
+};
+
 enum class ThreadPlace {
   kParked,    // waits at the gate
   kOutside,   // provably outside of libcuda
-  kInside,    // has an address of libcuda's code in its program counter or on its stack
+  kInside,    // has an address of such code in its program counter or on its stack
   kNotShown,  // it runs, or its stack cannot be read to the end
 };
 
@@ -42,13 +53,13 @@ enum class ThreadPlace {
 //    libcuda that has called something to which it will come back has left a return address in its
 //    own text on the stack, above the stack pointer; a signal handler keeps the interrupted program
 //    counter in its frame. All of the stack mapping is searched, from the stack pointer to its end,
-//    for any word that points into libcuda's text; and the program counter must not point there. A
+//    for any word that points into such code; and the program counter must not point there. A
 //    tail call leaves no address, but then nothing of libcuda is left to be executed.
 //  - Not covered: code that libcuda calls back on the application's thread, and that changes to
 //    another stack by hand (a coroutine) and sleeps there.
 // Stale words in unused parts of live frames make kInside of what is outside: that costs the fast
 // path, never correctness.
-ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const LibraryText& text,
+ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
                           uint64_t gate_word);
 
 }  // namespace phos

@@ -186,6 +186,9 @@ class Agent {
   Result<void> claim_gate();
   void unclaim_gate() { gate_claimed_ = false; }
   uint64_t gate_address() const;
+  // Code that calls into libcuda may be in beside the library's own: the agent's, which answers for
+  // adopted memory, and its hooks, which go on into the library past the entry points.
+  Result<std::vector<AddressRange>> call_code();
 
   int restore_tid() const { return restore_tid_; }
   // The agent's own thread, as this process numbers it.

@@ -47,6 +47,20 @@ uint64_t Agent::gate_address() const {
   return mailbox_->address() + offsetof(phos_mailbox, gate);
 }
 
+Result<std::vector<AddressRange>> Agent::call_code() {
+  auto maps = read_proc_maps(pid_);
+  if (!maps) return maps.error();
+  const uint64_t hooks = mailbox_->shared().hooks_page;
+  std::vector<AddressRange> code;
+  for (const ProcMapping& m : *maps) {
+    if (m.path.rfind("/memfd:" PHOS_AGENT_MEMFD_PREFIX, 0) == 0 && m.perms[2] == 'x') {
+      code.push_back({m.start, m.end});
+    }
+  }
+  if (hooks) code.push_back({hooks, hooks + PHOS_HOOKS_PAGE_SIZE});
+  return code;
+}
+
 Result<int> Agent::thread_id() const {
   const std::string tasks = "/proc/" + std::to_string(pid_) + "/task";
   std::unique_ptr<DIR, int (*)(DIR*)> dir(opendir(tasks.c_str()), closedir);

@@ -49,6 +49,11 @@ void run_thread(const std::string& what, unsigned number) {
       CUdeviceptr p;
       r = cuMemAlloc(&p, kBytes);
       if (!r) r = cuMemFree(p);
+    } else if (what == "range") {
+      CUdeviceptr base;
+      size_t size = 0;
+      r = cuMemGetAddressRange(&base, &size, g_memory + number);
+      if (!r && (base != g_memory || size != kBytes)) r = CUDA_ERROR_UNKNOWN;
     } else if (what == "registers") {
       if (!registers_survive_call()) g_failures++;
     } else if (what == "name") {  // takes no lock of the driver's, before its checkpoint or after
@@ -131,6 +136,12 @@ CUresult handlers(Arguments&, Reply&) {
   return CUDA_SUCCESS;
 }
 
+// dozing: a handler for SIGUSR2 that sleeps, which can interrupt a thread anywhere
+CUresult dozing(Arguments&, Reply&) {
+  signal(SIGUSR2, [](int) { usleep(500000); });
+  return CUDA_SUCCESS;
+}
+
 // signal N VALUE: sends itself one, with a value; replies the sum of the values that handlers got
 CUresult send_signal(Arguments& in, Reply& out) {
   int number = 0, value = 0;
@@ -177,6 +188,7 @@ const std::map<std::string, CUresult (*)(Arguments&, Reply&)> kCommands = {
     {"sleeper", sleeper},     {"handlers", handlers},
     {"signal", send_signal},  {"fork", fork_child},
     {"memory", memory},       {"setuid", set_user},
+    {"dozing", dozing},
 };
 
 CUresult start() {
