@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-only
-# BPF objects. They are embedded in phosd (gpu-tracker/track/activity_object.cpp) and loaded by
-# libbpf; no vmlinux.h, no generated code: what they touch of the kernel is its stable interface.
+# BPF objects. They are embedded in phosd (track/activity_object.cpp, gate/gate_object.cpp) and
+# loaded by libbpf; no vmlinux.h, no generated code: what they touch of the kernel is its stable interface.
 
 MULTIARCH := $(shell $(CC) -print-multiarch 2>/dev/null)
 BPF_CFLAGS := -target bpf -mcpu=v3 -O2 -g -Wall -Wextra -Werror -D__TARGET_ARCH_x86 -I. \
               $(if $(MULTIARCH),-isystem /usr/include/$(MULTIARCH))
-BPF_OBJECTS := $(B)/gen/bpf/activity.bpf.o
+BPF_OBJECTS := $(B)/gen/bpf/activity.bpf.o $(B)/gen/bpf/gate.bpf.o
 
 $(B)/gen/bpf/%.bpf.o: bpf/%.bpf.c
 	$(say) BPF $<
@@ -15,5 +15,8 @@ $(B)/gen/bpf/%.bpf.o: bpf/%.bpf.c
 $(B)/obj/gpu-tracker/track/activity_object.cpp.o: $(B)/gen/bpf/activity.bpf.o
 $(B)/obj/gpu-tracker/track/activity_object.cpp.o: CPPFLAGS += \
     -DPHOS_ACTIVITY_BPF='"$(B)/gen/bpf/activity.bpf.o"'
+
+$(B)/obj/gpu-tracker/gate/gate_object.cpp.o: $(B)/gen/bpf/gate.bpf.o
+$(B)/obj/gpu-tracker/gate/gate_object.cpp.o: CPPFLAGS += -DPHOS_GATE_BPF='"$(B)/gen/bpf/gate.bpf.o"'
 
 OBJS += $(BPF_OBJECTS)

@@ -34,6 +34,7 @@ ROOMS = {
     DRIVER: [ABI, BASE],
     "gpu-tracker/copy/": [ABI, BASE, DRIVER],
     "gpu-tracker/track/": [ABI, BASE, DRIVER],
+    "gpu-tracker/gate/": [ABI, BASE, "gpu-tracker/inject/", "gpu-tracker/track/"],
     IMAGE: [ABI, BASE, DRIVER],
     "gpu-tracker/daemon/": [TRACKER],
     "tools/criu/": [ABI, BASE],
@@ -42,7 +43,7 @@ ROOMS = {
     "kmod/": [ABI],
     "test/": [TRACKER, "tools/", "criu-plugin/", "bpf/"],
 }
-MAY_INCLUDE_CUDA = (DRIVER, "test/sim/", "test/contract/", "test/track/")
+MAY_INCLUDE_CUDA = (DRIVER, "test/sim/", "test/contract/", "test/track/", "test/gate/")
 MAY_INCLUDE_CRIU = ("criu-plugin/", "test/criu/")  # the tests have plugins of their own
 # Rooms whose code runs in a foreign process or in the kernel: no C++ library there.
 C_LIBRARY_ONLY = ("criu-plugin/", CLIENT, "gpu-tracker/agent/", "bpf/", "kmod/")

@@ -3,7 +3,7 @@
 # code (an agent, kernels, BPF objects) brings a module.mk, which adds to TRACKER_SRCS.
 
 TRACKER_SRCS := $(wildcard $(addprefix gpu-tracker/,base/*.cpp driver/*.cpp image/*.cpp \
-                           inject/*.cpp copy/*.cpp track/*.cpp daemon/*.cpp client/*.c))
+                           inject/*.cpp copy/*.cpp track/*.cpp gate/*.cpp daemon/*.cpp client/*.c))
 TRACKER_SRCS := $(filter-out gpu-tracker/daemon/main.cpp,$(TRACKER_SRCS))
 TRACKER_SRCS += gen/gpu-tracker/abi/phosd.pb-c.c gen/gpu-tracker/abi/image.pb-c.c
 

@@ -225,12 +225,13 @@ def make_tiers(options):
     return [
         Tier("unit", [program("unit")]),
         Tier("tools", [program("tools"), scripts("tools")]),
-        Tier("sim", [program("contract"), program("agent"), program("track"), program("live")], sim),
+        Tier("sim", [program("contract"), program("agent"), program("track"), program("live"),
+                     program("gate")], sim),
         Tier("criu", [scripts("criu")], sim, no_root),
         # One case is a guest's whole life, on a processor that QEMU emulates.
         Tier("vm", [scripts("vm", 3 * options.timeout)], {}, no_root),
         Tier("gpu", [program("contract"), program("agent"), program("track"), program("live"),
-                     scripts("criu"), scripts("gpu")],
+                     program("gate"), scripts("criu"), scripts("gpu")],
              {"PHOS_GPU": "real"}, gpu_missing() or no_root,
              os.environ.get("REQUIRE_GPU") == "1"),
     ]

@@ -15,16 +15,19 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "gpu-tracker/abi/gate.h"
+
 /* "PHOSMBOX" in memory. */
 #define PHOS_MAILBOX_MAGIC 0x584f424d534f4850ull
-#define PHOS_MAILBOX_VERSION 1u
+#define PHOS_MAILBOX_VERSION 2u
 /*
  * Names end in the version: agents of different versions live side by side in one process, and each
  * phosd sees only its own. In /proc/PID/maps: "/memfd:<name> (deleted)".
  */
-#define PHOS_MAILBOX_NAME "phos-mailbox-1"
-#define PHOS_AGENT_MEMFD_PREFIX "phos-agent-1-" /* and random hex digits */
-#define PHOS_AGENT_THREAD_NAME "phos-agent"
+#define PHOS_MAILBOX_NAME "phos-mailbox-2"
+#define PHOS_AGENT_MEMFD_PREFIX "phos-agent-2-" /* and random hex digits */
+#define PHOS_AGENT_THREAD_NAME "phos-agent-2"
+#define PHOS_HOOKS_PAGE_SIZE 4096u
 
 enum phos_agent_state {
   PHOS_AGENT_STARTING = 0,
@@ -49,6 +52,19 @@ enum phos_agent_command {
   PHOS_COMMAND_EXPORT = 2,    /* in and out: exports; closes what is still open first */
   PHOS_COMMAND_CLOSE = 3,     /* closes the descriptors of the last EXPORT */
   PHOS_COMMAND_EXIT = 4,      /* the thread ends */
+
+  /*
+   * Release and map back. While one of these is under way no other thread of the process may be in
+   * the driver, or enter it; a thread that is stopped at an entry point's first instruction, or
+   * behind it, is not in it. All of them may take the hooks out (gpu-tracker/agent/hooks.h).
+   */
+  PHOS_COMMAND_RELEASE = 16,  /* in: allocations (address, buffer_id); out: their status, result */
+  PHOS_COMMAND_MAP_BACK = 17, /* in: argument; out: as RELEASED */
+  PHOS_COMMAND_RELEASED = 18, /* out: allocations with a phos_released_state; needs no guarantee */
+  PHOS_COMMAND_LOADED = 19,   /* what was mapped back has its contents again; out: as RELEASED */
+
+  PHOS_COMMAND_GATE_INSTALL = 32, /* in: gate.avoid; out: gate.signal */
+  PHOS_COMMAND_GATE_REMOVE = 33,  /* the gate must be open, and no thread in its handler */
 };
 
 /* phos_mailbox.result */
@@ -57,6 +73,34 @@ enum phos_agent_result {
   PHOS_RESULT_BAD_COMMAND = 1, /* unknown, or counts out of bounds */
   PHOS_RESULT_DRIVER = 2,      /* driver_result says what libcuda answered */
   PHOS_RESULT_CANCELLED = 3,   /* `cancel` was set */
+  PHOS_RESULT_BAD_TABLE = 16,  /* what the agent noted of released memory has been overwritten */
+  PHOS_RESULT_NO_HOOKS = 17,   /* unknown code at an entry point; driver_result: which, from 1 */
+  PHOS_RESULT_IN_USE = 18,     /* EXIT: the agent still holds memory of the application */
+  PHOS_RESULT_NO_MEMORY = 19,
+  PHOS_RESULT_THREAD_INSIDE = 20, /* a thread is just freeing adopted memory */
+
+  PHOS_RESULT_NO_SIGNAL = 32, /* GATE_INSTALL: sigaction refused every candidate */
+  PHOS_RESULT_GATE_BUSY = 33, /* GATE_REMOVE, EXIT: threads are parked, or may be about to be */
+};
+
+/* phos_allocation.status after RELEASE */
+enum phos_release_status {
+  PHOS_RELEASE_DONE = 0,        /* freed; its addresses are reserved */
+  PHOS_RELEASE_STALE = 1,       /* no such memory any more, or another allocation there */
+  PHOS_RELEASE_UNSUITABLE = 2,  /* of a kind or size that is left to the driver; untouched */
+  PHOS_RELEASE_FAILED = 3,      /* untouched; `result` says what the driver answered */
+  PHOS_RELEASE_REALLOCATED = 4, /* freed; no reservation to be had there, so allocated anew there */
+  PHOS_RELEASE_LOST = 5,        /* freed, and somebody else has its addresses; RELEASE stopped */
+  PHOS_RELEASE_NOT_REACHED = 6, /* RELEASE had stopped before; untouched */
+};
+
+/* phos_allocation.status after MAP_BACK, RELEASED and LOADED */
+enum phos_released_state {
+  PHOS_RELEASED_RESERVED = 1, /* no memory, but its addresses are reserved */
+  PHOS_RELEASED_LOST = 2,     /* neither; MAP_BACK tries again */
+  PHOS_RELEASED_NATIVE = 3,   /* the driver's own memory again, without its contents */
+  PHOS_RELEASED_ADOPTED = 4,  /* VMM memory in its place, without its contents */
+  PHOS_RELEASED_IN_USE = 5,   /* VMM memory in its place, with its contents */
 };
 
 /* phos_allocation.kind: how the memory was made, as far as its attributes tell. */
@@ -94,7 +138,8 @@ struct phos_allocation {
   int32_t result;       /* CUresult of asking for the device's UUID */
   uint8_t device_uuid[16];
   uint64_t handle_types; /* CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES */
-  uint64_t reserved;
+  uint32_t status;       /* phos_release_status or phos_released_state */
+  uint32_t reserved;
 };
 
 /* phos_export.status */
@@ -148,7 +193,14 @@ struct phos_mailbox {
   uint64_t next_address;
   uint64_t driver_calls; /* out of ENUMERATE */
   uint64_t nanoseconds;  /* out: how long the command took */
-  uint8_t reserved[3976];
+  /* in of MAP_BACK: how many misses of a native reallocation are allowed before the rest is
+   * adopted; out of MAP_BACK: 0, or the entry point (from 1) that could not be hooked. */
+  uint32_t argument;
+  uint32_t padding2;
+  uint64_t released_table; /* out: where the agent notes what it has released; 0: nowhere yet */
+  uint64_t hooks_page;     /* out: PHOS_HOOKS_PAGE_SIZE bytes of code; 0: none (agent/hooks.h) */
+  uint8_t reserved[3920];
+  struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];
   struct phos_export exports[PHOS_MAILBOX_MAX_EXPORTS];
@@ -187,6 +239,7 @@ PHOS_ABI_ASSERT(offsetof(struct phos_export, ipc_handle) == 32);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, state) == 24);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, command_seq) == 64);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, next_address) == 96);
+PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, gate) == 4064);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, ranges) == 4096);
 PHOS_ABI_ASSERT(sizeof(struct phos_mailbox) % 4096 == 0);
 PHOS_ABI_ASSERT(sizeof(struct phos_agent_config) == 40);

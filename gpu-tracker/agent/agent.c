@@ -14,7 +14,9 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 
+#include "gpu-tracker/agent/hooks.h"
 #include "gpu-tracker/agent/sys.h"
+#include "gpu-tracker/agent/table.h"
 
 #define STACK_SIZE (512u << 10)
 #define GUARD_SIZE 4096u
@@ -51,6 +53,12 @@ static void set_state(uint32_t state) {
   futex_wake_all(&g_mailbox->state);
 }
 
+/* Nothing of the process may need the agent any more. */
+static int may_leave(const struct phos_mailbox* m) {
+  if (m->gate.signal) return PHOS_RESULT_GATE_BUSY;
+  return holds_memory() ? PHOS_RESULT_IN_USE : PHOS_RESULT_OK;
+}
+
 static void execute(struct phos_mailbox* m) {
   const uint64_t start = monotonic_ns();
   m->driver_result = 0;
@@ -62,13 +70,35 @@ static void execute(struct phos_mailbox* m) {
       m->result = run_export(&g_driver, m);
       break;
     case PHOS_COMMAND_CLOSE:
-    case PHOS_COMMAND_EXIT:
       close_exports();
       m->result = PHOS_RESULT_OK;
+      break;
+    case PHOS_COMMAND_EXIT:
+      close_exports();
+      m->result = may_leave(m);
+      break;
+    case PHOS_COMMAND_RELEASE:
+      m->result = run_release(&g_driver, m);
+      break;
+    case PHOS_COMMAND_MAP_BACK:
+      m->result = run_map_back(&g_driver, m);
+      break;
+    case PHOS_COMMAND_RELEASED:
+      m->result = run_released(&g_driver, m);
+      break;
+    case PHOS_COMMAND_LOADED:
+      m->result = run_loaded(&g_driver, m);
+      break;
+    case PHOS_COMMAND_GATE_INSTALL:
+      m->result = gate_install(m);
+      break;
+    case PHOS_COMMAND_GATE_REMOVE:
+      m->result = gate_remove(m);
       break;
     default:
       m->result = PHOS_RESULT_BAD_COMMAND;
   }
+  m->hooks_page = hooks_page();
   m->nanoseconds = monotonic_ns() - start;
 }
 
@@ -94,8 +124,9 @@ static void* serve(void* unused) {
       futex_wait(&m->command_seq, done);
       continue;
     }
-    const bool last = m->command == PHOS_COMMAND_EXIT;
+    const bool exit = m->command == PHOS_COMMAND_EXIT;
     execute(m);
+    const bool last = exit && m->result == PHOS_RESULT_OK;
     done = wanted;
     if (last) set_state(PHOS_AGENT_ENDED);
     __atomic_store_n(&m->done_seq, done, __ATOMIC_RELEASE);
@@ -104,14 +135,16 @@ static void* serve(void* unused) {
   }
 }
 
-/* Frees everything but the library itself, whose handle it returns (0: unknown). */
+/* Frees everything but the library itself, whose handle it returns (0: it is to stay). */
 __attribute__((used, noinline)) static uint64_t release(void) {
   struct phos_mailbox* m = g_mailbox;
   if (!m) return 0;
   g_mailbox = NULL;
-  const uint64_t library = m->library_handle;
+  const uint64_t library = gate_was_used() ? 0 : m->library_handle;
   if (g_has_thread) g_libc.join(g_thread, NULL);
   if (g_stack) sys3(SYS_munmap, (long)g_stack, STACK_SIZE + GUARD_SIZE, 0);
+  table_drop();
+  hooks_drop();
   if (m->libcuda_handle) g_libc.dlclose((void*)m->libcuda_handle);
   sys3(SYS_munmap, (long)m, (long)PHOS_MAILBOX_SIZE, 0);
   return library;
@@ -216,6 +249,7 @@ static uint32_t begin(struct phos_mailbox* m, int32_t* code) {
   if (!libcuda) return PHOS_START_LIBCUDA;
   *code = driver_load(&g_driver, g_libc.dlsym, libcuda);
   if (*code >= 0) return PHOS_START_SYMBOL;
+  hooks_find(&g_driver, g_libc.dlsym, libcuda);
   /* Of our own, not the C library's, which would keep it in a cache. */
   const long stack = sys6(SYS_mmap, 0, STACK_SIZE + GUARD_SIZE, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);

@@ -8,14 +8,18 @@
 #define PHOS_AGENT_AGENT_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 #include "gpu-tracker/abi/mailbox.h"
 
 /* cuda.h: CUresult */
 #define CU_SUCCESS 0
+#define CU_INVALID_VALUE 1
+#define CU_OUT_OF_MEMORY 2
 
 /* The functions of libcuda that the agent calls. Types are cuda.h's by size and meaning. */
 struct driver {
+  int (*pointer_get_attribute)(void* data, int attribute, uint64_t pointer);
   int (*pointer_get_attributes)(unsigned count, int* attributes, void** data, uint64_t pointer);
   int (*device_get)(int* device, int ordinal);
   int (*device_get_uuid)(void* uuid, int device);
@@ -25,6 +29,24 @@ struct driver {
   int (*mem_retain_allocation_handle)(uint64_t* handle, void* pointer);
   int (*mem_export)(void* out, uint64_t handle, int type, unsigned long long flags);
   int (*mem_release)(uint64_t handle);
+  /* For release and map back. */
+  int (*mem_alloc)(uint64_t* address, size_t size);
+  int (*mem_free)(uint64_t address);
+  int (*mem_get_address_range)(uint64_t* base, size_t* size, uint64_t address);
+  int (*address_reserve)(uint64_t* address, size_t size, size_t alignment, uint64_t hint,
+                         unsigned long long flags);
+  int (*address_free)(uint64_t address, size_t size);
+  int (*mem_create)(uint64_t* handle, size_t size, const void* properties,
+                    unsigned long long flags);
+  int (*mem_map)(uint64_t address, size_t size, size_t offset, uint64_t handle,
+                 unsigned long long flags);
+  int (*mem_unmap)(uint64_t address, size_t size);
+  int (*mem_set_access)(uint64_t address, size_t size, const void* access, size_t count);
+  int (*ctx_synchronize)(void);
+  int (*device_get_count)(int* count);
+  int (*device_get_attribute)(int* value, int attribute, int device);
+  int (*device_can_access_peer)(int* can, int device, int peer);
+  int (*primary_ctx_get_state)(int device, unsigned* flags, int* active);
 };
 
 /* Fills the table by dlsym(). Returns -1, or the index of the first name that libcuda lacks. */
@@ -56,5 +78,17 @@ bool describe(const struct memory_facts* facts, uint64_t address, struct phos_al
 int run_enumerate(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_export(const struct driver* driver, struct phos_mailbox* mailbox);
 void close_exports(void);
+int run_release(const struct driver* driver, struct phos_mailbox* mailbox);
+int run_map_back(const struct driver* driver, struct phos_mailbox* mailbox);
+int run_released(const struct driver* driver, struct phos_mailbox* mailbox);
+int run_loaded(const struct driver* driver, struct phos_mailbox* mailbox);
+/* Does the process need the agent: for memory that it has released or adopted? */
+bool holds_memory(void);
+
+int gate_install(struct phos_mailbox* mailbox);
+int gate_remove(struct phos_mailbox* mailbox);
+
+/* A thread may still be on its way out of the handler: the library's code must stay for good. */
+bool gate_was_used(void);
 
 #endif

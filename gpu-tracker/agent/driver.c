@@ -6,6 +6,7 @@
 
 /* The order is that of struct driver. */
 static const char* const kNames[] = {
+    "cuPointerGetAttribute",
     "cuPointerGetAttributes",
     "cuDeviceGet",
     "cuDeviceGetUuid_v2",
@@ -15,6 +16,20 @@ static const char* const kNames[] = {
     "cuMemRetainAllocationHandle",
     "cuMemExportToShareableHandle",
     "cuMemRelease",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemGetAddressRange_v2",
+    "cuMemAddressReserve",
+    "cuMemAddressFree",
+    "cuMemCreate",
+    "cuMemMap",
+    "cuMemUnmap",
+    "cuMemSetAccess",
+    "cuCtxSynchronize",
+    "cuDeviceGetCount",
+    "cuDeviceGetAttribute",
+    "cuDeviceCanAccessPeer",
+    "cuDevicePrimaryCtxGetState",
 };
 _Static_assert(sizeof kNames == sizeof(struct driver), "one name a function");
 

@@ -7,6 +7,7 @@
  */
 #include "gpu-tracker/agent/agent.h"
 #include "gpu-tracker/agent/sys.h"
+#include "gpu-tracker/agent/table.h"
 
 #define STEP (2ull << 20)
 #define SMALL (1ull << 20) /* up to here cuMemAlloc packs several into one block */
@@ -53,6 +54,15 @@ static bool classify(const struct memory_facts* f, uint64_t at, struct phos_allo
   return holds(a->address, a->size, at);
 }
 
+/* Memory that the agent put in place of cuMemAlloc memory: what the application believes in. */
+static void describe_adopted(struct phos_allocation* a) {
+  const struct released* e = a->kind == PHOS_KIND_VMM ? table_find(a->address) : NULL;
+  if (!e || !is_adopted(e) || e->address != a->address) return;
+  a->kind = PHOS_KIND_DEVICE;
+  a->size = e->size;
+  a->context = e->context;
+}
+
 bool describe(const struct memory_facts* f, uint64_t at, struct phos_allocation* a) {
   const uint32_t type = (uint32_t)f->memory_type;
   if (type != MEMORY_TYPE_DEVICE && type != MEMORY_TYPE_UNIFIED) return false;
@@ -64,7 +74,10 @@ bool describe(const struct memory_facts* f, uint64_t at, struct phos_allocation*
       .device = (int32_t)f->device,
       .handle_types = f->handle_types,
   };
-  if (classify(f, at, a)) return true;
+  if (classify(f, at, a)) {
+    describe_adopted(a);
+    return true;
+  }
   /* A driver that answers otherwise than it was seen to: named, and left to the driver. */
   a->kind = PHOS_KIND_UNKNOWN;
   a->export_type = PHOS_EXPORT_NONE;

@@ -15,6 +15,35 @@
 namespace phos {
 namespace {
 
+Error refusal(int pid, int result, int detail) {
+  switch (result) {
+    case PHOS_RESULT_BAD_TABLE:
+      return process_error(pid, EPROTO,
+                           "the record of its released GPU memory has been overwritten, by the "
+                           "program itself; nothing was changed");
+    case PHOS_RESULT_NO_HOOKS:
+      return process_error(pid, ENOTSUP,
+                           "its libcuda has unknown code at an entry point (number " +
+                               std::to_string(detail) +
+                               "), so its GPU memory is not released; the driver saves it");
+    case PHOS_RESULT_THREAD_INSIDE:
+      return process_error(pid, EBUSY,
+                           "one of its threads is freeing memory that phos stands in for; let it "
+                           "go on, then try again");
+    case PHOS_RESULT_IN_USE:
+      return process_error(pid, EBUSY, "phos's agent in it still stands in for some of its memory");
+    case PHOS_RESULT_NO_MEMORY:
+      return process_error(pid, ENOMEM, "no memory in it for the record of what is released");
+    case PHOS_RESULT_NO_SIGNAL:
+      return process_error(pid, ENOTSUP, "it ignores every real-time signal");
+    case PHOS_RESULT_GATE_BUSY:
+      return process_error(pid, EBUSY, "threads may still be parked at its gate");
+    default:
+      return process_error(pid, EPROTO,
+                           "phos's agent in it refuses a command (" + std::to_string(result) + ")");
+  }
+}
+
 // The managed memory driver's file. (The simulation's memfd has its name.)
 bool is_managed_mapping(const ProcMapping& m) {
   return m.perms[3] == 's' && m.path.find("/dev/nvidia-uvm") != std::string::npos;
@@ -100,7 +129,8 @@ Agent::Agent(Agent&& other) noexcept
       options_(other.options_),
       mailbox_(std::move(other.mailbox_)),
       cost_(other.cost_),
-      was_loaded_(other.was_loaded_) {
+      was_loaded_(other.was_loaded_),
+      missing_hook_(other.missing_hook_) {
   other.mailbox_.reset();
 }
 
@@ -144,8 +174,7 @@ Result<void> Agent::run(phos_agent_command command, uint32_t count) {
                      ": its driver does not tell about its memory: CUDA error " +
                      std::to_string(driver_result));
   }
-  return process_error(pid_, EPROTO,
-                       "phos's agent in it refuses a command (" + std::to_string(result) + ")");
+  return refusal(pid_, result, driver_result);
 }
 
 Result<std::vector<AgentAllocation>> Agent::enumerate() {

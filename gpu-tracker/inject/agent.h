@@ -70,6 +70,40 @@ struct AgentOptions {
   std::chrono::milliseconds command_timeout{5000};  // for each command
 };
 
+enum class ReleaseStatus {
+  kReleased = PHOS_RELEASE_DONE,            // freed; its addresses are kept
+  kStale = PHOS_RELEASE_STALE,              // no longer what was enumerated; untouched
+  kUnsuitable = PHOS_RELEASE_UNSUITABLE,    // left to the driver; untouched
+  kFailed = PHOS_RELEASE_FAILED,            // driver_result says why; untouched
+  kReallocated = PHOS_RELEASE_REALLOCATED,  // the driver's memory is there again, contents gone
+  kLost = PHOS_RELEASE_LOST,                // freed, addresses taken by others: undo
+  kNotReached = PHOS_RELEASE_NOT_REACHED,   // comes after a kLost; untouched
+};
+struct AgentRelease {
+  ReleaseStatus status = ReleaseStatus::kNotReached;
+  int driver_result = 0;  // CUresult
+};
+
+enum class ReleasedState {
+  kReserved = PHOS_RELEASED_RESERVED,  // no memory; driver_result: why it could not be mapped
+  kLost = PHOS_RELEASED_LOST,          // no memory, and its addresses are not to be had
+  kNative = PHOS_RELEASED_NATIVE,      // cuMemAlloc memory again, contents undefined
+  kAdopted = PHOS_RELEASED_ADOPTED,    // VMM memory in its place, contents undefined
+  kInUse = PHOS_RELEASED_IN_USE,       // VMM memory in its place, of an earlier map_back()
+};
+struct ReleasedMemory {
+  // As enumerate() describes it, for export_memory(); without memory there is nothing to export.
+  AgentAllocation memory;
+  ReleasedState state = ReleasedState::kReserved;
+  int driver_result = 0;  // CUresult
+};
+
+struct MapBackOptions {
+  // How often cuMemAlloc may answer with another address than wanted before all that is left
+  // becomes VMM memory; at most 64, 0: VMM memory at once.
+  unsigned native_misses = 16;
+};
+
 // What the last enumerate() took.
 struct ScanCost {
   uint64_t driver_calls = 0;
@@ -108,12 +142,66 @@ class Agent {
   void set_command_timeout(std::chrono::milliseconds timeout) {
     options_.command_timeout = timeout;
   }
+
+  // Release and map back. From the first of these calls on until contents_loaded() no thread of the
+  // process but the agent's may be in the driver or enter it: the caller sees to it (threads parked
+  // in front of an entry point's first instruction, or behind it, or the process frozen but for the
+  // agent). The process must not be locked by the driver while a call lasts; what is released stays
+  // so through the driver's checkpoint and restore, through CRIU's, and through this object: the
+  // agent keeps its own record in the process, for any later phos.
+
+  // Frees the memory of `allocations`, as enumerate() described them, and keeps its addresses. One
+  // result each, in order. Only cuMemAlloc memory above 2 MiB, and such as was adopted, is taken;
+  // the contents are gone, so the caller has saved them. Memory that other processes have imported
+  // must not be among it, which only the kernel driver knows. An error: refused before anything was
+  // touched (EPROTO: the record in the process has been overwritten; ENOTSUP: a libcuda with
+  // unknown code at an entry point, which memory mapped back would need), or ESRCH, or ETIMEDOUT:
+  // then ask released() once the agent answers again.
+  Result<std::vector<AgentRelease>> release(std::span<const AgentAllocation> allocations);
+
+  // Undoes release(), in the same process or in one restored from its image: everything that is
+  // recorded as released gets memory at its old address, and is listed as released() does. The
+  // caller loads the contents of what is kNative or kAdopted. Can be called again for what is still
+  // kReserved or kLost.
+  Result<std::vector<ReleasedMemory>> map_back(const MapBackOptions& options = {});
+  // Entry points of libcuda that map_back() could not hook (0: none, else the first from 1): the
+  // application's calls about adopted memory get the answers for VMM memory.
+  int missing_hook() const { return missing_hook_; }
+
+  // What is recorded, by address. Needs no thread to be parked, only a process not locked.
+  Result<std::vector<ReleasedMemory>> released();
+
+  // The contents are where they were: the application may go on. Returns what is still recorded.
+  Result<std::vector<ReleasedMemory>> contents_loaded();
+
+  // The gate (gpu-tracker/gate), which is who calls these. install_gate() sets the handler of a
+  // signal that the application does not use, or keeps the one that an earlier phosd has set;
+  // avoids those in `blocked_signals` (bit: number - 1) if it can, and returns its number.
+  // remove_gate() puts back what was there; EBUSY while the gate is closed or a thread is in the
+  // handler. The address is the gate's in the process.
+  Result<int> install_gate(uint64_t blocked_signals);
+  Result<void> remove_gate();
+  phos_gate& gate();
+  // One gate at a time: EBUSY while another has it.
+  Result<void> claim_gate();
+  void unclaim_gate() { gate_claimed_ = false; }
+  uint64_t gate_address() const;
+  // Code that calls into libcuda may be in beside the library's own: the agent's, which answers for
+  // adopted memory, and its hooks, which go on into the library past the entry points.
+  Result<std::vector<AddressRange>> call_code();
+
+  int restore_tid() const { return restore_tid_; }
+  // The agent's own thread, as this process numbers it.
+  Result<int> thread_id() const;
+
   // Did attach() bring it into the process, rather than find it there?
   bool was_loaded() const { return was_loaded_; }
 
   // Lets the agent sleep on in the process, with nothing open, for the next attach().
   Result<void> detach();
-  // Ends the agent: its thread, mailbox and library leave the process.
+  // Ends the agent: its thread, mailbox and library leave the process; the library stays if the
+  // gate has been used. EBUSY while it holds memory of the application, released or adopted, or
+  // hooks that no contents_loaded() has taken out since, or while the gate's handler is installed.
   Result<void> unload();
 
  private:
@@ -125,6 +213,7 @@ class Agent {
   Result<void> export_batch(std::span<const AgentAllocation> batch,
                             std::vector<AgentExport>* exports);
   Result<std::vector<AgentAllocation>> read_allocations(uint32_t count);
+  Result<std::vector<ReleasedMemory>> run_released(phos_agent_command command);
 
   int pid_;
   int restore_tid_;
@@ -132,6 +221,8 @@ class Agent {
   std::optional<Mailbox> mailbox_;  // none once detached
   ScanCost cost_;
   bool was_loaded_ = false;
+  int missing_hook_ = 0;
+  bool gate_claimed_ = false;
 };
 
 // Address ranges of process `pid` in which device memory can lie: inaccessible private memory, and

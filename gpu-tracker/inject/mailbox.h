@@ -34,6 +34,9 @@ class Mailbox {
   volatile phos_mailbox& shared() { return *mailbox_; }
   phos_mailbox& payload() { return *mailbox_; }  // ranges, exports, allocations: copy, then check
 
+  // Where it lies in the process.
+  uint64_t address() const { return address_; }
+
   // Is it still there? Not once the agent has been taken out of the process.
   bool mapped() const;
 

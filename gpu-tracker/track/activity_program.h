@@ -14,16 +14,12 @@
 #include "gpu-tracker/abi/activity.h"
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/track/uprobe_multi.h"
 
 struct bpf_object;
 struct ring_buffer;
 
 namespace phos {
-
-struct UprobeTarget {
-  uint64_t offset = 0;  // in the file
-  uint64_t cookie = 0;  // PHOS_ACTIVITY_COOKIE
-};
 
 // Not thread-safe.
 class ActivityProgram {
@@ -35,9 +31,7 @@ class ActivityProgram {
   ActivityProgram(const ActivityProgram&) = delete;
   ActivityProgram& operator=(const ActivityProgram&) = delete;
 
-  // Probes the file `path` in process `pid` and in no other; closing the link detaches them all. A
-  // process that is forked off meanwhile has the breakpoints too, but is not counted. ENOTSUP on
-  // kernels before 6.6. (Single uprobes would take a grace period each to detach, 38 s for 306.)
+  // attach_uprobe_multi(); cookies are PHOS_ACTIVITY_COOKIE.
   Result<UniqueFd> attach(pid_t pid, const std::string& path,
                           const std::vector<UprobeTarget>& targets) const;
 

@@ -1,29 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/track/activity_watch.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
 #include <sys/uio.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
-#include <cinttypes>
-#include <cstdio>
 #include <map>
-#include <thread>
 
 #include "gpu-tracker/base/log.h"
-#include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/track/activity_program.h"
 #include "gpu-tracker/track/entry_points.h"
 #include "gpu-tracker/track/instruction.h"
 
 namespace phos {
 namespace {
-
-constexpr uint8_t kBreakpoint = 0xcc;  // int3
-constexpr auto kDetachTimeout = std::chrono::seconds(5);
 
 uint32_t record_shape(CallShape shape) {
   switch (shape) {
@@ -54,15 +44,13 @@ std::string process(int pid) {
 Result<std::unique_ptr<ActivityWatch>> ActivityWatch::start(int pid, const Options& options) {
   if (auto able = check_uprobe_multi(); !able) return able.error();
   std::unique_ptr<ActivityWatch> watch(new ActivityWatch(pid));
-  auto start_time = read_start_time(pid);
-  if (!start_time) return start_time.error();
-  watch->start_time_ = *start_time;
-  auto library = watch->find_library();
-  if (!library) return library.error();
-  auto functions = read_exported_functions(*library);
+  auto text = LibraryText::find(pid);
+  if (!text) return text.error();
+  watch->text_ = std::move(*text);
+  auto functions = read_exported_functions(watch->text_->file());
   if (!functions) return functions.error();
   if (auto r = watch->choose_probes(*functions); !r) return r.error();
-  if (auto r = watch->attach(*library, options); !r) return r.error();
+  if (auto r = watch->attach(options); !r) return r.error();
   return watch;
 }
 
@@ -70,38 +58,6 @@ ActivityWatch::ActivityWatch(int pid) : pid_(pid) {}
 
 ActivityWatch::~ActivityWatch() {
   if (auto r = stop(); !r) log(LogLevel::kError, "track", "%s", r.error().message().c_str());
-}
-
-// The file behind the mapping, also where the process's root or the path has changed since.
-Result<std::string> ActivityWatch::find_library() {
-  auto maps = read_proc_maps(pid_);
-  if (!maps) return maps.error();
-  std::string library;
-  struct stat first = {};
-  for (const ProcMapping& m : *maps) {
-    const std::string name = m.path.substr(m.path.rfind('/') + 1);
-    if (m.perms[2] != 'x' || name.rfind("libcuda.so", 0) != 0) continue;
-    char file[96];
-    snprintf(file, sizeof file, "/proc/%d/map_files/%" PRIx64 "-%" PRIx64, pid_, m.start, m.end);
-    struct stat st;
-    if (stat(file, &st) < 0) {
-      const int code = errno;
-      Error e = Error::from_errno(code, std::string("looking at ") + file);
-      if (code != EPERM && code != EACCES) return e;
-      return Error(e.domain(), code, e.message() + "; watching a process needs root");
-    }
-    if (library.empty()) {
-      library = file;
-      first = st;
-    } else if (st.st_dev != first.st_dev || st.st_ino != first.st_ino) {
-      return Error(Domain::kUsage, ENOTSUP, process(pid_) + " uses two different libcuda.so");
-    }
-    text_.push_back({m.start, m.end, m.offset});
-  }
-  if (library.empty()) {
-    return Error(Domain::kUsage, ENOENT, process(pid_) + " has no libcuda.so mapped");
-  }
-  return library;
 }
 
 void ActivityWatch::add_doubt(const std::string& doubt) {
@@ -156,59 +112,26 @@ Result<void> ActivityWatch::choose_probes(const std::vector<ExportedFunction>& f
   return {};
 }
 
-Result<void> ActivityWatch::attach(const std::string& library, const Options& options) {
+Result<void> ActivityWatch::attach(const Options& options) {
   auto program = ActivityProgram::load(options.ring_bytes);
   if (!program) return program.error();
   program_ = std::move(*program);
   std::vector<UprobeTarget> targets;
-  for (size_t i = 0; i < probes_.size(); i++) targets.push_back({probes_[i].offset, cookies_[i]});
-  auto link = program_->attach(pid_, library, targets);
+  for (size_t i = 0; i < probes_.size(); i++) {
+    targets.push_back({probes_[i].offset, cookies_[i]});
+    offsets_.push_back(probes_[i].offset);
+  }
+  auto link = program_->attach(pid_, text_->file(), targets);
   if (!link) return link.error();
   link_ = std::move(*link);
-  auto text = look_at_text();
+  auto text = text_->look(offsets_);
   if (!text) return text.error();
   if (text->armed != text->places ||
-      !std::all_of(probes_.begin(), probes_.end(), [&](const Probe& p) { return is_mapped(p); })) {
+      !std::all_of(offsets_.begin(), offsets_.end(),
+                   [&](uint64_t offset) { return text_->maps_offset(offset); })) {
     return Error(Domain::kErrno, EIO,
                  "of " + std::to_string(probes_.size()) + " probes in libcuda.so of " +
                      process(pid_) + " only " + std::to_string(text->armed) + " are in place");
-  }
-  return {};
-}
-
-bool ActivityWatch::is_mapped(const Probe& probe) const {
-  return std::any_of(text_.begin(), text_.end(), [&](const TextRange& range) {
-    return probe.offset >= range.offset && probe.offset - range.offset < range.end - range.start;
-  });
-}
-
-Result<ActivityWatch::TextState> ActivityWatch::look_at_text() const {
-  const std::string path = "/proc/" + std::to_string(pid_) + "/mem";
-  UniqueFd memory(open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!memory) return Error::from_errno(errno == ENOENT ? ESRCH : errno, "opening " + path);
-  TextState state;
-  for (const TextRange& range : text_) {
-    for (const Probe& p : probes_) {
-      if (p.offset < range.offset || p.offset - range.offset >= range.end - range.start) continue;
-      uint8_t byte = 0;
-      const auto address = static_cast<off_t>(range.start + (p.offset - range.offset));
-      const ssize_t n = pread(memory.get(), &byte, 1, address);
-      // Its address space is gone (0), or what was there is unmapped.
-      if (n != 1) return Error::from_errno(n == 0 ? ESRCH : errno, "reading " + path);
-      state.places++;
-      state.armed += byte == kBreakpoint;
-    }
-  }
-  return state;
-}
-
-Result<void> ActivityWatch::check_alive() const {
-  auto start_time = read_start_time(pid_);
-  if (!start_time) return start_time.error();
-  auto status = read_proc_status(pid_);
-  if (!status) return status.error();
-  if (*start_time != start_time_ || status->state == 'Z' || status->state == 'X') {
-    return Error(Domain::kErrno, ESRCH, process(pid_) + " has ended");
   }
   return {};
 }
@@ -255,7 +178,7 @@ Result<void> ActivityWatch::collect_events(ActivitySnapshot* snapshot) {
 
 Result<ActivitySnapshot> ActivityWatch::read() {
   if (!link_) return Error(Domain::kUsage, EINVAL, "the activity watch has been stopped");
-  if (auto r = check_alive(); !r) return r.error();
+  if (auto r = text_->check_alive(); !r) return r.error();
   ActivitySnapshot snapshot;
   const phos_activity_state& state = program_->state();
   // A call adds to its own counter, then to `calls`, then writes its record: read the same way
@@ -278,7 +201,7 @@ Result<ActivitySnapshot> ActivityWatch::read() {
   auto missed = program_->missed_runs();
   if (!missed) return missed.error();
   if (*missed) add_doubt("the kernel has left out calls");
-  auto text = look_at_text();
+  auto text = text_->look(offsets_);
   if (!text) {
     add_doubt("libcuda.so is no longer where it was: " + text.error().message());
   } else if (text->armed != text->places) {
@@ -290,27 +213,8 @@ Result<ActivitySnapshot> ActivityWatch::read() {
 
 Result<void> ActivityWatch::stop() {
   if (!link_) return {};
-  // The kernel removes the breakpoints before close() returns, unless another descriptor of the
-  // link exists: a child of ours that is between fork and exec. Then it is a matter of moments.
   link_.reset();
-  const auto deadline = std::chrono::steady_clock::now() + kDetachTimeout;
-  for (;;) {
-    if (!check_alive()) return {};
-    auto text = look_at_text();
-    if (!text) {
-      // An address space that is gone, or that exec has replaced, holds no breakpoint.
-      const int code = text.error().code();
-      if (code == ESRCH || code == EIO) return {};
-      return text.error();
-    }
-    if (text->armed == 0) return {};
-    if (std::chrono::steady_clock::now() > deadline) {
-      return Error(Domain::kErrno, ETIMEDOUT,
-                   std::to_string(text->armed) + " breakpoints are left in libcuda.so of " +
-                       process(pid_) + "; its memory must not be dumped");
-    }
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
+  return text_->wait_clean(offsets_);
 }
 
 }  // namespace phos

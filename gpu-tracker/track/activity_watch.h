@@ -10,12 +10,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/track/library_exports.h"
+#include "gpu-tracker/track/library_text.h"
 
 namespace phos {
 
@@ -91,32 +93,19 @@ class ActivityWatch {
     bool recorded = false;
     uint64_t offset = 0;  // of the probed instruction, in the file
   };
-  struct TextRange {
-    uint64_t start = 0, end = 0, offset = 0;
-  };
-
   explicit ActivityWatch(int pid);
 
-  Result<std::string> find_library();
   Result<void> choose_probes(const std::vector<ExportedFunction>& functions);
-  bool is_mapped(const Probe& probe) const;
   void add_doubt(const std::string& doubt);
   void add_probe(const ExportedFunction& function);
-  Result<void> attach(const std::string& library, const Options& options);
-  // Of the probed instructions, wherever the library is mapped: how many are breakpoints.
-  struct TextState {
-    size_t places = 0, armed = 0;
-  };
-  Result<TextState> look_at_text() const;
+  Result<void> attach(const Options& options);
   Result<void> collect_events(ActivitySnapshot* snapshot);
   uint64_t value_at(uint64_t address) const;
-  Result<void> check_alive() const;
 
   int pid_;
-  uint64_t start_time_ = 0;
-  std::vector<TextRange> text_;
+  std::optional<LibraryText> text_;
   std::vector<Probe> probes_;
-  std::vector<uint64_t> cookies_;
+  std::vector<uint64_t> cookies_, offsets_;  // of probes_
   std::vector<std::string> doubts_;
   std::unique_ptr<ActivityProgram> program_;
   UniqueFd link_;

@@ -214,6 +214,70 @@ CUresult unmap(State&, std::istream& in, std::ostream&) {
   return cuMemUnmap(p, bytes);
 }
 
+// free-reserve ADDRESS BYTES: replies where the reservation is
+CUresult free_reserve(State&, std::istream& in, std::ostream& out) {
+  CUdeviceptr p = read_address(in), at = 0;
+  size_t bytes = 0;
+  in >> bytes;
+  CUresult r = cuMemFree(p);
+  if (!r) r = cuMemAddressReserve(&at, bytes, 0, p, 0);
+  out << std::hex << at;
+  return r;
+}
+
+// map-at ADDRESS BYTES: new memory at reserved addresses
+CUresult map_at(State&, std::istream& in, std::ostream&) {
+  CUdeviceptr p = read_address(in);
+  size_t bytes = 0;
+  in >> bytes;
+  CUmemAllocationProp prop = device_memory_prop(0, true);
+  CUmemAccessDesc access = {prop.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+  CUmemGenericAllocationHandle handle = 0;
+  CUresult r = cuMemCreate(&handle, bytes, &prop, 0);
+  if (!r) r = cuMemMap(p, bytes, 0, handle, 0);
+  if (!r) r = cuMemSetAccess(p, bytes, &access, 1);
+  if (!r) r = cuMemRelease(handle);
+  return r;
+}
+
+// range ADDRESS: replies "BASE SIZE OWN", which cuMemGetAddressRange and two ways of asking for
+// attributes agree on; OWN: the memory is of the current context
+CUresult range(State& s, std::istream& in, std::ostream& out) {
+  const CUdeviceptr p = read_address(in);
+  CUdeviceptr base = 0, start = 0;
+  size_t size = 0, bytes = 0;
+  CUcontext context = nullptr;
+  CUpointer_attribute names[] = {CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+                                 CU_POINTER_ATTRIBUTE_RANGE_SIZE, CU_POINTER_ATTRIBUTE_CONTEXT};
+  void* data[] = {&start, &bytes, &context};
+  CUresult r = cuMemGetAddressRange(&base, &size, p);
+  if (!r) r = cuPointerGetAttributes(3, names, data, p);
+  bool agree = base == start && size == bytes;
+  for (int i = 0; i < 3 && !r; i++) {
+    uint64_t value = 0;
+    r = cuPointerGetAttribute(&value, names[i], p);
+    agree = agree && value == *static_cast<uint64_t*>(data[i]);
+  }
+  out << std::hex << base << " " << std::dec << size << " " << (context == s.context);
+  return !r && !agree ? CUDA_ERROR_UNKNOWN : r;
+}
+
+CUresult free_async(State&, std::istream& in, std::ostream&) {
+  CUresult r = cuMemFreeAsync(read_address(in), nullptr);
+  return r ? r : cuCtxSynchronize();
+}
+
+// fork-free ADDRESS: replies what cuMemFree says in a forked child
+CUresult fork_free(State&, std::istream& in, std::ostream& out) {
+  const CUdeviceptr p = read_address(in);
+  int status = 0;
+  const pid_t pid = fork();
+  if (pid == 0) _exit(cuMemFree(p));
+  if (waitpid(pid, &status, 0) != pid) return CUDA_ERROR_UNKNOWN;
+  out << (WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status));
+  return CUDA_SUCCESS;
+}
+
 CUresult alloc_async(State&, std::istream& in, std::ostream& out) {
   size_t bytes = 0;
   in >> bytes;
@@ -349,6 +413,11 @@ constexpr struct {
     {"map", map_pieces},
     {"remap", remap},
     {"unmap", unmap},
+    {"free-reserve", free_reserve},
+    {"map-at", map_at},
+    {"range", range},
+    {"free-async", free_async},
+    {"fork-free", fork_free},
     {"alloc-async", alloc_async},
     {"alloc-many", alloc_many},
     {"set-user", set_user},

@@ -331,7 +331,7 @@ class EndedEarly(PreDumpTest):
     def has_agent(self, target):
         for thread in os.listdir(f'/proc/{target.pid}/task'):
             with open(f'/proc/{target.pid}/task/{thread}/comm') as f:
-                if f.read().strip() == 'phos-agent':
+                if f.read().startswith('phos-agent'):
                     return True
         return False
 

@@ -112,6 +112,7 @@ constexpr Attribute kAttributes[] = {
     {CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, 1},
     {CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED, 1},
     {CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED, 1},
+    {CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED, 1},
 };
 
 }  // namespace
@@ -135,6 +136,7 @@ bool device_exists(CUdevice device) {
 using namespace phos_sim;
 
 CUresult cuDriverGetVersion(int* version) {
+  PHOS_SIM_FRAME();
   if (!version) return CUDA_ERROR_INVALID_VALUE;
   *version = CUDA_VERSION;
   return CUDA_SUCCESS;
@@ -191,6 +193,14 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
   for (const Attribute& a : kAttributes) {
     if (a.name == attribute) *value = a.value;
   }
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceCanAccessPeer(int* can, CUdevice device, CUdevice peer) {
+  PHOS_SIM_API(kInit);
+  if (!can) return CUDA_ERROR_INVALID_VALUE;
+  if (!device_exists(device) || !device_exists(peer)) return CUDA_ERROR_INVALID_DEVICE;
+  *can = device != peer;
   return CUDA_SUCCESS;
 }
 

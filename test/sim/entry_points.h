@@ -16,6 +16,7 @@
   X(cuDeviceGetAttribute, 2000)                    \
   X(cuDeviceGetDefaultMemPool, 11020)              \
   X(cuDeviceGetMemPool, 11020)                     \
+  X(cuDeviceCanAccessPeer, 4000)                   \
   X(cuDevicePrimaryCtxRetain, 7000)                \
   X(cuDevicePrimaryCtxRelease, 7000)               \
   X(cuDevicePrimaryCtxGetState, 7000)              \

@@ -145,6 +145,7 @@ struct Texts {
 using namespace phos_sim;
 
 CUresult cuGetErrorName(CUresult error, const char** name) {
+  PHOS_SIM_FRAME();
   if (!name) return CUDA_ERROR_INVALID_VALUE;
   *name = nullptr;
   for (const ResultName& r : kNames) {

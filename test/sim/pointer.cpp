@@ -115,6 +115,8 @@ const Attribute kAttributes[] = {
     {CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE, 4,
      [](const Range& r, CUdeviceptr, uint64_t* v) {
        *v = r.kind == Kind::kDevice;
+       if (r.kind == Kind::kVmm)
+         *v = memory().handles[r.handle].prop.allocFlags.gpuDirectRDMACapable;
        return true;
      }},
     {CU_POINTER_ATTRIBUTE_ACCESS_FLAGS, 4,

@@ -27,6 +27,10 @@
       "\n"                                                      \
       ".popsection")
 
+// In an entry point that calls nothing: makes it begin with `push %rbp` like the others, which the
+// compiler's options do not.
+#define PHOS_SIM_FRAME() asm volatile("" ::"r"(__builtin_frame_address(0)))
+
 namespace phos_sim {
 
 // ---- machine.cpp: the GPUs of the simulated machine.

@@ -44,7 +44,7 @@ Engine& engine() {
 }
 
 void* run_engine(void*) {
-  pthread_setname_np(pthread_self(), "phos-sim-engine");
+  pthread_setname_np(pthread_self(), "cuda-EvtHandlr");  // as a thread of the real driver
   Engine& e = engine();
   std::unique_lock<std::mutex> hold(e.mutex);
   for (;;) {

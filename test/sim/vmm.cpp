@@ -76,7 +76,7 @@ CUresult cuMemAddressReserve(CUdeviceptr* p, size_t size, size_t alignment, CUde
   std::lock_guard<std::mutex> hold(memory().mutex);
   CUdeviceptr got = 0;
   if (aligned(hint) && (!alignment || hint % alignment == 0)) got = reserve_at(hint, size);
-  if (!got) got = reserve_high(size, alignment > kGranularity ? alignment : kGranularity);
+  if (!got) got = reserve_first(size, alignment > kGranularity ? alignment : kGranularity);
   if (!got) return CUDA_ERROR_OUT_OF_MEMORY;
   memory().reservations[got] = size;
   *p = got;

@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Brings released memory back at its addresses: the driver's own where cuMemAlloc gives the old
+ * address, else VMM memory that takes its place (hooks.h). The contents are phosd's to load.
+ *
+ * cuMemAlloc takes the first free addresses that are large enough, from below. All that is released
+ * is reserved but what is being brought back, lowest first; a free gap below makes it miss, and is
+ * then reserved too until all is done. A miss or two in a process with few allocations; how often
+ * it works with many is for phosd to find out: it says how many misses are allowed.
+ */
+#include "gpu-tracker/agent/answers.h"
+#include "gpu-tracker/agent/hooks.h"
+#include "gpu-tracker/agent/release.h"
+
+/* cuda.h: CUmemAllocationProp, CUmemAccessDesc */
+#define ALLOCATION_PINNED 1
+#define LOCATION_DEVICE 1
+#define HANDLE_TYPE_FD 1
+#define ACCESS_READWRITE 3
+struct location {
+  int type;
+  int id;
+};
+struct allocation_properties {
+  int type;
+  int handle_types;
+  struct location location;
+  void* security;
+  uint8_t compression;
+  uint8_t rdma;
+  uint16_t usage;
+  uint8_t reserved[4];
+};
+_Static_assert(sizeof(struct allocation_properties) == 32, "as in cuda.h");
+struct access {
+  struct location location;
+  int flags;
+};
+
+#define MAX_DEVICES 64
+#define MAX_PLUGS 64
+
+/* Gaps that cuMemAlloc would have taken; reserved until all is done. */
+struct plugs {
+  uint64_t address[MAX_PLUGS];
+  uint64_t size[MAX_PLUGS];
+  uint32_t count;
+  uint32_t allowed;
+};
+
+/* The entry's addresses were given up for an attempt that failed: takes them again. */
+static void take_back(const struct driver* driver, struct released* e) {
+  bool got = false;
+  reserve_exactly(driver, e->address, e->reserved, &got);
+  if (!got) reallocate_lost(driver, e);
+}
+
+/*
+ * Reserves where cuMemAlloc has just been, so that it does not go there again; without the entry's
+ * own addresses, with which the gap below them was one while they were free.
+ */
+static bool plug(const struct driver* driver, struct plugs* plugs, uint64_t at,
+                 const struct released* e) {
+  uint64_t end = at + e->reserved;
+  if (at < e->address && end > e->address) end = e->address;
+  if (at > e->address && at < e->address + e->reserved) at = e->address + e->reserved;
+  bool got = false;
+  if (end > at) reserve_exactly(driver, at, end - at, &got);
+  if (!got) return false;
+  plugs->address[plugs->count] = at;
+  plugs->size[plugs->count++] = end - at;
+  return true;
+}
+
+/* One attempt. False: the entry is reserved as before, or LOST, and there is no use in another. */
+static bool hit_or_miss(const struct driver* driver, struct released* e, struct plugs* plugs) {
+  uint64_t at = 0;
+  if (driver->address_free(e->address, e->reserved)) return false;
+  const int result = alloc_in_context(driver, e->context, e->size, &at);
+  if (!result && at == e->address) {
+    set_entry_state(e, PHOS_RELEASED_NATIVE);
+    return true;
+  }
+  const bool freed = !result && !free_in_context(driver, e->context, at);
+  take_back(driver, e);
+  if (freed && plug(driver, plugs, at, e)) return true;
+  if (!result) plugs->allowed = plugs->count; /* hints are not honoured here */
+  return false;
+}
+
+static void bring_back_native(const struct driver* driver, struct released* e,
+                              struct plugs* plugs) {
+  while (state_of(e) == PHOS_RELEASED_RESERVED && plugs->count < plugs->allowed) {
+    if (!hit_or_miss(driver, e, plugs)) return;
+  }
+}
+
+static int give_access(const struct driver* driver, const struct released* e) {
+  struct access access[MAX_DEVICES];
+  size_t count = 0;
+  for (int device = 0; device < MAX_DEVICES; device++) {
+    if (device != e->device && !(e->peers >> device & 1)) continue;
+    access[count++] = (struct access){{LOCATION_DEVICE, device}, ACCESS_READWRITE};
+  }
+  return driver->mem_set_access(e->address, e->reserved, access, count);
+}
+
+static void adopt(const struct driver* driver, struct released* e) {
+  const struct allocation_properties properties = {
+      .type = ALLOCATION_PINNED,
+      .handle_types = HANDLE_TYPE_FD,
+      .location = {LOCATION_DEVICE, e->device},
+      .rdma = (uint8_t)e->rdma,
+  };
+  uint64_t handle = 0;
+  e->result = driver->mem_create(&handle, e->reserved, &properties, 0);
+  if (e->result) return;
+  e->result = driver->mem_map(e->address, e->reserved, 0, handle, 0);
+  if (!e->result) {
+    e->result = give_access(driver, e);
+    if (e->result) {
+      driver->mem_unmap(e->address, e->reserved);
+    } else {
+      set_entry_state(e, PHOS_RELEASED_ADOPTED);
+    }
+  }
+  /* The mapping keeps the memory. If this fails, it lives until the process ends. */
+  driver->mem_release(handle);
+}
+
+static void find_lost(const struct driver* driver, struct released* e) {
+  bool got = false;
+  e->result = reserve_exactly(driver, e->address, e->reserved, &got);
+  if (got) {
+    set_entry_state(e, PHOS_RELEASED_RESERVED);
+  } else {
+    reallocate_lost(driver, e);
+  }
+}
+
+/* As phosd is told of it: what the application believes in, and how to export what there is. */
+static void report(const struct driver* driver, const struct released* e,
+                   struct phos_allocation* out) {
+  struct memory_facts facts;
+  struct phos_allocation found = {.result = e->result};
+  const uint32_t state = state_of(e);
+  if (state == PHOS_RELEASED_NATIVE || is_adopted(e)) {
+    found.result = driver_facts(driver, e->address, &facts);
+    if (!found.result) describe(&facts, e->address, &found);
+  }
+  int device = 0;
+  int result = driver->device_get(&device, e->device);
+  if (!result) result = driver->device_get_uuid(found.device_uuid, device);
+  if (!found.result) found.result = result;
+  found.kind = PHOS_KIND_DEVICE;
+  found.address = e->address;
+  found.size = e->size;
+  found.context = e->context;
+  found.device = e->device;
+  found.status = state;
+  *out = found;
+}
+
+int run_released(const struct driver* driver, struct phos_mailbox* m) {
+  uint32_t count = 0;
+  m->count = 0;
+  m->released_table = table_address();
+  if (!table_check()) return PHOS_RESULT_BAD_TABLE;
+  for (uint32_t i = 0; i < table_count(); i++) {
+    const struct released* e = table_entry(i);
+    const uint32_t state = state_of(e);
+    if (state == STATE_NONE || state == STATE_CHANGING) continue;
+    report(driver, e, &m->allocations[count++]);
+  }
+  m->count = count;
+  return PHOS_RESULT_OK;
+}
+
+int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
+  struct plugs plugs;
+  plugs.count = 0;
+  plugs.allowed = m->argument < MAX_PLUGS ? m->argument : MAX_PLUGS;
+  m->argument = 0;
+  m->count = 0;
+  if (!answers_quiet()) return PHOS_RESULT_THREAD_INSIDE;
+  if (!table_check()) return PHOS_RESULT_BAD_TABLE;
+  table_order();
+  for (uint32_t i = 0; i < table_count(); i++) {
+    struct released* e = table_entry(i);
+    if (state_of(e) == PHOS_RELEASED_LOST) find_lost(driver, e);
+    bring_back_native(driver, e, &plugs);
+  }
+  while (plugs.count) {
+    plugs.count--;
+    driver->address_free(plugs.address[plugs.count], plugs.size[plugs.count]);
+  }
+  for (uint32_t i = 0; i < table_count(); i++) {
+    struct released* e = table_entry(i);
+    if (state_of(e) != PHOS_RELEASED_RESERVED) continue;
+    adopt(driver, e);
+    /* If it cannot be hooked, the memory is of more use to the process than a right cuMemFree(). */
+    if (is_adopted(e) && !hooks_installed()) m->argument = (uint32_t)hooks_install();
+  }
+  return run_released(driver, m);
+}
+
+int run_loaded(const struct driver* driver, struct phos_mailbox* m) {
+  m->count = 0;
+  if (!answers_quiet()) return PHOS_RESULT_THREAD_INSIDE;
+  if (!table_check()) return PHOS_RESULT_BAD_TABLE;
+  for (uint32_t i = 0; i < table_count(); i++) {
+    struct released* e = table_entry(i);
+    if (state_of(e) == PHOS_RELEASED_NATIVE) set_entry_state(e, STATE_NONE);
+    if (state_of(e) == PHOS_RELEASED_ADOPTED) set_entry_state(e, PHOS_RELEASED_IN_USE);
+  }
+  table_order();
+  tidy_hooks();
+  return run_released(driver, m);
+}

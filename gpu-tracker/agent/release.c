@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Frees memory and keeps its addresses, one allocation at a time: the driver honours the hint of a
+ * reservation for what has just been freed (test/contract/release_test.cpp), and so soon nobody
+ * else has taken it. Released is what begins and ends with its own 2 MiB blocks: cuMemAlloc memory
+ * above 2 MiB, and what was adopted before. Not VMM memory of the application's: with a handle to
+ * it, of which the driver does not tell, it would keep the old memory alive, and map that
+ * elsewhere.
+ */
+#include "gpu-tracker/agent/release.h"
+
+#include "gpu-tracker/agent/answers.h"
+#include "gpu-tracker/agent/hooks.h"
+
+/* Each miss holds as much memory as is wanted until the right address has come. */
+#define MAX_MISSES 16
+
+/* cuda.h: CUdevice_attribute */
+#define RDMA_WITH_VMM_SUPPORTED \
+  110 /* CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED */
+#define MAX_DEVICES 64
+
+int alloc_in_context(const struct driver* driver, uint64_t context, uint64_t size, uint64_t* out) {
+  void* current = (void*)context;
+  int result = driver->ctx_push(current);
+  if (result) return result;
+  result = driver->mem_alloc(out, size);
+  driver->ctx_pop(&current);
+  return result;
+}
+
+int free_in_context(const struct driver* driver, uint64_t context, uint64_t address) {
+  void* current = (void*)context;
+  int result = driver->ctx_push(current);
+  if (result) return result;
+  result = driver->mem_free(address);
+  driver->ctx_pop(&current);
+  return result;
+}
+
+int reserve_exactly(const struct driver* driver, uint64_t address, uint64_t size, bool* got) {
+  uint64_t at = 0;
+  *got = false;
+  const int result = driver->address_reserve(&at, size, 0, address, 0);
+  if (result) return result;
+  *got = at == address;
+  return *got ? CU_SUCCESS : driver->address_free(at, size);
+}
+
+void reallocate_lost(const struct driver* driver, struct released* e) {
+  uint64_t misses[MAX_MISSES];
+  uint32_t count = 0;
+  set_entry_state(e, PHOS_RELEASED_LOST);
+  while (count < MAX_MISSES) {
+    uint64_t at = 0;
+    e->result = alloc_in_context(driver, e->context, e->size, &at);
+    if (e->result) break;
+    if (at == e->address) {
+      set_entry_state(e, PHOS_RELEASED_NATIVE);
+      break;
+    }
+    if (at < e->address && at + e->reserved > e->address) {
+      /* In the gap below and the wanted addresses at once: fill the gap alone. */
+      free_in_context(driver, e->context, at);
+      e->result = alloc_in_context(driver, e->context, e->address - at, &at);
+      if (e->result) break;
+    }
+    misses[count++] = at;
+  }
+  while (count) free_in_context(driver, e->context, misses[--count]);
+}
+
+void tidy_hooks(void) {
+  bool adopted = false;
+  for (uint32_t i = 0; i < table_count(); i++) adopted = adopted || is_adopted(table_entry(i));
+  if (adopted) return;
+  hooks_remove();
+  if (!table_count()) hooks_drop();
+}
+
+bool holds_memory(void) {
+  for (uint32_t i = 0; i < table_count(); i++) {
+    if (state_of(table_entry(i)) != STATE_NONE) return true;
+  }
+  return hooks_installed();
+}
+
+/* Notes what cuMemAlloc gave its memory beside the bytes. */
+static int find_out_access(const struct driver* driver, struct released* e) {
+  int count = 0, rdma = 0;
+  int result = driver->device_get_count(&count);
+  if (!result) result = driver->device_get_attribute(&rdma, RDMA_WITH_VMM_SUPPORTED, e->device);
+  e->rdma = rdma != 0;
+  /*
+   * Who enabled access to the owner's memory the driver does not tell. So it is given to every
+   * device in use that can have it: an access that would have failed does not.
+   */
+  for (int peer = 0; peer < count && peer < MAX_DEVICES && !result; peer++) {
+    int active = 0, can = 0;
+    unsigned flags = 0;
+    if (peer == e->device) continue;
+    result = driver->primary_ctx_get_state(peer, &flags, &active);
+    if (!result && active) result = driver->device_can_access_peer(&can, peer, e->device);
+    if (active && can) e->peers |= 1ull << peer;
+  }
+  return result;
+}
+
+static bool is_suitable(const struct phos_allocation* a) {
+  const uint64_t rounded = (a->size + GRANULARITY - 1) & ~(GRANULARITY - 1);
+  return a->kind == PHOS_KIND_DEVICE && a->size > GRANULARITY && a->context &&
+         a->address % GRANULARITY == 0 && a->mapping_address == a->address &&
+         a->mapping_size == rounded && a->device < MAX_DEVICES;
+}
+
+/* The addresses of adopted memory are the agent's: nothing can go wrong with them. */
+static uint32_t release_adopted(const struct driver* driver, struct released* e,
+                                struct phos_allocation* a) {
+  a->result = driver->mem_unmap(e->address, e->reserved);
+  if (a->result) return PHOS_RELEASE_FAILED;
+  set_entry_state(e, PHOS_RELEASED_RESERVED);
+  return PHOS_RELEASE_DONE;
+}
+
+static uint32_t release_native(const struct driver* driver, const struct phos_allocation* found,
+                               struct phos_allocation* a) {
+  struct released values = {
+      .address = found->address,
+      .size = found->size,
+      .reserved = found->mapping_size,
+      .context = found->context,
+      .device = found->device,
+  };
+  a->result = find_out_access(driver, &values);
+  if (a->result) return PHOS_RELEASE_FAILED;
+  struct released* e = table_add(&values, STATE_NONE);
+  if (!e) {
+    a->result = CU_OUT_OF_MEMORY;
+    return PHOS_RELEASE_FAILED;
+  }
+  a->result = free_in_context(driver, e->context, e->address);
+  if (a->result) return PHOS_RELEASE_FAILED;
+  bool got = false;
+  a->result = reserve_exactly(driver, e->address, e->reserved, &got);
+  if (got) {
+    set_entry_state(e, PHOS_RELEASED_RESERVED);
+    return PHOS_RELEASE_DONE;
+  }
+  reallocate_lost(driver, e);
+  return state_of(e) == PHOS_RELEASED_NATIVE ? PHOS_RELEASE_REALLOCATED : PHOS_RELEASE_LOST;
+}
+
+static uint32_t release_one(const struct driver* driver, struct phos_allocation* a) {
+  struct memory_facts facts;
+  struct phos_allocation found;
+  a->result = driver_facts(driver, a->address, &facts);
+  if (a->result) return PHOS_RELEASE_FAILED;
+  if (!describe(&facts, a->address, &found) || found.address != a->address ||
+      found.buffer_id != a->buffer_id) {
+    return PHOS_RELEASE_STALE;
+  }
+  struct released* known = table_find(a->address);
+  if (known && known->address == a->address && is_adopted(known)) {
+    return release_adopted(driver, known, a);
+  }
+  if (!is_suitable(&found)) return PHOS_RELEASE_UNSUITABLE;
+  return release_native(driver, &found, a);
+}
+
+/* What the last map back gave to the driver again is the driver's: it is released, or not, anew. */
+static void forget_native(void) {
+  for (uint32_t i = 0; i < table_count(); i++) {
+    struct released* e = table_entry(i);
+    if (state_of(e) == PHOS_RELEASED_NATIVE) set_entry_state(e, STATE_NONE);
+  }
+  table_order();
+}
+
+int run_release(const struct driver* driver, struct phos_mailbox* m) {
+  const uint32_t count = m->count;
+  if (count > PHOS_MAILBOX_MAX_ALLOCATIONS) return PHOS_RESULT_BAD_COMMAND;
+  if (!answers_quiet()) return PHOS_RESULT_THREAD_INSIDE;
+  if (!table_check()) return PHOS_RESULT_BAD_TABLE;
+  if (!table_make()) return PHOS_RESULT_NO_MEMORY;
+  m->released_table = table_address();
+  /* Before anything is freed: adoption must be possible. */
+  m->driver_result = hooks_prepare();
+  if (m->driver_result) return PHOS_RESULT_NO_HOOKS;
+  forget_native();
+  bool stop = false;
+  for (uint32_t i = 0; i < count; i++) {
+    struct phos_allocation a = m->allocations[i];
+    stop = stop || __atomic_load_n(&m->cancel, __ATOMIC_RELAXED);
+    a.status = stop ? PHOS_RELEASE_NOT_REACHED : release_one(driver, &a);
+    stop = stop || a.status == PHOS_RELEASE_LOST;
+    m->allocations[i] = a;
+  }
+  table_order();
+  tidy_hooks();
+  return PHOS_RESULT_OK;
+}

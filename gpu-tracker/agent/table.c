@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#include "gpu-tracker/agent/table.h"
+
+#include <stddef.h>
+#include <sys/mman.h>
+
+#include "gpu-tracker/agent/sys.h"
+
+/* "PHOSTABL" in memory. */
+#define TABLE_MAGIC 0x4c424154534f4850ull
+#define TABLE_VERSION 1u
+#define CAPACITY PHOS_MAILBOX_MAX_ALLOCATIONS
+
+struct table {
+  uint64_t magic;
+  uint32_t version;
+  uint32_t count;
+  uint32_t ordered; /* the first so many entries are in ascending order */
+  uint32_t padding;
+  struct released entries[CAPACITY];
+};
+
+static struct table* g_table;
+
+/* FNV-1a, 64 bit. */
+static uint64_t checksum(const struct released* e) {
+  const uint8_t* bytes = (const uint8_t*)e;
+  uint64_t sum = 0xcbf29ce484222325ull;
+  for (size_t i = 0; i < offsetof(struct released, checksum); i++) {
+    sum = (sum ^ bytes[i]) * 0x100000001b3ull;
+  }
+  return sum;
+}
+
+bool table_make(void) {
+  if (g_table) return true;
+  /* Pages that are never written take no memory and are not dumped. */
+  const long at = sys6(SYS_mmap, 0, sizeof(struct table), PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (sys_failed(at)) return false;
+  g_table = (struct table*)at;
+  g_table->magic = TABLE_MAGIC;
+  g_table->version = TABLE_VERSION;
+  return true;
+}
+
+void table_drop(void) {
+  if (g_table) sys3(SYS_munmap, (long)g_table, sizeof *g_table, 0);
+  g_table = NULL;
+}
+
+uint64_t table_address(void) {
+  return (uint64_t)g_table;
+}
+
+static bool is_state(uint32_t state) {
+  return state <= PHOS_RELEASED_IN_USE || state == STATE_CHANGING;
+}
+
+bool table_check(void) {
+  const struct table* t = g_table;
+  if (!t) return true;
+  if (t->magic != TABLE_MAGIC || t->version != TABLE_VERSION) return false;
+  if (t->count > CAPACITY || t->ordered > t->count) return false;
+  uint64_t end = 0;
+  for (uint32_t i = 0; i < t->count; i++) {
+    const struct released* e = &t->entries[i];
+    if (e->checksum != checksum(e) || !is_state(state_of(e))) return false;
+    if (i >= t->ordered || state_of(e) == STATE_NONE) continue;
+    if (e->address < end) return false;
+    end = e->address + e->reserved;
+  }
+  return true;
+}
+
+uint32_t table_count(void) {
+  return g_table ? g_table->count : 0;
+}
+
+struct released* table_entry(uint32_t index) {
+  return &g_table->entries[index];
+}
+
+struct released* table_add(const struct released* values, uint32_t state) {
+  if (g_table->count == CAPACITY) return NULL;
+  struct released* e = &g_table->entries[g_table->count];
+  *e = *values;
+  e->checksum = checksum(e);
+  e->result = 0;
+  set_entry_state(e, state);
+  g_table->count++;
+  return e;
+}
+
+static void drop_free_entries(struct table* t) {
+  uint32_t kept = 0;
+  for (uint32_t i = 0; i < t->count; i++) {
+    if (state_of(&t->entries[i]) == STATE_NONE) continue;
+    if (kept != i) t->entries[kept] = t->entries[i];
+    kept++;
+  }
+  t->count = kept;
+}
+
+void table_order(void) {
+  struct table* t = g_table;
+  if (!t) return;
+  drop_free_entries(t);
+  /* Shell sort: requests come in order, so that there is little to do. */
+  for (uint32_t gap = t->count / 2; gap; gap /= 2) {
+    for (uint32_t i = gap; i < t->count; i++) {
+      const struct released moved = t->entries[i];
+      uint32_t to = i;
+      for (; to >= gap && t->entries[to - gap].address > moved.address; to -= gap) {
+        t->entries[to] = t->entries[to - gap];
+      }
+      t->entries[to] = moved;
+    }
+  }
+  t->ordered = t->count;
+}
+
+struct released* table_find(uint64_t address) {
+  struct table* t = g_table;
+  uint32_t low = 0, high = t ? t->ordered : 0;
+  /* The first `low` entries begin at or below `address`, those from `high` on above it. */
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (t->entries[middle].address <= address) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  /* A free entry may share its address with the one that followed it. */
+  while (low > 0) {
+    struct released* e = &t->entries[--low];
+    if (address - e->address >= e->reserved) return NULL;
+    if (state_of(e) != STATE_NONE) return e;
+  }
+  return NULL;
+}

@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the agent has released and adopted: all that is needed to bring it back, without phosd, in
+ * the process restored from an image as well. It lies in private memory of the process: CRIU dumps
+ * it with the rest, no other process can write it, and a forked child has a copy of its own, with
+ * which the hooks (hooks.h) can do no harm.
+ *
+ * Ordered by address between commands. The agent's thread alone adds and orders entries, while no
+ * thread of the application is in the driver; hooks look entries up and change their state.
+ */
+#ifndef PHOS_AGENT_TABLE_H
+#define PHOS_AGENT_TABLE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "gpu-tracker/abi/mailbox.h"
+
+/* released.state, beside phos_released_state */
+#define STATE_NONE 0u      /* the entry is free */
+#define STATE_CHANGING 16u /* a thread of the application is freeing it */
+
+struct released {
+  uint64_t address;
+  uint64_t size;     /* bytes, as the application asked for */
+  uint64_t reserved; /* bytes of addresses: a multiple of 2 MiB */
+  uint64_t context;  /* CUcontext that owned it */
+  uint64_t peers;    /* bit n: device n can reach it too */
+  int32_t device;
+  uint32_t rdma;     /* it could be used by GPUDirect RDMA */
+  uint64_t checksum; /* of what stands above */
+  uint32_t state;    /* atomic */
+  int32_t result;    /* CUresult of the last attempt to bring it back */
+};
+
+/* Makes the table if there is none. False: no memory. */
+bool table_make(void);
+/* Takes it out of the process. */
+void table_drop(void);
+/* Where it is; 0: nowhere. */
+uint64_t table_address(void);
+/* Is it what the agent has written? True if there is none. */
+bool table_check(void);
+uint32_t table_count(void);
+struct released* table_entry(uint32_t index);
+/* A new last entry with these values and this state; null if the table is full. */
+struct released* table_add(const struct released* values, uint32_t state);
+/* Drops free entries and orders the others. */
+void table_order(void);
+/* The entry, not a free one, whose memory [address, address + reserved) holds `address`. */
+struct released* table_find(uint64_t address);
+
+static inline uint32_t state_of(const struct released* e) {
+  return __atomic_load_n(&e->state, __ATOMIC_ACQUIRE);
+}
+static inline void set_entry_state(struct released* e, uint32_t state) {
+  __atomic_store_n(&e->state, state, __ATOMIC_RELEASE);
+}
+/* VMM memory where the application believes in its own? */
+static inline bool is_adopted(const struct released* e) {
+  const uint32_t state = state_of(e);
+  return state == PHOS_RELEASED_ADOPTED || state == PHOS_RELEASED_IN_USE;
+}
+
+#endif

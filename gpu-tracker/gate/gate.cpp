@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/gate/gate.h"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/gate/gate_program.h"
+#include "gpu-tracker/track/activity_program.h"
+#include "gpu-tracker/track/entry_points.h"
+#include "gpu-tracker/track/instruction.h"
+#include "gpu-tracker/track/library_exports.h"
+
+namespace phos {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+constexpr auto kLeaveTimeout = milliseconds(1000);
+constexpr auto kPollInterval = std::chrono::microseconds(200);
+constexpr int kParkedLooks = 20;
+
+uint64_t load(const __u64& value) {
+  return __atomic_load_n(&value, __ATOMIC_ACQUIRE);
+}
+
+bool blocks(const ThreadInfo& thread, int signal) {
+  return thread.blocked & (1ull << (signal - 1));
+}
+
+const char* describe(ThreadPlace place) {
+  return place == ThreadPlace::kInside ? "inside libcuda, or returned from it lately" : "running";
+}
+
+}  // namespace
+
+Gate::Gate(int pid, Agent& agent, LibraryText text)
+    : pid_(pid), agent_(agent), text_(std::move(text)) {}
+
+Gate::~Gate() {
+  if (auto r = open(); !r) log(LogLevel::kError, "gate", "%s", r.error().message().c_str());
+  agent_.unclaim_gate();
+}
+
+Result<std::unique_ptr<Gate>> Gate::close(int pid, Agent& agent, const GateOptions& options) {
+  if (auto able = check_uprobe_multi(); !able) return able.error();
+  auto text = LibraryText::find(pid);
+  if (!text) return text.error();
+  if (auto r = agent.claim_gate(); !r) return r.error();
+  // From here on its destructor undoes what has been done.
+  std::unique_ptr<Gate> gate(new Gate(pid, agent, std::move(*text)));
+  if (auto r = gate->choose_probes(); !r) return r.error();
+  if (auto r = gate->install(); !r) return r.error();
+  if (auto r = gate->arm(); !r) return r.error();
+  gate->shut(options);
+  return gate;
+}
+
+Result<std::unique_ptr<Gate>> Gate::adopt(int pid, Agent& agent) {
+  auto text = LibraryText::find(pid);
+  if (!text) return text.error();
+  if (auto r = agent.claim_gate(); !r) return r.error();
+  std::unique_ptr<Gate> gate(new Gate(pid, agent, std::move(*text)));
+  gate->signal_ = static_cast<int>(agent.gate().signal);
+  return gate;
+}
+
+Result<void> Gate::choose_probes() {
+  auto functions = read_exported_functions(text_.file());
+  if (!functions) return functions.error();
+  std::set<uint64_t> offsets;
+  for (const ExportedFunction& f : *functions) {
+    if (f.name.rfind("cu", 0) != 0) continue;
+    const auto at = f.offset ? emulated_entry(f.code) : std::nullopt;
+    if (at) {
+      offsets.insert(f.offset + *at);
+    } else if (find_entry_point(f.name).effects == kHarmless) {
+      ungated_.push_back(f.name);
+    } else {
+      return process_error(pid_, ENOTSUP,
+                           "its libcuda's " + f.name +
+                               " begins with an instruction that the kernel does not emulate, so "
+                               "that the gate cannot hold it");
+    }
+  }
+  offsets_.assign(offsets.begin(), offsets.end());
+  if (offsets_.empty() || offsets_.size() > PHOS_GATE_MAX_PROBES) {
+    return process_error(pid_, ENOTSUP,
+                         "its libcuda exports " + std::to_string(offsets_.size()) +
+                             " functions to be gated, which phos does not expect");
+  }
+  return {};
+}
+
+// The agent, and the driver's own threads.
+bool Gate::may_pass(const ThreadInfo& thread) const {
+  return thread.tid == agent_tid_ || thread.tid == agent_.restore_tid() || is_driver_thread(thread);
+}
+
+// The handler, and the program that will send the signal: nothing happens yet.
+Result<void> Gate::install() {
+  auto agent_tid = agent_.thread_id();
+  if (!agent_tid) return agent_tid.error();
+  agent_tid_ = *agent_tid;
+  auto threads = list_threads(pid_);
+  if (!threads) return threads.error();
+  uint64_t blocked = 0;
+  for (const ThreadInfo& t : *threads) {
+    if (!may_pass(t)) blocked |= t.blocked;
+  }
+  auto signal = agent_.install_gate(blocked);
+  if (!signal) return signal.error();
+  signal_ = *signal;
+  auto program = GateProgram::load(pid_, signal_);
+  if (!program) return program.error();
+  program_ = std::move(*program);
+  for (const ThreadInfo& t : *threads) {
+    if (!may_pass(t)) continue;
+    if (auto r = program_->exempt(t.tid); !r) return r;
+  }
+  return {};
+}
+
+Result<void> Gate::arm() {
+  auto link = program_->attach(text_.file(), offsets_);
+  if (!link) return link.error();
+  link_ = std::move(*link);
+  auto seen = text_.look(offsets_);
+  if (!seen) return seen.error();
+  if (seen->armed == seen->places && std::all_of(offsets_.begin(), offsets_.end(), [&](uint64_t o) {
+        return text_.maps_offset(o);
+      })) {
+    return {};
+  }
+  return process_error(pid_, EIO,
+                       "of " + std::to_string(offsets_.size()) + " probes in its libcuda only " +
+                           std::to_string(seen->armed) + " are in place");
+}
+
+uint32_t Gate::word() const {
+  return __atomic_load_n(&agent_.gate().word, __ATOMIC_ACQUIRE);
+}
+
+void Gate::shut(const GateOptions& options) {
+  phos_gate& g = agent_.gate();
+  arrived_before_ = load(g.arrived);
+  g.lease_ms = static_cast<uint32_t>(std::clamp<int64_t>(options.lease.count(), 1, UINT_MAX));
+  uint32_t now = word();
+  uint32_t closed;
+  do {
+    closed = ((now & ~uint32_t{PHOS_GATE_STATE}) + PHOS_GATE_RENEWAL) | PHOS_GATE_CLOSED;
+  } while (!__atomic_compare_exchange_n(&g.word, &now, closed, false, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_ACQUIRE));
+  program_->set_closed(true);
+}
+
+// Between states, and starts the lease anew.
+Result<void> Gate::change(uint32_t from, uint32_t to) {
+  phos_gate& g = agent_.gate();
+  for (uint32_t now = word();;) {
+    const uint32_t state = now & PHOS_GATE_STATE;
+    if (state == PHOS_GATE_EXPIRED) {
+      return process_error(pid_, ETIMEDOUT,
+                           "the lease of its gate has expired, threads have gone on");
+    }
+    if (state != from) return process_error(pid_, EINVAL, "its gate is not in the state for this");
+    const uint32_t next = ((now & ~uint32_t{PHOS_GATE_STATE}) + PHOS_GATE_RENEWAL) | to;
+    if (__atomic_compare_exchange_n(&g.word, &now, next, false, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE)) {
+      return {};
+    }
+  }
+}
+
+Result<void> Gate::renew() {
+  return change(PHOS_GATE_CLOSED, PHOS_GATE_CLOSED);
+}
+
+Result<void> Gate::hold() {
+  return change(PHOS_GATE_CLOSED, PHOS_GATE_HELD);
+}
+
+Result<void> Gate::resume_lease() {
+  return change(PHOS_GATE_HELD, PHOS_GATE_CLOSED);
+}
+
+// Its handler has every signal blocked, and wakes up now and then to look at the lease.
+bool Gate::is_parked(const ThreadInfo& thread) const {
+  for (int i = 0; i < kParkedLooks; i++) {
+    if (i) std::this_thread::sleep_for(kPollInterval);
+    if (locate_thread(pid_, thread, {text_, {}}, agent_.gate_address()) == ThreadPlace::kParked) {
+      return true;
+    }
+  }
+  return false;
+}
+
+Result<GateStatus> Gate::status() {
+  if (auto r = text_.check_alive(); !r) return r.error();
+  const phos_gate& g = agent_.gate();
+  GateStatus s;
+  s.state = static_cast<GateStatus::State>(word() & PHOS_GATE_STATE);
+  s.parked = __atomic_load_n(&g.parked, __ATOMIC_ACQUIRE);
+  s.arrived = load(g.arrived) - arrived_before_;
+  if (program_) {
+    s.sent = program_->sent();
+    s.passed = program_->passed();
+  }
+  auto threads = list_threads(pid_);
+  if (!threads) return threads.error();
+  for (const ThreadInfo& t : *threads) {
+    if (signal_ && !may_pass(t) && blocks(t, signal_) && !is_parked(t)) {
+      s.blocked_threads.push_back(t.tid);
+    }
+  }
+  return s;
+}
+
+// What spoils the proof, whatever the threads do now.
+Result<void> Gate::check_counters() {
+  auto again = [&](const std::string& why) { return process_error(pid_, EAGAIN, why); };
+  const uint32_t state = word() & PHOS_GATE_STATE;
+  if (!link_ || (state != PHOS_GATE_CLOSED && state != PHOS_GATE_HELD)) {
+    return again("its gate is not closed, or its lease has expired");
+  }
+  auto missed = program_->missed_runs();
+  if (!missed) return missed.error();
+  if (program_->passed() || *missed) {
+    return again(std::to_string(program_->passed() + *missed) + " calls have passed its gate");
+  }
+  auto seen = text_.look(offsets_);
+  if (!seen) return seen.error();
+  if (seen->armed != seen->places) return again("some probes of its gate are no longer in place");
+  if (load(agent_.gate().arrived) - arrived_before_ != program_->sent()) {
+    return again("signals of its gate are on their way, or its handler has been replaced");
+  }
+  return {};
+}
+
+Result<void> Gate::check_quiet(milliseconds timeout) {
+  const auto deadline = steady_clock::now() + timeout;
+  auto agent_code = agent_.call_code();
+  if (!agent_code) return agent_code.error();
+  const CallCode code = {text_, *agent_code};
+  std::set<std::pair<int, uint64_t>> shown;
+  for (;;) {
+    auto threads = list_threads(pid_);
+    if (!threads) return threads.error();
+    std::string why;
+    size_t added = 0;
+    for (const ThreadInfo& t : *threads) {
+      const std::pair<int, uint64_t> key(t.tid, t.start_time);
+      if (may_pass(t) || shown.contains(key)) continue;
+      const ThreadPlace place = locate_thread(pid_, t, code, agent_.gate_address());
+      const std::string name = "thread " + std::to_string(t.tid) + " (" + t.comm + ") ";
+      if (place == ThreadPlace::kOutside && blocks(t, signal_)) {
+        // For good, or while it starts a thread or is being started.
+        why = name + "has signal " + std::to_string(signal_) + " blocked and would pass the gate";
+      } else if (place == ThreadPlace::kParked || place == ThreadPlace::kOutside) {
+        shown.insert(key);
+        added++;
+      } else {
+        why = name + "is " + describe(place);
+      }
+    }
+    // Once more after the last was shown: it may have started another.
+    Result<void> counters = check_counters();
+    if (why.empty() && added == 0 && counters) return {};
+    if (steady_clock::now() > deadline) {
+      if (!counters) return counters;
+      return process_error(pid_, EAGAIN, why.empty() ? "it keeps starting threads" : why);
+    }
+    std::this_thread::sleep_for(kPollInterval);
+  }
+}
+
+Result<void> Gate::disarm() {
+  if (!link_) return {};
+  link_.reset();
+  return text_.wait_clean(offsets_);
+}
+
+Result<void> Gate::release() {
+  if (program_) program_->set_closed(false);
+  phos_gate& g = agent_.gate();
+  uint32_t now = word();
+  while (!__atomic_compare_exchange_n(&g.word, &now,
+                                      (now & ~uint32_t{PHOS_GATE_STATE}) | PHOS_GATE_OPEN, false,
+                                      __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+  }
+  syscall(SYS_futex, &g.word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+  return {};
+}
+
+// Until no thread is in the handler, or on its way into it.
+Result<void> Gate::wait_left() {
+  const auto deadline = steady_clock::now() + kLeaveTimeout;
+  const phos_gate& g = agent_.gate();
+  for (;;) {
+    const bool underway = program_ && load(g.arrived) - arrived_before_ != program_->sent();
+    if (!underway && __atomic_load_n(&g.parked, __ATOMIC_ACQUIRE) == 0) return {};
+    if (auto r = text_.check_alive(); !r) return r;
+    if (steady_clock::now() > deadline) {
+      return process_error(pid_, ETIMEDOUT,
+                           "threads do not leave its gate; it is frozen, or the action of signal " +
+                               std::to_string(signal_) + " has been changed");
+    }
+    std::this_thread::sleep_for(kPollInterval);
+  }
+}
+
+Result<void> Gate::open() {
+  if (opened_) return {};
+  if (auto r = release(); !r) return r;
+  Result<void> clean = disarm();
+  if (!text_.check_alive()) {
+    opened_ = true;
+    return {};
+  }
+  if (!clean) return clean;
+  if (signal_) {
+    if (auto r = wait_left(); !r) return r;
+    if (auto r = agent_.remove_gate(); !r) return r;
+  }
+  opened_ = true;
+  return {};
+}
+
+}  // namespace phos

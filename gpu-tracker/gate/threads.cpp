@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/gate/threads.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cctype>
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <optional>
+
+#include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/base/unique_fd.h"
+
+namespace phos {
+namespace {
+
+constexpr size_t kMaxStack = 8 << 20;  // what is searched above a stack pointer
+constexpr size_t kChunk = 64 << 10;
+
+// include/linux/sched.h: threads of io_uring and vhost, which never run the process's code.
+constexpr unsigned long kKernelWorker = 0x10 | 0x4000;  // PF_IO_WORKER, PF_USER_WORKER
+
+std::string task_path(int pid, int tid, const char* name) {
+  return "/proc/" + std::to_string(pid) + "/task/" + std::to_string(tid) + "/" + name;
+}
+
+std::string read_line(const std::string& path) {
+  std::ifstream in(path);
+  std::string line;
+  std::getline(in, line);
+  return line;
+}
+
+// A number in a status file.
+std::optional<uint64_t> read_field(const std::string& path, const std::string& field, int base) {
+  std::ifstream in(path);
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind(field + ":", 0) != 0) continue;
+    return strtoull(line.c_str() + field.size() + 1, nullptr, base);
+  }
+  return std::nullopt;
+}
+
+// How often the thread has stopped running: the same twice, and asleep both times, means that it
+// has not run in between.
+std::optional<uint64_t> count_switches(int pid, int tid) {
+  const std::string status = task_path(pid, tid, "status");
+  const auto voluntary = read_field(status, "voluntary_ctxt_switches", 10);
+  const auto forced = read_field(status, "nonvoluntary_ctxt_switches", 10);
+  if (!voluntary || !forced) return std::nullopt;
+  return *voluntary + *forced;
+}
+
+bool is_kernel_worker(int pid, int tid) {
+  const std::string stat = read_line(task_path(pid, tid, "stat"));
+  const size_t end = stat.rfind(')');
+  if (end == stat.npos) return false;
+  unsigned long flags = 0;
+  // state ppid pgrp session tty_nr tpgid flags
+  return sscanf(stat.c_str() + end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 &&
+         flags & kKernelWorker;
+}
+
+// /proc/PID/task/TID/syscall of a thread that sleeps.
+struct Sleep {
+  long number = -1;  // of the system call; -1: none, a page fault for instance
+  uint64_t first_argument = 0, sp = 0, pc = 0;
+};
+
+std::optional<Sleep> parse_sleep(const std::string& line) {
+  Sleep s;
+  unsigned long long a = 0, sp = 0, pc = 0;
+  if (sscanf(line.c_str(), "-1 %llx %llx", &sp, &pc) == 2) {
+    s.sp = sp;
+    s.pc = pc;
+    return s;
+  }
+  if (sscanf(line.c_str(), "%ld %llx %*x %*x %*x %*x %*x %llx %llx", &s.number, &a, &sp, &pc) !=
+      4) {
+    return std::nullopt;  // "running"
+  }
+  s.first_argument = a;
+  s.sp = sp;
+  s.pc = pc;
+  return s;
+}
+
+ThreadPlace search_stack(int pid, uint64_t sp, const CallCode& code) {
+  auto maps = read_proc_maps(pid);
+  UniqueFd memory(open(("/proc/" + std::to_string(pid) + "/mem").c_str(), O_RDONLY | O_CLOEXEC));
+  if (!maps || !memory) return ThreadPlace::kNotShown;
+  auto stack = std::find_if(maps->begin(), maps->end(),
+                            [&](const ProcMapping& m) { return sp >= m.start && sp < m.end; });
+  if (stack == maps->end() || stack->end - sp > kMaxStack) return ThreadPlace::kNotShown;
+  std::array<uint64_t, kChunk / sizeof(uint64_t)> words;
+  for (uint64_t at = sp & ~uint64_t{7}; at < stack->end;) {
+    const size_t wanted = std::min<uint64_t>(kChunk, stack->end - at);
+    const ssize_t n = pread(memory.get(), words.data(), wanted, static_cast<off_t>(at));
+    if (n != static_cast<ssize_t>(wanted)) return ThreadPlace::kNotShown;
+    for (size_t i = 0; i < wanted / sizeof(uint64_t); i++) {
+      if (code.contains(words[i])) return ThreadPlace::kInside;
+    }
+    at += wanted;
+  }
+  return ThreadPlace::kOutside;
+}
+
+}  // namespace
+
+Result<std::vector<ThreadInfo>> list_threads(int pid) {
+  const std::string tasks = "/proc/" + std::to_string(pid) + "/task";
+  std::unique_ptr<DIR, int (*)(DIR*)> dir(opendir(tasks.c_str()), closedir);
+  if (!dir) return Error::from_errno(errno == ENOENT ? ESRCH : errno, "listing " + tasks);
+  std::vector<ThreadInfo> threads;
+  while (dirent* entry = readdir(dir.get())) {
+    ThreadInfo t;
+    t.tid = atoi(entry->d_name);
+    if (t.tid == 0) continue;
+    auto start_time = read_start_time(t.tid);
+    auto status = read_proc_status(t.tid);
+    auto blocked = read_field(task_path(pid, t.tid, "status"), "SigBlk", 16);
+    if (!start_time || !status || !blocked) continue;  // ended
+    t.start_time = *start_time;
+    t.state = status->state;
+    t.comm = status->comm;
+    t.blocked = *blocked;
+    threads.push_back(std::move(t));
+  }
+  if (threads.empty()) {
+    return Error(Domain::kErrno, ESRCH, "process " + std::to_string(pid) + " has ended");
+  }
+  return threads;
+}
+
+bool is_driver_thread(const ThreadInfo& thread) {
+  if (thread.comm == "cuda-EvtHandlr") return true;
+  return thread.comm.size() == 15 && thread.comm.rfind("cuda", 0) == 0 &&
+         std::all_of(thread.comm.begin() + 4, thread.comm.end(),
+                     [](unsigned char c) { return isdigit(c) || (c >= 'a' && c <= 'f'); });
+}
+
+bool CallCode::contains(uint64_t address) const {
+  return library.contains(address) ||
+         std::any_of(agent.begin(), agent.end(),
+                     [&](const AddressRange& r) { return address >= r.begin && address < r.end; });
+}
+
+ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
+                          uint64_t gate_word) {
+  if (thread.state == 'Z' || thread.state == 'X') return ThreadPlace::kOutside;
+  const std::string path = task_path(pid, thread.tid, "syscall");
+  const auto switches = count_switches(pid, thread.tid);
+  const std::string before = read_line(path);
+  const auto sleep = parse_sleep(before);
+  if (!sleep) {
+    // Nothing to read: it has ended meanwhile, and the next list will not have it.
+    return ThreadPlace::kNotShown;
+  }
+  if (sleep->number == SYS_futex && sleep->first_argument == gate_word) return ThreadPlace::kParked;
+  if (code.contains(sleep->pc)) return ThreadPlace::kInside;
+  if (sleep->sp == 0) {
+    return is_kernel_worker(pid, thread.tid) ? ThreadPlace::kOutside : ThreadPlace::kNotShown;
+  }
+  const ThreadPlace place = search_stack(pid, sleep->sp, code);
+  if (place != ThreadPlace::kOutside) return place;
+  const bool slept_on =
+      read_line(path) == before && switches && count_switches(pid, thread.tid) == switches;
+  return slept_on ? place : ThreadPlace::kNotShown;
+}
+
+}  // namespace phos

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Where the threads of a process are, as the kernel tells it: parked, outside of libcuda, or not.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "gpu-tracker/base/result.h"
+#include "gpu-tracker/inject/agent.h"
+#include "gpu-tracker/track/library_text.h"
+
+namespace phos {
+
+struct ThreadInfo {
+  int tid = 0;
+  uint64_t start_time = 0;  // with the tid it names a thread for good
+  char state = '?';         // as in /proc/PID/status
+  std::string comm;
+  uint64_t blocked = 0;  // signals; bit: number - 1
+};
+
+// The threads that live now; those that end meanwhile may be missing. ESRCH: the process is gone.
+Result<std::vector<ThreadInfo>> list_threads(int pid);
+
+// Does the thread belong to NVIDIA's driver? By name, exactly: "cuda" and 11 hex digits is the
+// restore thread, "cuda-EvtHandlr" waits for the GPU's events.
+bool is_driver_thread(const ThreadInfo& thread);
+
+// Code that a call into libcuda may be in: the library's, and the agent's, which goes on from an
+// entry point that it has hooked without passing the gate (Agent::call_code).
+struct CallCode {
+  const LibraryText& library;
+  std::span<const AddressRange> agent;
+
+  bool contains(uint64_t address) const;
+};
+
+enum class ThreadPlace {
+  kParked,    // waits at the gate
+  kOutside,   // provably outside of libcuda
+  kInside,    // has an address of such code in its program counter or on its stack
+  kNotShown,  // it runs, or its stack cannot be read to the end
+};
+
+// Looks once. The argument:
+//  - kParked: the kernel says that the thread waits in futex(2) at the gate's address, which only
+//    the gate's handler does. The handler runs where a thread has executed nothing of libcuda but
+//    the first instruction of an entry point (gate.h).
+//  - kOutside: the thread sleeps, so that its stack does not change while it is read: before
+//    and after it is in the same system call, and has not been switched to in between. Code of
+//    libcuda that has called something to which it will come back has left a return address in its
+//    own text on the stack, above the stack pointer; a signal handler keeps the interrupted program
+//    counter in its frame. All of the stack mapping is searched, from the stack pointer to its end,
+//    for any word that points into such code; and the program counter must not point there. A
+//    tail call leaves no address, but then nothing of libcuda is left to be executed.
+//  - Not covered: code that libcuda calls back on the application's thread, and that changes to
+//    another stack by hand (a coroutine) and sleeps there.
+// Stale words in unused parts of live frames make kInside of what is outside: that costs the fast
+// path, never correctness.
+ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
+                          uint64_t gate_word);
+
+}  // namespace phos

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Agent: release and map back.
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "gpu-tracker/inject/agent.h"
+
+namespace phos {
+namespace {
+
+Error nonsense(int pid) {
+  return process_error(pid, EPROTO, "phos's agent in it gives a record that makes no sense");
+}
+
+Result<ReleasedMemory> decode(int pid, const phos_allocation& a) {
+  if (a.status < PHOS_RELEASED_RESERVED || a.status > PHOS_RELEASED_IN_USE || !a.size ||
+      a.address + a.size < a.address || a.export_type > PHOS_EXPORT_FD) {
+    return nonsense(pid);
+  }
+  ReleasedMemory out;
+  out.state = static_cast<ReleasedState>(a.status);
+  out.driver_result = a.result;
+  out.memory.kind = AllocationKind::kDevice;
+  out.memory.address = a.address;
+  out.memory.size = a.size;
+  out.memory.mapping_address = a.mapping_address;
+  out.memory.mapping_size = a.mapping_size;
+  out.memory.buffer_id = a.buffer_id;
+  out.memory.context = a.context;
+  out.memory.device = a.device;
+  memcpy(out.memory.device_uuid.data(), a.device_uuid, sizeof a.device_uuid);
+  out.memory.export_type = static_cast<ExportType>(a.export_type);
+  return out;
+}
+
+}  // namespace
+
+Result<std::vector<AgentRelease>> Agent::release(std::span<const AgentAllocation> allocations) {
+  std::vector<AgentRelease> results;
+  results.reserve(allocations.size());
+  bool stop = false;
+  while (!allocations.empty() && !stop) {
+    if (auto r = settle(); !r) return r.error();
+    const size_t count = std::min<size_t>(allocations.size(), PHOS_MAILBOX_MAX_ALLOCATIONS);
+    phos_allocation* records = mailbox_->payload().allocations;
+    for (size_t i = 0; i < count; i++) {
+      phos_allocation a = {};
+      a.address = allocations[i].address;
+      a.buffer_id = allocations[i].buffer_id;
+      memcpy(&records[i], &a, sizeof a);
+    }
+    if (auto r = run(PHOS_COMMAND_RELEASE, static_cast<uint32_t>(count)); !r) return r.error();
+    for (size_t i = 0; i < count; i++) {
+      phos_allocation a;
+      memcpy(&a, &records[i], sizeof a);
+      if (a.status > PHOS_RELEASE_NOT_REACHED) return nonsense(pid_);
+      results.push_back({static_cast<ReleaseStatus>(a.status), a.result});
+      stop = stop || a.status == PHOS_RELEASE_LOST || a.status == PHOS_RELEASE_NOT_REACHED;
+    }
+    allocations = allocations.subspan(count);
+  }
+  results.resize(results.size() + allocations.size());  // kNotReached
+  return results;
+}
+
+Result<std::vector<ReleasedMemory>> Agent::run_released(phos_agent_command command) {
+  if (auto r = run(command, 0); !r) return r.error();
+  const uint32_t count = mailbox_->shared().count;
+  if (count > PHOS_MAILBOX_MAX_ALLOCATIONS) return nonsense(pid_);
+  std::vector<ReleasedMemory> out;
+  out.reserve(count);
+  for (uint32_t i = 0; i < count; i++) {
+    phos_allocation copy;
+    memcpy(&copy, &mailbox_->payload().allocations[i], sizeof copy);
+    auto decoded = decode(pid_, copy);
+    if (!decoded) return decoded.error();
+    out.push_back(*decoded);
+  }
+  return out;
+}
+
+Result<std::vector<ReleasedMemory>> Agent::map_back(const MapBackOptions& options) {
+  if (auto r = settle(); !r) return r.error();
+  mailbox_->shared().argument = options.native_misses;
+  auto released = run_released(PHOS_COMMAND_MAP_BACK);
+  if (released) missing_hook_ = static_cast<int>(mailbox_->shared().argument);
+  return released;
+}
+
+Result<std::vector<ReleasedMemory>> Agent::released() {
+  return run_released(PHOS_COMMAND_RELEASED);
+}
+
+Result<std::vector<ReleasedMemory>> Agent::contents_loaded() {
+  return run_released(PHOS_COMMAND_LOADED);
+}
+
+}  // namespace phos

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/track/library_text.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cinttypes>
+#include <cstdio>
+#include <thread>
+
+#include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/base/unique_fd.h"
+
+namespace phos {
+namespace {
+
+constexpr uint8_t kBreakpoint = 0xcc;  // int3
+constexpr auto kDetachTimeout = std::chrono::seconds(5);
+
+std::string process(int pid) {
+  return "process " + std::to_string(pid);
+}
+
+}  // namespace
+
+Result<LibraryText> LibraryText::find(int pid) {
+  LibraryText text(pid);
+  auto start_time = read_start_time(pid);
+  if (!start_time) return start_time.error();
+  text.start_time_ = *start_time;
+  auto maps = read_proc_maps(pid);
+  if (!maps) return maps.error();
+  struct stat first = {};
+  for (const ProcMapping& m : *maps) {
+    const std::string name = m.path.substr(m.path.rfind('/') + 1);
+    if (m.perms[2] != 'x' || name.rfind("libcuda.so", 0) != 0) continue;
+    char file[96];
+    snprintf(file, sizeof file, "/proc/%d/map_files/%" PRIx64 "-%" PRIx64, pid, m.start, m.end);
+    struct stat st;
+    if (stat(file, &st) < 0) {
+      const int code = errno;
+      Error e = Error::from_errno(code, std::string("looking at ") + file);
+      if (code != EPERM && code != EACCES) return e;
+      return Error(e.domain(), code, e.message() + "; watching a process needs root");
+    }
+    if (text.file_.empty()) {
+      text.file_ = file;
+      first = st;
+    } else if (st.st_dev != first.st_dev || st.st_ino != first.st_ino) {
+      return Error(Domain::kUsage, ENOTSUP, process(pid) + " uses two different libcuda.so");
+    }
+    text.ranges_.push_back({m.start, m.end, m.offset});
+  }
+  if (text.file_.empty()) {
+    return Error(Domain::kUsage, ENOENT, process(pid) + " has no libcuda.so mapped");
+  }
+  return text;
+}
+
+bool LibraryText::contains(uint64_t address) const {
+  return std::any_of(ranges_.begin(), ranges_.end(), [&](const Range& range) {
+    return address >= range.start && address < range.end;
+  });
+}
+
+bool LibraryText::maps_offset(uint64_t offset) const {
+  return std::any_of(ranges_.begin(), ranges_.end(), [&](const Range& range) {
+    return offset >= range.offset && offset - range.offset < range.end - range.start;
+  });
+}
+
+Result<LibraryText::Breakpoints> LibraryText::look(const std::vector<uint64_t>& offsets) const {
+  const std::string path = "/proc/" + std::to_string(pid_) + "/mem";
+  UniqueFd memory(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!memory) return Error::from_errno(errno == ENOENT ? ESRCH : errno, "opening " + path);
+  Breakpoints found;
+  for (const Range& range : ranges_) {
+    for (const uint64_t offset : offsets) {
+      if (offset < range.offset || offset - range.offset >= range.end - range.start) continue;
+      uint8_t byte = 0;
+      const auto address = static_cast<off_t>(range.start + (offset - range.offset));
+      const ssize_t n = pread(memory.get(), &byte, 1, address);
+      // Its address space is gone (0), or what was there is unmapped.
+      if (n != 1) return Error::from_errno(n == 0 ? ESRCH : errno, "reading " + path);
+      found.places++;
+      found.armed += byte == kBreakpoint;
+    }
+  }
+  return found;
+}
+
+Result<void> LibraryText::check_alive() const {
+  auto start_time = read_start_time(pid_);
+  if (!start_time) return start_time.error();
+  auto status = read_proc_status(pid_);
+  if (!status) return status.error();
+  if (*start_time != start_time_ || status->state == 'Z' || status->state == 'X') {
+    return Error(Domain::kErrno, ESRCH, process(pid_) + " has ended");
+  }
+  return {};
+}
+
+Result<void> LibraryText::wait_clean(const std::vector<uint64_t>& offsets) const {
+  const auto deadline = std::chrono::steady_clock::now() + kDetachTimeout;
+  for (;;) {
+    if (!check_alive()) return {};
+    auto text = look(offsets);
+    if (!text) {
+      // An address space that is gone, or that exec has replaced, holds no breakpoint.
+      const int code = text.error().code();
+      if (code == ESRCH || code == EIO) return {};
+      return text.error();
+    }
+    if (text->armed == 0) return {};
+    if (std::chrono::steady_clock::now() > deadline) {
+      return Error(Domain::kErrno, ETIMEDOUT,
+                   std::to_string(text->armed) + " breakpoints are left in libcuda.so of " +
+                       process(pid_) + "; its memory must not be dumped");
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+}  // namespace phos

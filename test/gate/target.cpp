@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "test/gate/target.h"
+
+#include <cuda.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <iostream>
+#include <map>
+#include <sstream>
+#include <thread>
+#include <vector>
+
+#include "test/contract/cuda_helpers.h"
+#include "test/gate/registers.h"
+
+namespace gate_test {
+namespace {
+
+constexpr size_t kBytes = 4 << 20;
+
+CUcontext g_context;
+CUdeviceptr g_memory;
+contract::Kernels g_kernels;
+
+std::atomic<bool> g_stop{false};
+std::atomic<uint64_t> g_calls{0}, g_failures{0};
+std::atomic<uint64_t> g_foreign{0};
+std::deque<std::thread> g_threads;
+
+using Arguments = std::istringstream;
+using Reply = std::ostream;
+
+void run_thread(const std::string& what, unsigned number) {
+  cuCtxSetCurrent(g_context);
+  for (unsigned i = 0; !g_stop; i++) {
+    CUresult r = CUDA_SUCCESS;
+    if (what == "memset") {
+      r = cuMemsetD8(g_memory + number * 4096, static_cast<unsigned char>(i), 4096);
+    } else if (what == "query") {
+      r = cuStreamQuery(nullptr);
+      if (r == CUDA_ERROR_NOT_READY) r = CUDA_SUCCESS;
+    } else if (what == "churn") {
+      CUdeviceptr p;
+      r = cuMemAlloc(&p, kBytes);
+      if (!r) r = cuMemFree(p);
+    } else if (what == "range") {
+      CUdeviceptr base;
+      size_t size = 0;
+      r = cuMemGetAddressRange(&base, &size, g_memory + number);
+      if (!r && (base != g_memory || size != kBytes)) r = CUDA_ERROR_UNKNOWN;
+    } else if (what == "registers") {
+      if (!registers_survive_call()) g_failures++;
+    } else if (what == "name") {  // takes no lock of the driver's, before its checkpoint or after
+      const char* name;
+      r = cuGetErrorName(CUDA_SUCCESS, &name);
+    }
+    if (r) g_failures++;
+    g_calls++;
+  }
+}
+
+// start WHAT N: that many more threads
+CUresult start_threads(Arguments& in, Reply&) {
+  std::string what;
+  unsigned n = 0;
+  in >> what >> n;
+  const auto first = static_cast<unsigned>(g_threads.size());
+  for (unsigned t = first; t < first + n; t++) g_threads.emplace_back(run_thread, what, t);
+  return CUDA_SUCCESS;
+}
+
+// start-blocked: a thread that has every signal blocked
+CUresult start_blocked(Arguments&, Reply&) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  g_threads.emplace_back(run_thread, "memset", static_cast<unsigned>(g_threads.size()));
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return CUDA_SUCCESS;
+}
+
+// stop: all threads end; replies how many calls failed
+CUresult stop(Arguments&, Reply& out) {
+  g_stop = true;
+  for (auto& t : g_threads) t.join();
+  g_threads.clear();
+  g_stop = false;
+  out << g_failures;
+  return CUDA_SUCCESS;
+}
+
+// count: calls that have returned
+CUresult count(Arguments&, Reply& out) {
+  out << g_calls;
+  return CUDA_SUCCESS;
+}
+
+// registers: does a call leave alone, without any gate, what the test looks at?
+CUresult registers(Arguments&, Reply& out) {
+  out << registers_survive_call();
+  return CUDA_SUCCESS;
+}
+
+// sync MS: a thread that waits inside the driver for a kernel that takes so long
+CUresult sync(Arguments& in, Reply&) {
+  uint64_t ms = 0;
+  in >> ms;
+  if (CUresult r = g_kernels.spin(ms)) return r;
+  g_threads.emplace_back([] {
+    cuCtxSetCurrent(g_context);
+    if (cuCtxSynchronize()) g_failures++;
+  });
+  return CUDA_SUCCESS;
+}
+
+// sleeper: a thread that sleeps outside of libcuda; it has never been inside
+CUresult sleeper(Arguments&, Reply&) {
+  g_threads.emplace_back([] {
+    while (!g_stop) usleep(1000000);
+  });
+  return CUDA_SUCCESS;
+}
+
+// handlers: one for every real-time signal
+CUresult handlers(Arguments&, Reply&) {
+  struct sigaction a = {};
+  a.sa_flags = SA_SIGINFO | SA_RESTART;
+  a.sa_sigaction = [](int, siginfo_t* info, void*) { g_foreign += info->si_value.sival_int; };
+  for (int s = SIGRTMIN; s <= SIGRTMAX; s++) sigaction(s, &a, nullptr);
+  return CUDA_SUCCESS;
+}
+
+// dozing: a handler for SIGUSR2 that sleeps, which can interrupt a thread anywhere
+CUresult dozing(Arguments&, Reply&) {
+  signal(SIGUSR2, [](int) { usleep(500000); });
+  return CUDA_SUCCESS;
+}
+
+// signal N VALUE: sends itself one, with a value; replies the sum of the values that handlers got
+CUresult send_signal(Arguments& in, Reply& out) {
+  int number = 0, value = 0;
+  in >> number >> value;
+  sigval v = {};
+  v.sival_int = value;
+  const uint64_t before = g_foreign;
+  sigqueue(getpid(), number, v);
+  for (int i = 0; i < 1000 && g_foreign == before; i++) usleep(1000);
+  out << g_foreign;
+  return CUDA_SUCCESS;
+}
+
+// fork: a child that sends itself the signal N, which nobody handles, and replies its wait status
+CUresult fork_child(Arguments& in, Reply& out) {
+  int number = 0;
+  in >> number;
+  pid_t child = fork();
+  if (child == 0) {
+    raise(number);
+    _exit(7);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  out << (WIFSIGNALED(status) ? WTERMSIG(status) : 0);
+  return CUDA_SUCCESS;
+}
+
+// setuid: to the user that it is; waits until every thread has handled a signal of the C library's
+CUresult set_user(Arguments&, Reply&) {
+  return setuid(getuid()) ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS;
+}
+
+// memory: the address of what the memset threads write
+CUresult memory(Arguments&, Reply& out) {
+  out << g_memory;
+  return CUDA_SUCCESS;
+}
+
+const std::map<std::string, CUresult (*)(Arguments&, Reply&)> kCommands = {
+    {"start", start_threads}, {"start-blocked", start_blocked},
+    {"stop", stop},           {"count", count},
+    {"registers", registers}, {"sync", sync},
+    {"sleeper", sleeper},     {"handlers", handlers},
+    {"signal", send_signal},  {"fork", fork_child},
+    {"memory", memory},       {"setuid", set_user},
+    {"dozing", dozing},
+};
+
+CUresult start() {
+  CUdevice device;
+  if (CUresult r = cuInit(0)) return r;
+  if (CUresult r = cuDeviceGet(&device, 0)) return r;
+  if (CUresult r = cuDevicePrimaryCtxRetain(&g_context, device)) return r;
+  if (CUresult r = cuCtxSetCurrent(g_context)) return r;
+  if (CUresult r = cuMemAlloc(&g_memory, kBytes)) return r;
+  return g_kernels.load();
+}
+
+void answer(CUresult r, const std::string& value) {
+  std::cout << (r ? "error " + std::to_string(r) : "ok" + (value.empty() ? "" : " " + value))
+            << std::endl;
+}
+
+}  // namespace
+
+int run_target() {
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  answer(start(), "");
+  for (std::string line; std::getline(std::cin, line);) {
+    Arguments in(line);
+    std::ostringstream out;
+    std::string command;
+    in >> command;
+    auto found = kCommands.find(command);
+    const CUresult r = found == kCommands.end() ? CUDA_ERROR_UNKNOWN : found->second(in, out);
+    answer(r, out.str());
+  }
+  _exit(0);
+}
+
+}  // namespace gate_test
