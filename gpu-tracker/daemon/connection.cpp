@@ -235,8 +235,7 @@ Result<void> Connection::lock(unsigned timeout_ms) {
   if (auto r = session_->lock(timeout_ms); !r) return r;
   if (!session_->has_copies()) return {};
   if (!send_progress({})) return Error(Domain::kErrno, ECANCELED, "the client has gone");
-  session_->complete_copies();
-  return {};
+  return session_->complete_copies();
 }
 
 Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_dir,

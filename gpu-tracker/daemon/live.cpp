@@ -117,6 +117,7 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
                            const std::stop_token& stop) {
   if (!engines_) return {};
   const bool pre_dump = stage_ == DumpStage::kPreDump;
+  release_wanted_ = limits.release && !pre_dump;
   if (!pre_dump && !has_room_for_copies()) return {};
   std::mutex reporting;
   auto report = [&](int pid, unsigned number, const RoundReport& r) {
@@ -161,14 +162,18 @@ bool Session::has_copies() const {
                      [](const auto& h) { return h.second.copy && !h.second.copy_completed; });
 }
 
-void Session::complete_copies() {
+Result<void> Session::complete_copies() {
   for (auto& [pid, held] : held_) {
-    if (held.locked && held.copy && !held.copy_completed) complete_copy(pid, &held);
+    if (!held.locked || !held.copy || held.copy_completed) continue;
+    auto r = complete_copy(pid, &held);
+    if (!r && !has_ended(pid, held.restore_tid, held.start_time, r.error())) return r;
   }
+  return {};
 }
 
 // The process is locked: nothing changes any more.
-void Session::complete_copy(int pid, Held* held) {
+Result<void> Session::complete_copy(int pid, Held* held) {
+  const auto start = steady_clock::now();
   auto report = held->copy->last_round();
   Result<void> done;
   if (report) {
@@ -177,11 +182,15 @@ void Session::complete_copy(int pid, Held* held) {
     done = report.error();
   }
   if (done) done = held->copy->release();
+  held->validate_time = since(start);
   held->copy_completed = done.ok();
-  if (done) return;
+  if (done) return held->release ? release_memory(pid, held) : Result<void>();
+  held->copy.reset();
+  if (has_ended(pid, held->restore_tid, held->start_time, done.error())) return done;
   log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
       process(pid).c_str(), done.error().message().c_str());
-  held->copy.reset();
+  if (held->release) give_up_release(pid, held, "it is not saved");
+  return {};
 }
 
 Result<void> Session::finish_pre_dump() {
