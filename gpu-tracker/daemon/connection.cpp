@@ -200,6 +200,7 @@ Result<void> Connection::copy(const Phos__Wire__Copy& request) {
   CopyLimits limits;
   limits.max_slowdown = node_.config().max_slowdown / 100;
   limits.tracker = node_.config().tracker;
+  limits.release = node_.config().release;
   if (request.has_max_rounds) limits.max_rounds = request.max_rounds;
   if (request.has_budget_ms) limits.budget = std::chrono::milliseconds(request.budget_ms);
   if (request.has_max_slowdown) limits.max_slowdown = request.max_slowdown;
@@ -264,6 +265,7 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
   const std::string lock_dir = node_.config().run_dir + "/lock";
   auto engines = node_.engines();
   if (!engines) return engines.error();
+  if (auto r = make_run_dir(lock_dir); !r) return r;
   session_ = std::make_unique<Session>(**driver, lock_dir, *engines);
   if (hello.stage == PHOS__WIRE__STAGE__RESTORE) {
     auto files = session_->begin_restore(std::move(image_dir));
@@ -272,8 +274,10 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
     entry_->log.set_checkpoint(format_dump_id(session_->dump_id()));
     return {};
   }
-  if (auto r = make_run_dir(lock_dir); !r) return r;
-  if (hello.stage == PHOS__WIRE__STAGE__TAKE_OVER) return {};
+  if (hello.stage == PHOS__WIRE__STAGE__TAKE_OVER) {
+    session_->begin_take_over(std::move(image_dir));
+    return {};
+  }
   const auto stage =
       hello.stage == PHOS__WIRE__STAGE__PRE_DUMP ? DumpStage::kPreDump : DumpStage::kDump;
   if (auto r = session_->begin_dump(std::move(image_dir), stage); !r) return r;

@@ -93,7 +93,7 @@ LiveCopy::LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngin
 
 LiveCopy::~LiveCopy() {
   gpus_.clear();
-  let_agent_leave(target_.pid, &agent_);
+  leave_process();
 }
 
 Result<CopiedMemory*> LiveCopy::memory_on(const GpuUuid& gpu) {
@@ -240,7 +240,7 @@ Result<void> LiveCopy::forget_freed() {
 
 Result<void> LiveCopy::conclude() {
   auto r = forget_freed();
-  let_agent_leave(target_.pid, &agent_);
+  leave_process();
   return r;
 }
 
@@ -254,7 +254,7 @@ Result<RoundReport> LiveCopy::last_round() {
         process(target_.pid).c_str(), r.error().message().c_str());
   }
   auto report = copy_round(0, {});
-  let_agent_leave(target_.pid, &agent_);
+  leave_process();
   return report;
 }
 
@@ -268,6 +268,11 @@ std::vector<AgentAllocation> LiveCopy::releasable() const {
     }
   }
   return found;
+}
+
+// As it was found.
+void LiveCopy::leave_process() {
+  if (agent_) let_agent_leave(target_.pid, &agent_, agent_->was_loaded());
 }
 
 Result<void> LiveCopy::release() {

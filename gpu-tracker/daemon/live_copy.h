@@ -96,6 +96,7 @@ class LiveCopy {
   Result<void> import_new(const std::vector<AgentAllocation>& fresh);
   Result<RoundReport> copy_round(double max_slowdown, const std::stop_token& stop);
   Result<void> forget_freed();
+  void leave_process();
 
   const LiveCopyTarget target_;
   LiveCopyImages images_;

@@ -60,6 +60,7 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared
   auto gate = Gate::close(pid, *made->agent_, {kLease});
   if (!gate) return gate.error();
   made->gate_ = std::move(*gate);
+  made->take_out_ = made->agent_->was_loaded();
   made->lease_ = std::jthread(
       [release = made.get(), session_log = SessionLog::current()](const std::stop_token& stop) {
         SessionLog::Scope scope(session_log);
@@ -245,12 +246,12 @@ Result<void> MemoryRelease::open() {
   if (auto r = gate_->open(); !r) return r;
   gate_.reset();
   open_ = true;
-  let_agent_leave(pid_, &agent_);
+  let_agent_leave(pid_, &agent_, take_out_);
   return {};
 }
 
-void let_agent_leave(int pid, std::shared_ptr<Agent>* agent) {
-  const bool last = *agent && agent->use_count() == 1;
+void let_agent_leave(int pid, std::shared_ptr<Agent>* agent, bool take_out) {
+  const bool last = *agent && agent->use_count() == 1 && take_out;
   auto left = last ? (*agent)->unload() : Result<void>();
   agent->reset();
   if (left || left.error().code() == EBUSY || left.error().code() == ESRCH) return;

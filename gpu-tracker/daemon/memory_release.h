@@ -89,14 +89,15 @@ class MemoryRelease {
   std::unique_ptr<Gate> gate_;  // before agent_ goes
   bool away_ = false;
   bool open_ = false;
+  bool take_out_ = true;  // the agent was brought for this, or for the dump that it was in
 
   std::mutex gate_mutex_;  // of gate_, while the lease is kept
   std::condition_variable_any lease_ends_;
   std::jthread lease_;
 };
 
-// Lets go of the agent. The last who has it takes it out of the process, unless it still stands in
-// for some of its memory: then it sleeps on.
-void let_agent_leave(int pid, std::shared_ptr<Agent>* agent);
+// Lets go of the agent. The last who has it takes it out of the process if `take_out`, and if it
+// does not stand in for some of its memory; else it sleeps on.
+void let_agent_leave(int pid, std::shared_ptr<Agent>* agent, bool take_out);
 
 }  // namespace phos

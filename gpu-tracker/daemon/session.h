@@ -62,6 +62,9 @@ class Session {
   // A restore from `image_dir`: refuses images this machine cannot take.
   Result<FilesImage> begin_restore(UniqueFd image_dir);
 
+  // A dump into `image_dir` whose phosd died; to be followed by undo() of what it held.
+  void begin_take_over(UniqueFd image_dir) { image_dir_ = std::move(image_dir); }
+
   // The task and its descendants run. Refuses, before anything is locked, what could not be
   // restored; holds the others. Returns all CUDA processes of that tree which the session holds.
   Result<std::vector<FoundProcess>> inspect(int pid);
