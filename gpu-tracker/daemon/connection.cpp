@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/daemon/connection.h"
 
+#include <fcntl.h>
 #include <poll.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <exception>
 #include <stop_token>
@@ -12,11 +14,43 @@
 #include "gpu-tracker/abi/protocol.h"
 #include "gpu-tracker/abi/version.h"
 #include "gpu-tracker/base/log.h"
+#include "gpu-tracker/base/proc.h"
 
 namespace phos {
 namespace {
 
 constexpr int kLookForClientMs = 50;
+constexpr int kLookForTracerMs = 20;
+
+std::string lock_dir(const Node& node) {
+  return node.config().run_dir + "/lock";
+}
+
+// Until it returns, again and again: no memory, for one, may be for now only.
+template <typename Work>
+void insist(const Work& work) {
+  for (;;) {
+    try {
+      work();
+      return;
+    } catch (const std::exception& e) {
+      log(LogLevel::kError, "daemon", "bringing processes back failed, trying again: %s", e.what());
+      poll(nullptr, 0, 1000);
+    }
+  }
+}
+
+bool is_traced_or_stopped(int pid) {
+  auto status = read_proc_status(pid);
+  return status && (status->tracer_pid || status->state == 'T' || is_cgroup_frozen(pid));
+}
+
+bool is_still_left(const Node& node, const LeftProcess& left) {
+  const auto all = read_left_processes(lock_dir(node));
+  return std::any_of(all.begin(), all.end(), [&](const LeftProcess& l) {
+    return l.pid == left.pid && l.start_time == left.start_time;
+  });
+}
 
 const char* to_string(Phos__Wire__Stage stage) {
   switch (stage) {
@@ -97,15 +131,7 @@ void Connection::serve() {
 
 void Connection::recover() {
   entry_->recovering = true;
-  for (bool done = !session_; !done;) {
-    try {
-      session_->recover();
-      done = true;
-    } catch (const std::exception& e) {
-      log(LogLevel::kError, "daemon", "bringing processes back failed, trying again: %s", e.what());
-      poll(nullptr, 0, 1000);
-    }
-  }
+  if (session_) insist([this] { session_->recover(); });
 }
 
 ReplyData Connection::handle(ReceivedRequest& received) {
@@ -262,11 +288,10 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
       peer_.pid);
   entry_->log.begin_reply();
 
-  const std::string lock_dir = node_.config().run_dir + "/lock";
   auto engines = node_.engines();
   if (!engines) return engines.error();
-  if (auto r = make_run_dir(lock_dir); !r) return r;
-  session_ = std::make_unique<Session>(**driver, lock_dir, *engines);
+  if (auto r = make_run_dir(lock_dir(node_)); !r) return r;
+  session_ = std::make_unique<Session>(**driver, lock_dir(node_), *engines);
   if (hello.stage == PHOS__WIRE__STAGE__RESTORE) {
     auto files = session_->begin_restore(std::move(image_dir));
     if (!files) return files.error();
@@ -283,6 +308,36 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
   if (auto r = session_->begin_dump(std::move(image_dir), stage); !r) return r;
   entry_->log.set_checkpoint(format_dump_id(session_->dump_id()));
   return {};
+}
+
+void bring_back_left(Node& node, const LeftProcess& left) {
+  auto driver = node.driver();
+  auto engines = driver ? node.engines() : driver.error();
+  auto entry = engines ? node.admit(0, PHOS__WIRE__STAGE__TAKE_OVER) : engines.error();
+  if (!entry) {
+    log(LogLevel::kError, "daemon",
+        "process %d, which a phosd that died has left, is not brought "
+        "back: %s",
+        left.pid, entry.error().message().c_str());
+    return;
+  }
+  SessionLog::Scope scope(&(*entry)->log);
+  (*entry)->log.set_pid(left.pid);
+  (*entry)->recovering = true;
+  insist([&] {
+    // A criu that lives has its tasks traced, or its plugin asks for them.
+    while (is_traced_or_stopped(left.pid)) {
+      if (!is_still_left(node, left)) return;
+      poll(nullptr, 0, kLookForTracerMs);
+    }
+    if (!is_still_left(node, left)) return;
+    Session session(**driver, lock_dir(node), *engines);
+    session.begin_take_over(
+        UniqueFd(open(left.image_dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)));
+    auto taken = session.take_over(left);
+    if (taken) session.recover();
+  });
+  node.leave(**entry);
 }
 
 }  // namespace phos

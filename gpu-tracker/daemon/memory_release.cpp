@@ -135,7 +135,13 @@ Result<std::vector<AgentRelease>> MemoryRelease::release(
   agent_->set_command_timeout(kMoveTimeout);
   away_ = true;
   auto results = agent_->release(memory);
-  if (results) return results;
+  if (results) {
+    away_ = std::any_of(results->begin(), results->end(), [](const AgentRelease& r) {
+      return r.status == ReleaseStatus::kReleased || r.status == ReleaseStatus::kReallocated ||
+             r.status == ReleaseStatus::kLost;
+    });
+    return results;
+  }
   // Refused before anything was touched, or not answered.
   auto released = agent_->released();
   if (released) away_ = any_away(*released);

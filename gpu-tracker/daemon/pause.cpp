@@ -231,6 +231,12 @@ Result<void> Session::lock_all(steady_clock::time_point deadline, unsigned timeo
 Result<void> Session::lock(unsigned timeout_ms) {
   const std::vector<int> wanted = to_lock();
   const auto deadline = steady_clock::now() + milliseconds(timeout_ms);
+  for (int pid : wanted) {
+    Held& held = held_.at(pid);
+    auto noted = held.lock.note(held.found, image_dir_.get());
+    held.noted = noted.ok();
+    if (!noted) log(LogLevel::kWarn, "daemon", "%s", noted.error().message().c_str());
+  }
   auto behind_gates = lock_behind_gates(wanted, deadline, timeout_ms);
   if (!behind_gates) return behind_gates.error();
   if (!*behind_gates) {

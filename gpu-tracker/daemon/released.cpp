@@ -32,6 +32,12 @@ bool has_released(const ProcessImage& image) {
                      [](const auto& a) { return a.path == MemoryPath::kReleased; });
 }
 
+bool is_incomplete(const std::vector<AgentRelease>& results) {
+  return std::any_of(results.begin(), results.end(), [](const AgentRelease& r) {
+    return r.status == ReleaseStatus::kLost || r.status == ReleaseStatus::kNotReached;
+  });
+}
+
 double ms(std::chrono::microseconds t) {
   return static_cast<double>(t.count()) / 1000;
 }
@@ -178,16 +184,18 @@ Result<void> Session::release_memory(int pid, Held* held) {
   if (auto r = driver_.unlock(pid); !r) return r;
   held->locked = false;
   auto results = held->release->release(held->to_release);
-  const bool complete =
-      results && std::none_of(results->begin(), results->end(), [](const auto& r) {
-        return r.status == ReleaseStatus::kLost || r.status == ReleaseStatus::kNotReached;
-      });
   std::optional<Error> failed;
-  if (!complete) {
-    failed = results ? Error(Domain::kUsage, EIO, "some of its addresses would be lost")
-                     : results.error();
+  if (!results) {
+    failed = results.error();
+  } else if (is_incomplete(*results)) {
+    failed = Error(Domain::kUsage, EIO, "some of its addresses would be lost");
+  } else if (!held->release->is_away()) {
+    failed = Error(Domain::kUsage, ENOENT, "none of it can be released");
+  }
+  if (failed) {
     if (auto r = bring_memory_back(pid, held); !r) return r;
   }
+  if (results) note_released(pid, held, *results);
   auto locked = lock_or_leave(pid, kRelockMs);
   if (!locked) return locked.error().wrap("locking " + process(pid) + " again");
   held->locked = true;
@@ -197,7 +205,9 @@ Result<void> Session::release_memory(int pid, Held* held) {
     return {};
   }
   held->release_time = since(begin);
-  note_released(pid, held, *results);
+  log(LogLevel::kInfo, "daemon",
+      "%s: released in %.1f ms (drained behind the gate in %.1f ms, images written in %.1f ms)",
+      process(pid).c_str(), ms(held->release_time), ms(held->gate_time), ms(held->write_time));
   return write_process_image(image_dir_.get(), *held->image);
 }
 
@@ -209,6 +219,7 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   if (auto r = held->copy->finish(&*image); !r) return r;
   held->copy.reset();
   held->image = std::move(*image);
+  if (!held->noted) return Error(Domain::kUsage, EIO, "no other phosd would know of it");
   if (held->to_release.empty()) return Error(Domain::kUsage, ENOENT, "there is none to release");
   std::set<uint64_t> addresses;
   for (const AgentAllocation& a : held->to_release) addresses.insert(a.address);
@@ -252,11 +263,8 @@ void Session::note_released(int pid, Held* held, const std::vector<AgentRelease>
   for (AllocationInfo& a : held->image->allocations) {
     a.path = released.contains(a.address) ? MemoryPath::kReleased : MemoryPath::kDriver;
   }
-  log(LogLevel::kInfo, "daemon",
-      "%s: %zu allocations, %s of GPU memory, released in %.1f ms (gate and drain %.1f ms, images "
-      "written in %.1f ms)",
-      process(pid).c_str(), released.size(), megabytes(bytes).c_str(), ms(held->release_time),
-      ms(held->gate_time), ms(held->write_time));
+  log(LogLevel::kInfo, "daemon", "%s: %zu allocations, %s of GPU memory, released",
+      process(pid).c_str(), released.size(), megabytes(bytes).c_str());
 }
 
 // The driver has restored the process, and unlocked it. Its threads stay parked until it runs.
@@ -323,6 +331,7 @@ Result<void> Session::restore_memory(int pid, const ProcessImage& image) {
                      "is not in it; restore with the phos that dumped it (" +
                      image.phos_version + ")");
   }
+  if (auto r = lock->note(image.state, image_dir_.get()); !r) return r;
   Held held(*tid, image.state, *start_time, std::move(*lock));
   held.release = std::move(*release);
   Saved& saved = saved_.at(image.pid);

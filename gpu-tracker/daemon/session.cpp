@@ -23,6 +23,7 @@ using std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds kRecoverPoll{10}, kRecoverPollMax{1000};
 constexpr std::chrono::milliseconds kDyingTime{1000};
+constexpr std::chrono::milliseconds kTakeOverTime{10000};
 
 }  // namespace
 
@@ -158,17 +159,37 @@ Result<void> Session::bring_back(int pid, CudaState target) {
   return {};
 }
 
+Result<void> Session::take_over(const LeftProcess& left) {
+  // Of one that has ended only the file is left, which goes with the lock.
+  auto lock = ProcessLock::take(lock_dir_, left.pid, left.start_time);
+  if (!lock) return lock.error();
+  auto tid = driver_.restore_thread_id(left.pid);
+  auto start_time = read_start_time(left.pid);
+  if (!tid || !start_time || *start_time != left.start_time) return {};
+  Held held(*tid, left.found, *start_time, std::move(*lock));
+  held.taken_over = true;
+  held_.emplace(left.pid, std::move(held));
+  return {};
+}
+
+// A phosd that has just been started takes over what it finds by itself.
+Result<void> Session::wait_to_take_over(int pid, CudaState found) {
+  const auto deadline = steady_clock::now() + kTakeOverTime;
+  for (;;) {
+    auto start_time = read_start_time(pid);
+    if (!start_time) return {};  // it has ended
+    auto r = take_over({pid, *start_time, found, {}});
+    if (r || r.error().code() != EBUSY || steady_clock::now() > deadline) return r;
+    std::this_thread::sleep_for(kRecoverPoll);
+  }
+}
+
 Result<void> Session::undo(int pid, CudaState found) {
   auto it = held_.find(pid);
   if (it == held_.end()) {
-    // Taken over from a session that died: held from now on, so that recover() goes on trying.
-    auto tid = driver_.restore_thread_id(pid);
-    auto start_time = read_start_time(pid);
-    if (!tid || !start_time) return {};  // it has ended
-    auto lock = ProcessLock::take(lock_dir_, pid, *start_time);
-    if (!lock) return lock.error();  // the other one lives after all
-    it = held_.try_emplace(pid, *tid, found, *start_time, std::move(*lock)).first;
-    it->second.taken_over = true;
+    if (auto r = wait_to_take_over(pid, found); !r) return r;
+    it = held_.find(pid);
+    if (it == held_.end()) return {};  // it has ended
   }
   Held& held = it->second;
   if (!has_ended(pid, held.restore_tid, held.start_time)) {

@@ -64,6 +64,9 @@ class Session {
 
   // A dump into `image_dir` whose phosd died; to be followed by undo() of what it held.
   void begin_take_over(UniqueFd image_dir) { image_dir_ = std::move(image_dir); }
+  // Holds a process that a phosd which died has left; recover() brings it back, if it has not
+  // ended. EBUSY: somebody else does.
+  Result<void> take_over(const LeftProcess& left);
 
   // The task and its descendants run. Refuses, before anything is locked, what could not be
   // restored; holds the others. Returns all CUDA processes of that tree which the session holds.
@@ -144,6 +147,7 @@ class Session {
     std::unique_ptr<PageChain> chain;         // what brings it back
     std::unique_ptr<MemoryLoader> loader;
     std::chrono::microseconds gate_time{0}, validate_time{0}, write_time{0}, release_time{0};
+    bool noted = false;       // for another phosd, should this one die
     bool taken_over = false;  // from a phosd that died
     bool leaving = false;     // back, but for its gate
   };
@@ -200,6 +204,7 @@ class Session {
   Result<ProcessImage> describe(int pid, const Held& held) const;
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
   Result<void> bring_back(int pid, CudaState target);
+  Result<void> wait_to_take_over(int pid, CudaState found);
   Result<void> undo_one(int pid, Held* held);
   bool needs_images() const;  // to bring a process back
   void remove_unfinished_images();
