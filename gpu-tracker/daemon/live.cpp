@@ -60,21 +60,22 @@ std::optional<PreviousPages> Session::open_previous(int vpid) const {
   return std::nullopt;
 }
 
-// In a dump the driver's bytes of the same memory follow in CRIU's images: a disk that has no room
-// for both must not fail the dump for what is only there to make later ones shorter.
-bool Session::has_room_for_copies() const {
+bool Session::has_room_for(uint64_t bytes) const {
   struct statvfs disk;
-  if (fstatvfs(image_dir_.get(), &disk) != 0) return true;
+  return fstatvfs(image_dir_.get(), &disk) != 0 || uint64_t{disk.f_bavail} * disk.f_frsize >= bytes;
+}
+
+// What is not released the driver saves as well, into CRIU's images: a disk that has no room for
+// both must not fail the dump for what is only there to make later ones shorter.
+bool Session::has_room_for_copies() const {
   uint64_t needed = 0;
   for (const auto& [pid, held] : held_) {
-    if (held.found == CudaState::kRunning) needed += 2 * held.memory.own;
+    if (held.found == CudaState::kRunning) needed += (release_wanted_ ? 1 : 2) * held.memory.own;
   }
-  const uint64_t free = uint64_t{disk.f_bavail} * disk.f_frsize;
-  if (free >= needed) return true;
+  if (has_room_for(needed)) return true;
   log(LogLevel::kWarn, "daemon",
-      "GPU memory is not copied ahead: the image directory has %s free, and twice the GPU memory "
-      "is %s",
-      megabytes(free).c_str(), megabytes(needed).c_str());
+      "GPU memory is not copied ahead: that takes %s in the image directory, which has less free",
+      megabytes(needed).c_str());
   return false;
 }
 
@@ -182,6 +183,9 @@ Result<void> Session::complete_copy(int pid, Held* held) {
     done = report.error();
   }
   if (done) done = held->copy->release();
+  if (done && !held->release && !has_room_for(held->memory.own)) {
+    done = Error(Domain::kErrno, ENOSPC, "the driver's needs the room in the image directory");
+  }
   held->validate_time = since(start);
   held->copy_completed = done.ok();
   if (done) return held->release ? release_memory(pid, held) : Result<void>();

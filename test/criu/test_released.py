@@ -108,6 +108,24 @@ class DumpAndRestore(ReleasedTest):
         target.check_output(self)
         self.assert_left_alone(target)
 
+    def test_memory_that_phos_stands_in_for(self):
+        """cuMemAlloc does not give the old addresses again: VMM memory takes their place."""
+        faults = os.path.join(self.directory, 'target-faults')
+        target = self.counter(env={'PHOS_SIM_FAULTS': faults})
+        with open(faults, 'w') as f:
+            f.write('cuMemAlloc * 2\n')
+        for i in range(3):
+            self.images_in(str(i))
+            self.dump_ok(target, *['--leave-running'] * (i == 1))
+            self.assertEqual(self.released_bytes(), 16 * MIB, i)
+            if i == 1:
+                self.assertIn('(1 of them adopted)', self.log('dump.log'))
+                self.assert_runs_on(target)
+            else:
+                self.restore_and_check(target)
+                self.assertIn('(1 of them adopted)', self.log('restore.log'))
+        self.assertTrue(self.has_agent(target))  # for as long as that memory is there
+
     def test_off(self):
         self.configure('release = off')
         target = self.counter()
@@ -142,6 +160,62 @@ class DumpAndRestore(ReleasedTest):
         self.restore_and_check(parent)
         child.wait_more()
         child.check_output(self)
+
+
+class UnderLoad(ReleasedTest):
+    """Threads that never stop calling the driver while they are dumped, each checking its memory."""
+
+    def hammer(self, *args, env=None):
+        program = os.path.join(BUILD, 'test', 'hammer')
+        target = Target(self.directory, [program, *args], env=self.env(env))
+        self.targets.append(target)
+        target.wait_tick(3)
+        return target
+
+    def assert_released(self):
+        log = self.log('dump.log')
+        self.assertGreater(self.released_bytes(), 0,
+                           [line for line in log.split('\n') if 'through the driver' in line])
+
+    def test_dump_and_restore(self):
+        target = self.hammer()
+        for i in range(3):
+            self.images_in(str(i))
+            self.dump_ok(target)
+            self.assert_released()
+            self.restore_and_check(target)
+
+    def test_leave_running(self):
+        target = self.hammer()
+        for i in range(3):
+            self.images_in(str(i))
+            self.dump_ok(target, '--leave-running')
+            self.assert_released()
+            self.assert_left_alone(target)
+
+    def test_two_gpus(self):
+        machine = os.path.join(self.directory, 'machine')
+        with open(machine, 'w') as f:
+            f.write(''.join(f'gpu {uuid * 16} {8 << 30} Some GPU\n' for uuid in ('11', '22')))
+        env = {'PHOS_SIM_MACHINE': machine}
+        target = self.hammer('--devices', '2', env=env)
+        for i in range(2):
+            self.images_in(str(i))
+            self.dump_ok(target, env=env)
+            self.assert_released()
+            gpus = {a['gpu'] for p in self.show() for a in p['allocations']
+                    if a['path'] == 'released'}
+            self.assertEqual(gpus, {0, 1})
+            self.restore_and_check(target, env=env)
+
+    def test_criu_killed(self):
+        target = self.hammer()
+        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 slow:1000')
+        criu = self.dump(target, wait=False)
+        wait_until(lambda: 'hook 11' in self.log_tail('dump.log'), 'the checkpoint')
+        criu.kill()
+        criu.wait()
+        self.assert_left_alone(target)
 
 
 class GoesOn(ReleasedTest):
@@ -233,6 +307,53 @@ class AllocationsThatAreNotReleased(ReleasedTest):
         self.assertEqual(self.released_bytes(), 16 * MIB)
         self.restore_and_check(target)
         self.assert_left_alone(target)
+
+
+class DiskFull(ReleasedTest):
+    def small_directory(self, size):
+        self.images_in('small')
+        if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'phos',
+                           self.images]).returncode:
+            self.skipTest('cannot mount a tmpfs')
+        self.addCleanup(subprocess.run, ['umount', '-l', self.images])
+
+    def test_no_room_at_all(self):
+        target = self.counter('--mib', '64')
+        self.small_directory('16m')
+        self.assertNotEqual(self.dump(target).returncode, 0)
+        self.assert_left_alone(target)
+        self.assert_no_phos_images()
+
+    def test_full_while_copying(self):
+        target = self.counter('--mib', '64')
+        for size in ('66m', '70m', '75m'):
+            self.small_directory(size)
+            if self.dump(target).returncode == 0:
+                self.restore_and_check(target)
+            else:
+                self.assert_left_alone(target)
+                self.assert_no_phos_images()
+
+    def test_room_for_one_copy_and_no_gate(self):
+        # The agent's handler cannot be had: every real-time signal is ignored.
+        script = 'for s in $(seq 34 64); do trap "" $s; done; exec "$0" "$@"'
+        program = os.path.join(BUILD, 'test', 'counter')
+        target = Target(self.directory, ['/bin/sh', '-c', script, program, '--mib', '64',
+                                         '--interval-ms', '20'], env=self.env())
+        self.targets.append(target)
+        target.wait_tick(3)
+        self.small_directory('110m')
+        self.dump_ok(target)
+        self.assertIn('goes through the driver', self.log('dump.log'))
+        self.assertEqual(self.show()[0]['allocations'], [])
+        self.restore_and_check(target)
+
+    def test_room_for_one_copy(self):
+        target = self.counter('--mib', '64')
+        self.small_directory('110m')
+        self.dump_ok(target)
+        self.assertEqual(self.released_bytes(), 64 * MIB)
+        self.restore_and_check(target)
 
 
 # Where a dump is when a call of the driver takes its time: who makes it, and which.
