@@ -8,6 +8,7 @@
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/daemon/importers.h"
 #include "gpu-tracker/daemon/messages.h"
 #include "gpu-tracker/daemon/session.h"
 #include "gpu-tracker/daemon/session_log.h"
@@ -55,11 +56,25 @@ void Session::give_up_release(int pid, Held* held, const std::string& why) {
 }
 
 void Session::close_gates(const std::vector<int>& pids) {
-  std::map<int, std::future<Result<std::unique_ptr<MemoryRelease>>>> under_way;
-  const auto start = steady_clock::now();
+  std::vector<int> releasable;
   for (int pid : pids) {
-    Held& held = held_.at(pid);
-    if (!held.copy || held.copy->releasable().empty()) continue;
+    const Held& held = held_.at(pid);
+    if (held.copy && !held.copy->releasable().empty()) releasable.push_back(pid);
+  }
+  if (releasable.empty()) return;
+  const auto start = steady_clock::now();
+  if (auto importer = find_importer(driver_, releasable)) {
+    for (int pid : releasable) {
+      give_up_release(pid, &held_.at(pid),
+                      process(*importer) +
+                          " has imported GPU memory of another process, and it "
+                          "may be of this one");
+    }
+    return;
+  }
+  std::map<int, std::future<Result<std::unique_ptr<MemoryRelease>>>> under_way;
+  for (int pid : releasable) {
+    const Held& held = held_.at(pid);
     under_way[pid] = std::async(
         std::launch::async, [pid, agent = held.copy->agent(), session_log = SessionLog::current()] {
           SessionLog::Scope scope(session_log);
@@ -131,6 +146,7 @@ Result<bool> Session::lock_behind_gates(const std::vector<int>& pids,
   close_gates(pids);
   if (!has_gates()) return false;
   const auto start = steady_clock::now();
+  note_stopped(to_lock());
   for (int attempt = 1;; attempt++) {
     for (bool again : {true, false}) {
       auto locked = lock_parked(pids, deadline, timeout_ms);

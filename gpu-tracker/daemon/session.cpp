@@ -137,6 +137,11 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   timings.scan_us = us(held->scan_time);
   timings.lock_us = us(held->lock_time);
   timings.checkpoint_us = us(checkpoint_time);
+  timings.gate_us = us(held->gate_time);
+  timings.validate_us = us(held->validate_time);
+  timings.write_us = us(held->write_time);
+  timings.release_us = us(held->release_time);
+  if (held->stopped) timings.stopped_us = us(since(*held->stopped));
   return write_process_image(image_dir_.get(), *held->image);
 }
 

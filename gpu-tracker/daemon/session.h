@@ -135,6 +135,7 @@ class Session {
     ProcessLock lock;
     ProcessMemory memory;
     std::chrono::microseconds scan_time{0}, lock_time{0};
+    std::optional<std::chrono::steady_clock::time_point> stopped;  // when it was first
     std::unique_ptr<LiveCopy> copy;
     bool copy_completed = false;    // what it saved is what the memory holds
     bool locked = false;            // by us
@@ -167,6 +168,7 @@ class Session {
   // time; then none is locked.
   Result<bool> try_lock(const std::vector<int>& pids, unsigned timeout_ms);
   std::vector<int> to_lock() const;
+  void note_stopped(const std::vector<int>& pids);
   Result<void> lock_all(std::chrono::steady_clock::time_point deadline, unsigned timeout_ms);
   Result<void> unlock_all(const std::vector<int>& pids);
 

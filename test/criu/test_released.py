@@ -8,7 +8,8 @@ import subprocess
 import time
 import unittest
 
-from harness import BUILD, CriuTest, Target, alive, children, reap, status_field, wait_until
+from harness import (BUILD, CriuTest, Target, Worker, alive, children, reap, status_field,
+                     wait_until)
 
 PHOS = os.path.join(BUILD, 'bin', 'phos')
 MIB = 1 << 20
@@ -285,6 +286,18 @@ class AllocationsThatAreNotReleased(ReleasedTest):
         self.assertEqual(self.released_bytes(), 0)
         os.unlink(self.faults)
         self.restore_and_check(target)
+
+    def test_memory_that_another_process_has_imported(self):
+        owner, importer = (Worker(self.directory, self.env()) for _ in range(2))
+        self.targets += [owner, importer]
+        address = owner.alloc(4 * MIB)
+        self.assertEqual(owner.ask('fill', address, MIB, 5), 'ok')
+        handle = owner.ask('ipc-export', address).split()[1]
+        self.assertEqual(importer.ask('ipc-import', handle).split()[0], 'ok')
+        self.dump_ok(owner, '--leave-running')
+        self.assertIn(f'process {importer.pid} has imported GPU memory', self.log('dump.log'))
+        self.assertEqual(self.released_bytes(), 0)
+        self.assertEqual(owner.ask('check', address, MIB, 5, 0), 'ok 0')
 
     def test_free_fails(self):
         self.fail_in_driver('cuMemFree * 999')
