@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // usage: copy_bench [--mib N] [--rounds N] [--pool-mib N] [--slots N] [--slowdown SHARE]
-// [--load NAMES] [--no-load] [--hash-threads N] [--hash-batch PAGES] [--serve]
+// [--load NAMES] [--no-load] [--hash-threads N] [--hash-batch PAGES] [--buffer-mib N] [--serve]
 //
 // How fast the copy engine is on the first GPU, against what the hardware can do: prints JSON. The
 // four kinds of run take turns, so that clocks and neighbours are the same for all:
@@ -57,6 +57,7 @@ struct Options {
   unsigned hash_threads = 0;
   uint32_t hash_batch = CopyEngineOptions().hash_batch_pages;
   bool serve = false;
+  uint64_t buffer_mib = PinnedPoolOptions().buffer_bytes >> 20;
   std::string load = "reader,decode,train,storm";
 };
 
@@ -420,6 +421,8 @@ Options parse(int argc, char** argv) {
       o.pool_mib = static_cast<uint64_t>(value);
     } else if (name == "--slots") {
       o.slots = static_cast<unsigned>(value);
+    } else if (name == "--buffer-mib") {
+      o.buffer_mib = static_cast<uint64_t>(value);
     } else if (name == "--hash-batch") {
       o.hash_batch = static_cast<uint32_t>(value);
     } else if (name == "--hash-threads") {
@@ -444,6 +447,7 @@ int main(int argc, char** argv) {
   if (!options.load.empty()) neighbour = std::make_unique<Neighbour>(options.mib);
   auto driver = need(open_cuda_driver());
   PinnedPoolOptions pool_options;
+  pool_options.buffer_bytes = options.buffer_mib << 20;
   pool_options.max_bytes = uint64_t{options.slots + 8} * pool_options.buffer_bytes;
   PinnedPool pool(pool_options);
   Bench bench(*driver, options);
