@@ -156,7 +156,7 @@ TEST_F(CopyFaults, CancelledInTheMiddle) {
   auto r = engine_->copy(
       pages_,
       [&](CopiedPages pages) -> phos::Result<void> {
-        seen += pages.hashes.size();
+        seen += pages.count;
         stop.request_stop();
         return {};
       },
@@ -209,8 +209,8 @@ TEST_F(CopyFaults, SlowSinkOnlySlowsTheCopyDown) {
       hold.unlock();
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
       const uint8_t* expected = &bytes[copied.first * kPageBytes];
-      wrong += memcmp(copied.buffer.data(), expected, copied.hashes.size() * kPageBytes) != 0;
-      written += copied.hashes.size();
+      wrong += memcmp(copied.buffer.data(), expected, copied.count * kPageBytes) != 0;
+      written += copied.count;
       copied.buffer.reset();
       hold.lock();
     }

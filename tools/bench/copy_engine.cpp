@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // usage: copy_bench [--mib N] [--rounds N] [--pool-mib N] [--slots N] [--slowdown SHARE]
-// [--load NAMES] [--no-load] [--hash-threads N] [--hash-batch PAGES] [--buffer-mib N] [--serve]
+// [--load NAMES] [--no-load] [--hash-batch PAGES] [--buffer-mib N] [--serve]
 //
 // How fast the copy engine is on the first GPU, against what the hardware can do: prints JSON. The
 // four kinds of run take turns, so that clocks and neighbours are the same for all:
 //   dma    cuMemcpyDtoHAsync into pinned buffers, nothing else
 //   copy   CopyEngine::copy into a sink that throws the buffers away, without a limit
-//   paced  the same with a limit (--slowdown, 0.03): nothing but DMA on the GPU, hashed by the CPU
+//   paced  the same with a limit (--slowdown, 0.03): nothing but DMA on the GPU, hashed later
 //   read   a kernel that only reads memory
 //   hash   CopyEngine::hash, without a limit
 // --serve: no such runs. For each line `SECONDS` of standard input, copies (paced) for that long
@@ -54,7 +54,6 @@ struct Options {
   uint64_t pool_mib = 8192;
   unsigned slots = CopyEngineOptions().slots;
   double slowdown = 0.03;
-  unsigned hash_threads = 0;
   uint32_t hash_batch = CopyEngineOptions().hash_batch_pages;
   bool serve = false;
   uint64_t buffer_mib = PinnedPoolOptions().buffer_bytes >> 20;
@@ -113,7 +112,6 @@ class Bench {
     need(pool.attach(*context_));
     CopyEngineOptions options;
     options.slots = options_.slots;
-    options.hash_threads = options_.hash_threads;
     options.hash_batch_pages = options_.hash_batch;
     const auto begin = Clock::now();
     engine_ = need(CopyEngine::create(*context_, pool, key_, options));
@@ -165,6 +163,7 @@ class Bench {
       need(engine_->copy(
           pages_,
           [&](CopiedPages copied) -> Result<void> {
+            copied.hash(key_);
             for (size_t i = 0; i < copied.hashes.size(); i += 61) {
               const auto expected =
                   hash_page(key_, copied.buffer.data() + i * kPageBytes, kPageBytes);
@@ -425,8 +424,6 @@ Options parse(int argc, char** argv) {
       o.buffer_mib = static_cast<uint64_t>(value);
     } else if (name == "--hash-batch") {
       o.hash_batch = static_cast<uint32_t>(value);
-    } else if (name == "--hash-threads") {
-      o.hash_threads = static_cast<unsigned>(value);
     } else if (name == "--slowdown") {
       o.slowdown = value;
     } else {
