@@ -69,7 +69,7 @@ void MemoryLoad::plan(std::vector<MemoryToLoad> memory, std::vector<LoadBatch> w
       read[p.allocation].push_back({p.run.first_page, p.run.first_page + p.run.pages});
     }
     report_.warm_bytes += uint64_t{batch.pages} * kPageBytes;
-    gpu->ready.push_back(std::move(batch));
+    gpu->warm.push_back(std::move(batch));
   }
   warm.clear();
   for (auto& [allocation, intervals] : read) {
@@ -241,15 +241,18 @@ Result<void> MemoryLoad::load_pages(OpenGpu& open, Gpu& gpu) {
                    std::to_string(wanted) + " pages were loaded");
 }
 
-// Zeros when there is nothing else, so that DMA never waits for them.
+// What was read now goes first, so that its readers have buffers again; zeros last, so that DMA
+// never waits for them.
 Result<LoadState> MemoryLoad::next(Gpu& gpu, bool may_wait, PagesToLoad* pages) {
   const std::stop_token stop = abort_.get_token();
   std::unique_lock<std::mutex> hold(mutex_);
   const auto ended = [&] { return gpu.to_read.empty() && !gpu.reading; };
-  const auto something = [&] { return !gpu.ready.empty() || !gpu.zeros.empty() || ended(); };
+  const auto something = [&] {
+    return !gpu.ready.empty() || !gpu.warm.empty() || !gpu.zeros.empty() || ended();
+  };
   if (may_wait) changed_.wait(hold, stop, something);
   if (stop.stop_requested()) return cancelled();
-  auto& from = gpu.ready.empty() ? gpu.zeros : gpu.ready;
+  auto& from = !gpu.ready.empty() ? gpu.ready : !gpu.warm.empty() ? gpu.warm : gpu.zeros;
   if (from.empty()) return ended() ? LoadState::kEnd : LoadState::kLater;
   LoadBatch batch = std::move(from.front());
   from.pop_front();

@@ -45,7 +45,7 @@ class MemoryLoad {
   struct Gpu {
     GpuUuid uuid{};
     std::vector<Target> targets;
-    std::deque<LoadBatch> to_read, ready, zeros;
+    std::deque<LoadBatch> to_read, ready, warm, zeros;
     unsigned reading = 0;
     bool open = false;  // its engine is this load's
   };
