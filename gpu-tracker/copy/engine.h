@@ -78,11 +78,13 @@ using CopySink = std::function<Result<void>(CopiedPages)>;
 struct PagesToLoad {
   std::vector<PageRef> pages;
   std::vector<PageHash> hashes;
-  PinnedPool::Buffer buffer;
+  PinnedPool::Buffer buffer;  // none: the pages are zeros, which the GPU writes by itself
 };
 
-// The next pages to load; nothing at the end. An error ends the load.
-using LoadSource = std::function<Result<std::optional<PagesToLoad>>()>;
+// Gives the next pages to load. kLater: none now, others will come; only where it may not wait,
+// which is while the engine has buffers that it can give back meanwhile. An error ends the load.
+enum class LoadState { kPages, kLater, kEnd };
+using LoadSource = std::function<Result<LoadState>(bool may_wait, PagesToLoad* pages)>;
 
 struct CopyEngineOptions {
   // Staging slots, each as large as a pool buffer. 8 of 32 MiB are 4.8 ms of PCIe 5 x16.
@@ -125,6 +127,8 @@ class CopyEngine {
   // Loads pages and hashes them on the device. Fails with Domain::kFormat at the first buffer with
   // a page that is not what it should be.
   Result<void> load(const LoadSource& source, std::stop_token stop = {});
+  // The address of the page for which the last load() failed so.
+  std::optional<uint64_t> wrong_page() const { return wrong_page_; }
 
   // Device memory that the engine has allocated, without the context's own.
   uint64_t device_bytes() const { return layout_.total; }
@@ -179,8 +183,10 @@ class CopyEngine {
                         std::stop_token stop);
   Result<void> run_load(const LoadSource& source, std::stop_token stop);
 
-  // Fills the lane's page table, sends it, and starts a kernel over it once it has arrived.
-  Result<void> launch(Lane& lane, GpuKernel kernel, size_t first, std::span<const PageRef> pages);
+  // Fills the lane's page table and sends it.
+  Result<void> send_table(Lane& lane, size_t first, std::span<const PageRef> pages);
+  // Starts a kernel over it once it has arrived.
+  Result<void> launch(Lane& lane, GpuKernel kernel);
   // Queues the way back of the lane's hashes; `done` is when they are here.
   Result<void> fetch_hashes(Lane& lane, GpuStream stream);
   Result<void> start_hash(Lane& lane, size_t first, std::span<const PageRef> pages);
@@ -191,6 +197,10 @@ class CopyEngine {
   // What the lane copied, with its hashes.
   Result<CopiedPages> finish_copy(Lane& lane);
   Result<void> start_load(Lane& lane, PagesToLoad work);
+  // Queues what brings the bytes of the lane's pages to their places.
+  Result<void> transfer(const PinnedPool::Buffer& buffer, std::span<const PageRef> pages);
+  Result<void> clear(std::span<const PageRef> pages);
+  Result<void> finish_load(Lane& lane);
   // Waits for the lane and learns how fast the hash kernel was.
   Result<void> finish_hash(Lane& lane);
 
@@ -213,6 +223,7 @@ class CopyEngine {
   double hash_ns_ = 0;
   double hash_kernels_ms_ = 0;
   LastTurn last_turn_;
+  std::optional<uint64_t> wrong_page_;
   bool broken_ = false;
 };
 

@@ -52,6 +52,7 @@ class GpuEngines {
   // holds `busy` sets its own.
   Result<User> use(const GpuUuid& uuid, const PageHashKey& key);
 
+  PinnedPool& pool() { return pool_; }
   PinnedPool::Statistics pool_statistics() const { return pool_.statistics(); }
 
  private:
