@@ -61,7 +61,11 @@ class Workload:
             return [tuple(map(float, line.split()[1:])) for line in f.read().split('\n')[:-1]]
 
     def stop(self):
-        self.process.kill()
+        # By its number: it may have been dumped and restored, and then is no child of ours.
+        try:
+            os.kill(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
         self.process.wait()
 
 
