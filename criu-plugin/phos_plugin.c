@@ -287,13 +287,13 @@ static int final_state(void)
 
 static void undo_all(void)
 {
-	struct restore_thread thread;
+	struct service_threads threads;
 	struct paused *p;
 
 	for (p = paused_list; p; p = p->next) {
 		int ret;
 
-		if (restore_thread_resume(&thread, p->restore_tid))
+		if (service_threads_resume(&threads, p->pid, p->restore_tid))
 			continue;
 		ret = phosd_undo(p->pid, p->found);
 		/* phosd has died (a slow one is left to finish): another one can take over. */
@@ -302,7 +302,7 @@ static void undo_all(void)
 			ret = phosd_undo(p->pid, p->found);
 		if (ret)
 			phos_err("process %d is not back as it was; phosd goes on trying", p->pid);
-		restore_thread_stop(&thread);
+		service_threads_stop(&threads);
 	}
 }
 
@@ -363,7 +363,7 @@ CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__UPDATE_VMA_MAP, phos_plugin_update_vma_m
 int phos_plugin_resume_devices_late(int pid)
 {
 	struct phosd_process process = { 0 };
-	struct restore_thread thread;
+	struct service_threads threads;
 	unsigned int remaining = 0;
 	int ret;
 
@@ -381,10 +381,10 @@ int phos_plugin_resume_devices_late(int pid)
 	if (!ret && !process.pid)
 		return -ENOTSUP;
 	if (!ret)
-		ret = restore_thread_resume(&thread, process.restore_tid);
+		ret = service_threads_resume(&threads, pid, process.restore_tid);
 	if (!ret) {
 		ret = phosd_resume(pid, &remaining);
-		if (restore_thread_stop(&thread))
+		if (service_threads_stop(&threads))
 			ret = -1;
 	}
 	/* `criu restore` without -d stays with the tasks; phosd need not. */

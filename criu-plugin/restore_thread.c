@@ -11,6 +11,8 @@
 #include <unistd.h>
 
 #include "criu-plugin/criu_api.h"
+#include "criu-plugin/tasks.h"
+#include "gpu-tracker/abi/mailbox.h"
 
 /* A kernel sigset (PTRACE_GETSIGMASK); glibc's sigset_t is larger. */
 static const uint64_t all_signals_but_sigtrap = ~(1ULL << (SIGTRAP - 1));
@@ -43,7 +45,7 @@ int restore_thread_resume(struct restore_thread *thread, int tid)
 	if (tracer_of(tid) != getpid())
 		return 0;
 	if (ptrace(PTRACE_GETSIGMASK, tid, (void *)sizeof(thread->sigmask), &thread->sigmask)) {
-		phos_err("cannot read the signal mask of CUDA's restore thread %d: %s", tid,
+		phos_err("cannot read the signal mask of service thread %d: %s", tid,
 			 strerror(errno));
 		return -1;
 	}
@@ -53,14 +55,13 @@ int restore_thread_resume(struct restore_thread *thread, int tid)
 	 */
 	mask = (all_signals_but_sigtrap & ~glibc_signals) | (thread->sigmask & glibc_signals);
 	if (ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(mask), &mask)) {
-		phos_err("cannot block signals of CUDA's restore thread %d: %s", tid,
-			 strerror(errno));
+		phos_err("cannot block signals of service thread %d: %s", tid, strerror(errno));
 		return -1;
 	}
 	/* CRIU sets PTRACE_O_SUSPEND_SECCOMP, under which the driver must not run code for the
 	 * task. */
 	if (ptrace(PTRACE_SETOPTIONS, tid, NULL, NULL) || ptrace(PTRACE_CONT, tid, NULL, NULL)) {
-		phos_err("cannot let CUDA's restore thread %d run: %s", tid, strerror(errno));
+		phos_err("cannot let service thread %d run: %s", tid, strerror(errno));
 		ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(thread->sigmask), &thread->sigmask);
 		return -1;
 	}
@@ -77,28 +78,48 @@ int restore_thread_stop(struct restore_thread *thread)
 		return 0;
 	thread->resumed = false;
 	if (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL)) {
-		phos_err("cannot stop CUDA's restore thread %d again: %s", tid, strerror(errno));
+		phos_err("cannot stop service thread %d again: %s", tid, strerror(errno));
 		return -1;
 	}
 	do {
 		got = waitpid(tid, &status, __WALL);
 	} while (got < 0 && errno == EINTR);
 	if (got != tid || !WIFSTOPPED(status)) {
-		phos_err("CUDA's restore thread %d has ended", tid);
+		phos_err("service thread %d has ended", tid);
 		return -1;
 	}
 	/* As compel had it; without CAP_SYS_ADMIN seccomp cannot be suspended and was not. */
 	if (ptrace(PTRACE_SETOPTIONS, tid, NULL,
 		   (void *)(long)(PTRACE_O_SUSPEND_SECCOMP | PTRACE_O_TRACESYSGOOD)) &&
 	    ptrace(PTRACE_SETOPTIONS, tid, NULL, (void *)(long)PTRACE_O_TRACESYSGOOD)) {
-		phos_err("cannot set ptrace options of CUDA's restore thread %d: %s", tid,
+		phos_err("cannot set ptrace options of service thread %d: %s", tid,
 			 strerror(errno));
 		return -1;
 	}
 	if (ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(thread->sigmask), &thread->sigmask)) {
-		phos_err("cannot put back the signal mask of CUDA's restore thread %d: %s", tid,
+		phos_err("cannot put back the signal mask of service thread %d: %s", tid,
 			 strerror(errno));
 		return -1;
 	}
 	return 0;
+}
+
+int service_threads_resume(struct service_threads *threads, int pid, int restore_tid)
+{
+	int agent_tid = find_thread(pid, PHOS_AGENT_THREAD_NAME);
+
+	memset(threads, 0, sizeof(*threads));
+	if (restore_thread_resume(&threads->driver, restore_tid))
+		return -1;
+	if (!agent_tid || !restore_thread_resume(&threads->agent, agent_tid))
+		return 0;
+	restore_thread_stop(&threads->driver);
+	return -1;
+}
+
+int service_threads_stop(struct service_threads *threads)
+{
+	int agent = restore_thread_stop(&threads->agent);
+
+	return restore_thread_stop(&threads->driver) || agent ? -1 : 0;
 }

@@ -8,6 +8,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -28,17 +29,19 @@ static bool is_restore_thread_name(const char *comm)
 	return comm[15] == '\n';
 }
 
-bool may_use_cuda(int pid)
+/* The first thread whose name, with a newline, is wanted; 0: none. */
+static int first_thread(int pid, bool (*wanted)(const char *comm, const char *name),
+			const char *name)
 {
 	char path[64 + NAME_MAX], comm[32];
 	struct dirent *entry;
-	bool found = false;
+	int found = 0;
 	DIR *dir;
 
 	snprintf(path, sizeof(path), "/proc/%d/task", pid);
 	dir = opendir(path);
 	if (!dir)
-		return false;
+		return 0;
 	while (!found && (entry = readdir(dir))) {
 		ssize_t n;
 		int fd;
@@ -50,10 +53,33 @@ bool may_use_cuda(int pid)
 		n = read(fd, comm, sizeof(comm) - 1);
 		close(fd);
 		comm[n > 0 ? n : 0] = '\0';
-		found = is_restore_thread_name(comm);
+		if (wanted(comm, name))
+			found = atoi(entry->d_name);
 	}
 	closedir(dir);
 	return found;
+}
+
+static bool names_restore_thread(const char *comm, const char *name)
+{
+	return is_restore_thread_name(comm);
+}
+
+static bool names_it(const char *comm, const char *name)
+{
+	size_t n = strlen(name);
+
+	return !strncmp(comm, name, n) && comm[n] == '\n';
+}
+
+bool may_use_cuda(int pid)
+{
+	return first_thread(pid, names_restore_thread, NULL) != 0;
+}
+
+int find_thread(int pid, const char *name)
+{
+	return first_thread(pid, names_it, name);
 }
 
 /* CRIU reads the tree from the same files (parse_children). */

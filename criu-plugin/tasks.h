@@ -14,6 +14,9 @@ bool may_use_cuda(int pid);
 /* The same of `pid` or a descendant. */
 bool tree_may_use_cuda(int pid);
 
+/* The thread of `pid` with this name; 0: there is none. */
+int find_thread(int pid, const char *name);
+
 /* Has a file under /dev/nvidia* open. */
 bool has_device_files(int pid);
 

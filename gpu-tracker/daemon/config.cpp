@@ -74,6 +74,12 @@ Result<TrackerChoice> parse_tracker(const std::string& text) {
   return usage("must be auto, activity, content or verify");
 }
 
+Result<bool> parse_release(const std::string& text) {
+  if (text == "auto") return true;
+  if (text == "off") return false;
+  return usage("must be auto or off");
+}
+
 template <typename T>
 Result<void> assign(Result<T> parsed, T* to) {
   if (!parsed) return parsed.error();
@@ -125,6 +131,12 @@ constexpr Setting kSettings[] = {
     {"tracker", "how memory is followed: auto, activity, content or verify (default: content)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_tracker(text), &config->tracker);
+     }},
+    {"release",
+     "auto: GPU memory is saved by phos alone where that can be; off: by the driver too "
+     "(default: auto)",
+     [](const std::string& text, DaemonConfig* config) {
+       return assign(parse_release(text), &config->release);
      }},
     {"log-level", "error, warning, info or debug (default: info)",
      [](const std::string& text, DaemonConfig* config) {

@@ -21,6 +21,7 @@ struct DaemonConfig {
   unsigned max_sessions = 32;
   double max_slowdown = 3;  // percent of its speed that copying may cost a running process
   TrackerChoice tracker = TrackerChoice::kContent;
+  bool release = true;  // GPU memory, before the driver's checkpoint, where that can be
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/daemon/connection.h"
 
+#include <fcntl.h>
 #include <poll.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <exception>
 #include <stop_token>
@@ -12,11 +14,43 @@
 #include "gpu-tracker/abi/protocol.h"
 #include "gpu-tracker/abi/version.h"
 #include "gpu-tracker/base/log.h"
+#include "gpu-tracker/base/proc.h"
 
 namespace phos {
 namespace {
 
 constexpr int kLookForClientMs = 50;
+constexpr int kLookForTracerMs = 20;
+
+std::string lock_dir(const Node& node) {
+  return node.config().run_dir + "/lock";
+}
+
+// Until it returns, again and again: no memory, for one, may be for now only.
+template <typename Work>
+void insist(const Work& work) {
+  for (;;) {
+    try {
+      work();
+      return;
+    } catch (const std::exception& e) {
+      log(LogLevel::kError, "daemon", "bringing processes back failed, trying again: %s", e.what());
+      poll(nullptr, 0, 1000);
+    }
+  }
+}
+
+bool is_traced_or_stopped(int pid) {
+  auto status = read_proc_status(pid);
+  return status && (status->tracer_pid || status->state == 'T' || is_cgroup_frozen(pid));
+}
+
+bool is_still_left(const Node& node, const LeftProcess& left) {
+  const auto all = read_left_processes(lock_dir(node));
+  return std::any_of(all.begin(), all.end(), [&](const LeftProcess& l) {
+    return l.pid == left.pid && l.start_time == left.start_time;
+  });
+}
 
 const char* to_string(Phos__Wire__Stage stage) {
   switch (stage) {
@@ -97,15 +131,7 @@ void Connection::serve() {
 
 void Connection::recover() {
   entry_->recovering = true;
-  for (bool done = !session_; !done;) {
-    try {
-      session_->recover();
-      done = true;
-    } catch (const std::exception& e) {
-      log(LogLevel::kError, "daemon", "bringing processes back failed, trying again: %s", e.what());
-      poll(nullptr, 0, 1000);
-    }
-  }
+  if (session_) insist([this] { session_->recover(); });
 }
 
 ReplyData Connection::handle(ReceivedRequest& received) {
@@ -200,6 +226,7 @@ Result<void> Connection::copy(const Phos__Wire__Copy& request) {
   CopyLimits limits;
   limits.max_slowdown = node_.config().max_slowdown / 100;
   limits.tracker = node_.config().tracker;
+  limits.release = node_.config().release;
   if (request.has_max_rounds) limits.max_rounds = request.max_rounds;
   if (request.has_budget_ms) limits.budget = std::chrono::milliseconds(request.budget_ms);
   if (request.has_max_slowdown) limits.max_slowdown = request.max_slowdown;
@@ -235,8 +262,7 @@ Result<void> Connection::lock(unsigned timeout_ms) {
   if (auto r = session_->lock(timeout_ms); !r) return r;
   if (!session_->has_copies()) return {};
   if (!send_progress({})) return Error(Domain::kErrno, ECANCELED, "the client has gone");
-  session_->complete_copies();
-  return {};
+  return session_->complete_copies();
 }
 
 Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_dir,
@@ -262,10 +288,10 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
       peer_.pid);
   entry_->log.begin_reply();
 
-  const std::string lock_dir = node_.config().run_dir + "/lock";
   auto engines = node_.engines();
   if (!engines) return engines.error();
-  session_ = std::make_unique<Session>(**driver, lock_dir, *engines);
+  if (auto r = make_run_dir(lock_dir(node_)); !r) return r;
+  session_ = std::make_unique<Session>(**driver, lock_dir(node_), *engines);
   if (hello.stage == PHOS__WIRE__STAGE__RESTORE) {
     auto files = session_->begin_restore(std::move(image_dir));
     if (!files) return files.error();
@@ -273,13 +299,45 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
     entry_->log.set_checkpoint(format_dump_id(session_->dump_id()));
     return {};
   }
-  if (auto r = make_run_dir(lock_dir); !r) return r;
-  if (hello.stage == PHOS__WIRE__STAGE__TAKE_OVER) return {};
+  if (hello.stage == PHOS__WIRE__STAGE__TAKE_OVER) {
+    session_->begin_take_over(std::move(image_dir));
+    return {};
+  }
   const auto stage =
       hello.stage == PHOS__WIRE__STAGE__PRE_DUMP ? DumpStage::kPreDump : DumpStage::kDump;
   if (auto r = session_->begin_dump(std::move(image_dir), stage); !r) return r;
   entry_->log.set_checkpoint(format_dump_id(session_->dump_id()));
   return {};
+}
+
+void bring_back_left(Node& node, const LeftProcess& left) {
+  auto driver = node.driver();
+  auto engines = driver ? node.engines() : driver.error();
+  auto entry = engines ? node.admit(0, PHOS__WIRE__STAGE__TAKE_OVER) : engines.error();
+  if (!entry) {
+    log(LogLevel::kError, "daemon",
+        "process %d, which a phosd that died has left, is not brought "
+        "back: %s",
+        left.pid, entry.error().message().c_str());
+    return;
+  }
+  SessionLog::Scope scope(&(*entry)->log);
+  (*entry)->log.set_pid(left.pid);
+  (*entry)->recovering = true;
+  insist([&] {
+    // A criu that lives has its tasks traced, or its plugin asks for them.
+    while (is_traced_or_stopped(left.pid)) {
+      if (!is_still_left(node, left)) return;
+      poll(nullptr, 0, kLookForTracerMs);
+    }
+    if (!is_still_left(node, left)) return;
+    Session session(**driver, lock_dir(node), *engines);
+    session.begin_take_over(
+        UniqueFd(open(left.image_dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)));
+    auto taken = session.take_over(left);
+    if (taken) session.recover();
+  });
+  node.leave(**entry);
 }
 
 }  // namespace phos

@@ -48,4 +48,8 @@ class Connection {
   bool was_session_ = false;
 };
 
+// Brings back a process that a phosd which died has left, if its client has died too; a client that
+// lives has it taken over in a session of its own. On a thread of its own, for as long as it takes.
+void bring_back_left(Node& node, const LeftProcess& left);
+
 }  // namespace phos

@@ -60,21 +60,22 @@ std::optional<PreviousPages> Session::open_previous(int vpid) const {
   return std::nullopt;
 }
 
-// In a dump the driver's bytes of the same memory follow in CRIU's images: a disk that has no room
-// for both must not fail the dump for what is only there to make later ones shorter.
-bool Session::has_room_for_copies() const {
+bool Session::has_room_for(uint64_t bytes) const {
   struct statvfs disk;
-  if (fstatvfs(image_dir_.get(), &disk) != 0) return true;
+  return fstatvfs(image_dir_.get(), &disk) != 0 || uint64_t{disk.f_bavail} * disk.f_frsize >= bytes;
+}
+
+// What is not released the driver saves as well, into CRIU's images: a disk that has no room for
+// both must not fail the dump for what is only there to make later ones shorter.
+bool Session::has_room_for_copies() const {
   uint64_t needed = 0;
   for (const auto& [pid, held] : held_) {
-    if (held.found == CudaState::kRunning) needed += 2 * held.memory.own;
+    if (held.found == CudaState::kRunning) needed += (release_wanted_ ? 1 : 2) * held.memory.own;
   }
-  const uint64_t free = uint64_t{disk.f_bavail} * disk.f_frsize;
-  if (free >= needed) return true;
+  if (has_room_for(needed)) return true;
   log(LogLevel::kWarn, "daemon",
-      "GPU memory is not copied ahead: the image directory has %s free, and twice the GPU memory "
-      "is %s",
-      megabytes(free).c_str(), megabytes(needed).c_str());
+      "GPU memory is not copied ahead: that takes %s in the image directory, which has less free",
+      megabytes(needed).c_str());
   return false;
 }
 
@@ -117,6 +118,7 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
                            const std::stop_token& stop) {
   if (!engines_) return {};
   const bool pre_dump = stage_ == DumpStage::kPreDump;
+  release_wanted_ = limits.release && !pre_dump;
   if (!pre_dump && !has_room_for_copies()) return {};
   std::mutex reporting;
   auto report = [&](int pid, unsigned number, const RoundReport& r) {
@@ -161,14 +163,18 @@ bool Session::has_copies() const {
                      [](const auto& h) { return h.second.copy && !h.second.copy_completed; });
 }
 
-void Session::complete_copies() {
+Result<void> Session::complete_copies() {
   for (auto& [pid, held] : held_) {
-    if (held.locked && held.copy && !held.copy_completed) complete_copy(pid, &held);
+    if (!held.locked || !held.copy || held.copy_completed) continue;
+    auto r = complete_copy(pid, &held);
+    if (!r && !has_ended(pid, held.restore_tid, held.start_time, r.error())) return r;
   }
+  return {};
 }
 
 // The process is locked: nothing changes any more.
-void Session::complete_copy(int pid, Held* held) {
+Result<void> Session::complete_copy(int pid, Held* held) {
+  const auto start = steady_clock::now();
   auto report = held->copy->last_round();
   Result<void> done;
   if (report) {
@@ -177,11 +183,18 @@ void Session::complete_copy(int pid, Held* held) {
     done = report.error();
   }
   if (done) done = held->copy->release();
+  if (done && !held->release && !has_room_for(held->memory.own)) {
+    done = Error(Domain::kErrno, ENOSPC, "the driver's needs the room in the image directory");
+  }
+  held->validate_time = since(start);
   held->copy_completed = done.ok();
-  if (done) return;
+  if (done) return held->release ? release_memory(pid, held) : Result<void>();
+  held->copy.reset();
+  if (has_ended(pid, held->restore_tid, held->start_time, done.error())) return done;
   log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
       process(pid).c_str(), done.error().message().c_str());
-  held->copy.reset();
+  if (held->release) give_up_release(pid, held, "it is not saved");
+  return {};
 }
 
 Result<void> Session::finish_pre_dump() {

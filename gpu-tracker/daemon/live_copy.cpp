@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "gpu-tracker/base/log.h"
+#include "gpu-tracker/daemon/memory_release.h"
 #include "gpu-tracker/daemon/messages.h"
 
 namespace phos {
@@ -14,6 +15,8 @@ namespace {
 using std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds kLockedAnswer{500};
+// Smaller memory shares its 2 MiB block with other memory.
+constexpr uint64_t kReleasedAbove = 2 << 20;
 
 MemoryKind image_kind(AllocationKind kind) {
   switch (kind) {
@@ -76,7 +79,7 @@ Result<std::unique_ptr<LiveCopy>> LiveCopy::start(const LiveCopyTarget& target,
   std::unique_ptr<LiveCopy> copy(new LiveCopy(target, std::move(images), engines, *key));
   auto agent = Agent::attach(target.pid, target.restore_tid);
   if (!agent) return agent.error();
-  copy->agent_.emplace(std::move(*agent));
+  copy->agent_ = std::make_shared<Agent>(std::move(*agent));
   return copy;
 }
 
@@ -255,14 +258,21 @@ Result<RoundReport> LiveCopy::last_round() {
   return report;
 }
 
+// By kind and size alone: the agent looks at the rest, and leaves alone what does not suit it.
+std::vector<AgentAllocation> LiveCopy::releasable() const {
+  std::vector<AgentAllocation> found;
+  for (const auto& m : gpus_) {
+    for (const auto& [address, copied] : m->all()) {
+      const AgentAllocation& a = copied.seen;
+      if (a.kind == AllocationKind::kDevice && a.size > kReleasedAbove) found.push_back(a);
+    }
+  }
+  return found;
+}
+
 // As it was found.
 void LiveCopy::leave_process() {
-  if (!agent_) return;
-  auto r = agent_->was_loaded() ? agent_->unload() : agent_->detach();
-  agent_.reset();
-  if (r) return;
-  log(LogLevel::kWarn, "daemon", "%s: phos's agent sleeps on in it: %s",
-      process(target_.pid).c_str(), r.error().message().c_str());
+  if (agent_) let_agent_leave(target_.pid, &agent_, agent_->was_loaded());
 }
 
 Result<void> LiveCopy::release() {

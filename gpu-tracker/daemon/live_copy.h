@@ -74,6 +74,10 @@ class LiveCopy {
   // Or, of a dump: the process is locked and its GPUs are idle. Forgets what it has freed, makes
   // what is saved equal to what the memory holds, and leaves the process.
   Result<RoundReport> last_round();
+  // Whoever has it last makes it leave the process (let_agent_leave). Null after last_round().
+  std::shared_ptr<Agent> agent() const { return agent_; }
+  // After last_round(): what is saved, and the agent may release (Agent::release).
+  std::vector<AgentAllocation> releasable() const;
   // Lets go of the process's memory. Before the driver's checkpoint, which would not free it.
   Result<void> release();
 
@@ -98,7 +102,7 @@ class LiveCopy {
   LiveCopyImages images_;
   GpuEngines& engines_;
   const PageHashKey key_;
-  std::optional<Agent> agent_;
+  std::shared_ptr<Agent> agent_;
   MemoryFinder finder_;
   std::vector<std::unique_ptr<CopiedMemory>> gpus_;
   std::vector<AllocationInfo> left_to_driver_;  // as last seen

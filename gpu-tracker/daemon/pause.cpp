@@ -173,17 +173,27 @@ Result<bool> Session::try_lock(const std::vector<int>& pids, unsigned timeout_ms
     }
   }
   if (in_time && !failure) return true;
+  auto unlocked = unlock_all(pids);
+  if (!unlocked) return unlocked.error();
+  if (failure) return *failure;
+  return false;
+}
+
+Result<void> Session::unlock_all(const std::vector<int>& pids) {
+  Result<void> result;
   for (int pid : pids) {
     auto it = held_.find(pid);
     if (it == held_.end() || !it->second.locked) continue;
-    if (auto r = driver_.unlock(pid); !r) {
-      failure = refuse(pid, r.error().message());
+    auto r = driver_.unlock(pid);
+    it->second.locked = !r;
+    if (r) continue;
+    if (has_ended(pid, it->second.restore_tid, it->second.start_time, r.error())) {
+      held_.erase(it);
     } else {
-      it->second.locked = false;
+      result = refuse(pid, r.error().message());
     }
   }
-  if (failure) return *failure;
-  return false;
+  return result;
 }
 
 std::vector<int> Session::to_lock() const {
@@ -197,13 +207,11 @@ std::vector<int> Session::to_lock() const {
 // Processes that work together (NCCL ranks) wait for each other's GPU work: locked one after the
 // other, the first blocks the second for ever. Locked at once they all drain, unless some have
 // begun a step that others have not; then all are let go and met again a little later.
-Result<void> Session::lock(unsigned timeout_ms) {
-  const std::vector<int> wanted = to_lock();
-  const auto deadline = steady_clock::now() + milliseconds(timeout_ms);
-  auto attempt = wanted.size() == 1 ? milliseconds(timeout_ms) : kFirstAttempt;
+Result<void> Session::lock_all(steady_clock::time_point deadline, unsigned timeout_ms) {
+  auto attempt = to_lock().size() == 1 ? milliseconds(timeout_ms) : kFirstAttempt;
   for (;;) {
     const std::vector<int> pids = to_lock();
-    if (pids.empty()) break;
+    if (pids.empty()) return {};
     const milliseconds left =
         std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now());
     if (left <= milliseconds(0)) {
@@ -214,9 +222,25 @@ Result<void> Session::lock(unsigned timeout_ms) {
     const milliseconds limit = left < attempt * 3 ? left : attempt;
     auto locked = try_lock(pids, static_cast<unsigned>(limit.count()));
     if (!locked) return locked.error();
-    if (*locked) break;
+    if (*locked) return {};
     attempt = std::min(attempt * 2, milliseconds(timeout_ms));
     let_run_for_a_moment();
+  }
+}
+
+Result<void> Session::lock(unsigned timeout_ms) {
+  const std::vector<int> wanted = to_lock();
+  const auto deadline = steady_clock::now() + milliseconds(timeout_ms);
+  for (int pid : wanted) {
+    Held& held = held_.at(pid);
+    auto noted = held.lock.note(held.found, image_dir_.get());
+    held.noted = noted.ok();
+    if (!noted) log(LogLevel::kWarn, "daemon", "%s", noted.error().message().c_str());
+  }
+  auto behind_gates = lock_behind_gates(wanted, deadline, timeout_ms);
+  if (!behind_gates) return behind_gates.error();
+  if (!*behind_gates) {
+    if (auto r = lock_all(deadline, timeout_ms); !r) return r;
   }
   for (int pid : wanted) {
     auto it = held_.find(pid);

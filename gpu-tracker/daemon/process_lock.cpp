@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/daemon/process_lock.h"
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
+#include <fstream>
+#include <memory>
 
 #include "gpu-tracker/daemon/messages.h"
 
@@ -29,6 +34,39 @@ Result<ProcessLock> ProcessLock::take(const std::string& directory, int pid, uin
   }
   lock.fd_ = std::move(fd);
   return lock;
+}
+
+Result<void> ProcessLock::note(CudaState found, int image_dir) {
+  char path[PATH_MAX];
+  const std::string link = "/proc/self/fd/" + std::to_string(image_dir);
+  const ssize_t n = readlink(link.c_str(), path, sizeof path);
+  if (n < 0) return Error::from_errno(errno, "asking for the path of the image directory");
+  const std::string text = std::to_string(static_cast<int>(found)) + "\n" +
+                           std::string(path, static_cast<size_t>(n)) + "\n";
+  if (pwrite(fd_.get(), text.data(), text.size(), 0) != static_cast<ssize_t>(text.size()) ||
+      ftruncate(fd_.get(), static_cast<off_t>(text.size())) < 0) {
+    return Error::from_errno(errno, "writing " + path_);
+  }
+  return {};
+}
+
+std::vector<LeftProcess> read_left_processes(const std::string& directory) {
+  std::vector<LeftProcess> left;
+  std::unique_ptr<DIR, int (*)(DIR*)> dir(opendir(directory.c_str()), closedir);
+  while (dirent* entry = dir ? readdir(dir.get()) : nullptr) {
+    LeftProcess p;
+    unsigned long long start = 0;
+    if (sscanf(entry->d_name, "%d-%llu", &p.pid, &start) != 2 || p.pid <= 0) continue;
+    p.start_time = start;
+    std::ifstream in(directory + "/" + entry->d_name);
+    int found = -1;
+    if (!(in >> found) || found < 0 || found > static_cast<int>(CudaState::kCheckpointed)) continue;
+    p.found = static_cast<CudaState>(found);
+    in.ignore();
+    if (!std::getline(in, p.image_dir)) continue;
+    left.push_back(std::move(p));
+  }
+  return left;
 }
 
 ProcessLock::~ProcessLock() {

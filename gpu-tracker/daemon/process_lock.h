@@ -1,20 +1,38 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// Keeps two dumps of one process apart: a locked file named after its pid and start time.
+// Keeps two dumps of one process apart: a locked file named after its pid and start time. It says
+// what is held, for the next phosd, should this one be killed together with its client.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/driver/gpu_driver.h"
 
 namespace phos {
+
+// What a phosd held when it was killed.
+struct LeftProcess {
+  int pid = 0;
+  uint64_t start_time = 0;
+  CudaState found = CudaState::kRunning;  // to be brought back to
+  std::string image_dir;                  // where its memory is, if it is away; as phosd saw it
+};
+// Those with a file in `directory`, held by somebody now or not. Files that say nothing are left
+// out: of those processes nothing had been changed yet.
+std::vector<LeftProcess> read_left_processes(const std::string& directory);
 
 // Held until destroyed, or until this process ends however it may. Move-only.
 class ProcessLock {
  public:
   // Fails at once if another holds it.
   static Result<ProcessLock> take(const std::string& directory, int pid, uint64_t start_time);
+
+  // From now on the process may be changed: brought back to `found`, with `image_dir` (an open
+  // directory).
+  Result<void> note(CudaState found, int image_dir);
 
   ProcessLock() = default;
   ProcessLock(ProcessLock&&) = default;

@@ -13,6 +13,7 @@
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/daemon/connection.h"
+#include "gpu-tracker/daemon/messages.h"
 #include "gpu-tracker/daemon/wire.h"
 
 namespace phos {
@@ -69,21 +70,38 @@ void Server::start_client(UniqueFd socket) {
     turn_away(std::move(socket), r.error().message());
     return;
   }
-  auto connection = std::make_unique<Connection>(node_, std::move(socket), *peer);
-  Client& client = clients_.emplace_back();
-  auto work = [this, &client, connection = std::move(connection)] {
+  auto connection = std::make_shared<Connection>(node_, std::move(socket), *peer);
+  start(process(peer->pid), [connection] {
     connection->serve();
-    std::lock_guard<std::mutex> lock(mutex_);
-    client.ended = true;
-    client.was_session = connection->was_session();
-    eventfd_write(ended_fd_.get(), 1);
-  };
+    return connection->was_session();
+  });
+}
+
+// `work` says whether it was a session.
+void Server::start(const std::string& name, std::function<bool()> work) {
+  Client& client = clients_.emplace_back();
   try {
-    client.thread = std::thread(std::move(work));
+    client.thread = std::thread([this, &client, work = std::move(work)]() mutable {
+      const bool was_session = work();
+      work = nullptr;
+      std::lock_guard<std::mutex> lock(mutex_);
+      client.ended = true;
+      client.was_session = was_session;
+      eventfd_write(ended_fd_.get(), 1);
+    });
   } catch (const std::system_error& e) {
     clients_.pop_back();
-    log(LogLevel::kError, "daemon", "process %d: cannot start a thread to serve it: %s", peer->pid,
+    log(LogLevel::kError, "daemon", "%s: cannot start a thread to serve it: %s", name.c_str(),
         e.what());
+  }
+}
+
+void Server::bring_back_left_processes() {
+  for (const LeftProcess& left : read_left_processes(node_.config().run_dir + "/lock")) {
+    start(process(left.pid), [this, left] {
+      bring_back_left(node_, left);
+      return true;
+    });
   }
 }
 
@@ -125,6 +143,7 @@ Result<void> Server::run() {
   ended_fd_.reset(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!ended_fd_) return Error::from_errno(errno, "eventfd");
   last_work_ = Clock::now();
+  bring_back_left_processes();
   bool leaving = false;
   while (!leaving || !clients_.empty()) {
     pollfd fds[] = {{ended_fd_.get(), POLLIN, 0},

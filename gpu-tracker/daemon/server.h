@@ -3,9 +3,11 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 
 #include "gpu-tracker/base/result.h"
@@ -39,6 +41,9 @@ class Server {
   bool is_idle() const;
   void admit_waiting();
   void start_client(UniqueFd socket);
+  void start(const std::string& name, std::function<bool()> work);
+  // What a phosd that was killed together with its client has left.
+  void bring_back_left_processes();
   void join_ended();
 
   Node& node_;

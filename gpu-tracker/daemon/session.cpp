@@ -23,6 +23,7 @@ using std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds kRecoverPoll{10}, kRecoverPollMax{1000};
 constexpr std::chrono::milliseconds kDyingTime{1000};
+constexpr std::chrono::milliseconds kTakeOverTime{10000};
 
 }  // namespace
 
@@ -57,6 +58,9 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
       gpu_pairs_ = *pairs;
     }
   }
+  for (const auto& p : set->processes) {
+    if (auto r = open_pages(p); !r) return r.error();
+  }
   restored_ = std::move(*set);
   dump_id_ =
       restored_.processes.empty() ? restored_.files.dump_id : restored_.processes.front().dump_id;
@@ -73,6 +77,9 @@ Result<void> Session::checkpoint(int pid) {
     return refuse(pid, "it began to use CUDA while it was being dumped; try again");
   }
   Held& held = it->second;
+  if (held.release) {
+    if (auto r = held.release->disarm(); !r) return refuse(pid, r.error().message());
+  }
   const auto start = steady_clock::now();
   if (held.found != CudaState::kCheckpointed) {
     if (auto r = driver_.checkpoint(pid); !r) {
@@ -91,7 +98,8 @@ Result<void> Session::checkpoint(int pid) {
   return write_image(pid, &held, took);
 }
 
-Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_time) {
+// All but what was saved of its memory.
+Result<ProcessImage> Session::describe(int pid, const Held& held) const {
   auto status = read_proc_status(pid);
   if (!status) return status.error();
   auto release = driver_.release();
@@ -103,22 +111,33 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   image.pid = status->vpid;
   image.comm = status->comm;
   image.stage = stage_;
-  image.state = held->found;
+  image.state = held.found;
   image.driver_release = *release;
   image.driver_api = *api;
   image.created_us = static_cast<uint64_t>(
       duration_cast<microseconds>(std::chrono::system_clock::now().time_since_epoch()).count());
   image.phos_version = PHOS_VERSION;
   image.gpus = gpus_;
-  image.device_bytes = held->memory.own;
-  image.timings.scan_us = static_cast<uint64_t>(held->scan_time.count());
-  image.timings.lock_us = static_cast<uint64_t>(held->lock_time.count());
-  image.timings.checkpoint_us = static_cast<uint64_t>(checkpoint_time.count());
-  if (held->copy) {
-    if (auto r = held->copy->finish(&image); !r) return r;
-    held->copy.reset();
+  image.device_bytes = held.memory.own;
+  return image;
+}
+
+Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_time) {
+  if (!held->image) {
+    auto image = describe(pid, *held);
+    if (!image) return image.error();
+    if (held->copy) {
+      if (auto r = held->copy->finish(&*image); !r) return r;
+      held->copy.reset();
+    }
+    held->image = std::move(*image);
   }
-  return write_process_image(image_dir_.get(), image);
+  auto us = [](microseconds t) { return static_cast<uint64_t>(t.count()); };
+  Timings& timings = held->image->timings;
+  timings.scan_us = us(held->scan_time);
+  timings.lock_us = us(held->lock_time);
+  timings.checkpoint_us = us(checkpoint_time);
+  return write_process_image(image_dir_.get(), *held->image);
 }
 
 Result<void> Session::bring_back(int pid, CudaState target) {
@@ -140,26 +159,57 @@ Result<void> Session::bring_back(int pid, CudaState target) {
   return {};
 }
 
+Result<void> Session::take_over(const LeftProcess& left) {
+  // Of one that has ended only the file is left, which goes with the lock.
+  auto lock = ProcessLock::take(lock_dir_, left.pid, left.start_time);
+  if (!lock) return lock.error();
+  auto tid = driver_.restore_thread_id(left.pid);
+  auto start_time = read_start_time(left.pid);
+  if (!tid || !start_time || *start_time != left.start_time) return {};
+  Held held(*tid, left.found, *start_time, std::move(*lock));
+  held.taken_over = true;
+  held_.emplace(left.pid, std::move(held));
+  return {};
+}
+
+// A phosd that has just been started takes over what it finds by itself.
+Result<void> Session::wait_to_take_over(int pid, CudaState found) {
+  const auto deadline = steady_clock::now() + kTakeOverTime;
+  for (;;) {
+    auto start_time = read_start_time(pid);
+    if (!start_time) return {};  // it has ended
+    auto r = take_over({pid, *start_time, found, {}});
+    if (r || r.error().code() != EBUSY || steady_clock::now() > deadline) return r;
+    std::this_thread::sleep_for(kRecoverPoll);
+  }
+}
+
 Result<void> Session::undo(int pid, CudaState found) {
   auto it = held_.find(pid);
   if (it == held_.end()) {
-    // Taken over from a session that died: held from now on, so that recover() goes on trying.
-    auto tid = driver_.restore_thread_id(pid);
-    auto start_time = read_start_time(pid);
-    if (!tid || !start_time) return {};  // it has ended
-    auto lock = ProcessLock::take(lock_dir_, pid, *start_time);
-    if (!lock) return lock.error();  // the other one lives after all
-    it = held_.try_emplace(pid, *tid, found, *start_time, std::move(*lock)).first;
+    if (auto r = wait_to_take_over(pid, found); !r) return r;
+    it = held_.find(pid);
+    if (it == held_.end()) return {};  // it has ended
   }
-  const Held& held = it->second;
+  Held& held = it->second;
   if (!has_ended(pid, held.restore_tid, held.start_time)) {
-    auto r = bring_back(pid, held.found);
+    auto r = undo_one(pid, &held);
     if (!r && !has_ended(pid, held.restore_tid, held.start_time, r.error())) return r;
     log(LogLevel::kInfo, "daemon", "%s: back to %s", process(pid).c_str(),
         r ? to_string(held.found) : "nothing: it has ended");
+    held.leaving = r && held.release;
   }
-  held_.erase(it);
+  if (!held.leaving) held_.erase(it);
   return {};
+}
+
+// All but opening its gate for good, for which the process must run.
+Result<void> Session::undo_one(int pid, Held* held) {
+  held->copy.reset();
+  if (auto r = bring_back(pid, held->found); !r) return r;
+  held->locked = false;
+  if (auto r = bring_memory_back(pid, held); !r) return r;
+  return held->release ? held->release->let_go() : Result<void>();
 }
 
 Result<std::optional<FoundProcess>> Session::find_restored(int pid) {
@@ -198,8 +248,10 @@ Result<uint32_t> Session::resume(int pid) {
                  what + ": it is " + to_string(*state) + ", not checkpointed");
   }
   if (auto r = bring_back(pid, image->state); !r) return r.error().wrap(what);
-  log(LogLevel::kInfo, "daemon", "%s: GPU memory restored in %.1f ms, now %s", process(pid).c_str(),
-      static_cast<double>(since(start).count()) / 1000, to_string(image->state));
+  log(LogLevel::kInfo, "daemon", "%s: restored by the driver in %.1f ms, now %s",
+      process(pid).c_str(), static_cast<double>(since(start).count()) / 1000,
+      to_string(image->state));
+  if (auto r = restore_memory(pid, *image); !r) return r.error().wrap(what);
   if (to_resume_ > 0) to_resume_--;
   return to_resume_;
 }
@@ -214,8 +266,20 @@ Result<void> Session::finish(bool success) {
     if (auto r = finish_pre_dump(); !r) return r;
   }
   finished_ = success;
-  if (dumping_ && !success) return remove_images(image_dir_.get(), dump_id_);
+  if (dumping_ && !success && !needs_images()) return remove_images(image_dir_.get(), dump_id_);
   return {};
+}
+
+bool Session::needs_images() const {
+  return std::any_of(held_.begin(), held_.end(),
+                     [](const auto& h) { return h.second.release && h.second.release->is_away(); });
+}
+
+void Session::remove_unfinished_images() {
+  if (!dumping_ || finished_) return;
+  if (auto r = remove_images(image_dir_.get(), dump_id_); !r) {
+    log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
+  }
 }
 
 bool has_ended(int pid, int restore_tid, uint64_t start_time) {
@@ -247,29 +311,29 @@ bool Session::recover_one(int pid, Held* held) {
   if (status->tracer_pid || thread->tracer_pid || thread->state == 'T' || is_cgroup_frozen(pid)) {
     return false;
   }
-  auto r = bring_back(pid, held->found);
-  if (r) {
+  auto r = held->leaving ? Result<void>() : undo_one(pid, held);
+  if (r && !held->leaving) {
     log(LogLevel::kInfo, "daemon", "%s was left running; back to %s", process(pid).c_str(),
         to_string(held->found));
-    return true;
+    held->leaving = true;
   }
+  if (r && held->release) r = held->release->open();
+  if (r) return true;
   // Perhaps only for now: another process may have taken the GPU memory it gave up.
   if (!held->failure_reported) {
     log(LogLevel::kError, "daemon", "%s waits for its GPU, trying again and again: %s",
         process(pid).c_str(), r.error().message().c_str());
     held->failure_reported = true;
   }
+  if (held->release) return false;
   auto state = driver_.state(pid);
   return state && *state != CudaState::kLocked && *state != CudaState::kCheckpointed;
 }
 
 void Session::recover() {
   for (auto& member : held_) member.second.copy.reset();
-  if (dumping_ && !finished_) {
-    if (auto r = remove_images(image_dir_.get(), dump_id_); !r) {
-      log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
-    }
-  }
+  const bool needed = needs_images();
+  if (!needed) remove_unfinished_images();
   // A pre-dump has locked nothing.
   if (stage_ == DumpStage::kPreDump) held_.clear();
   auto pause = kRecoverPoll;
@@ -283,6 +347,7 @@ void Session::recover() {
     std::this_thread::sleep_for(pause);
     if (failing) pause = std::min(pause * 2, kRecoverPollMax);
   }
+  if (needed) remove_unfinished_images();
 }
 
 }  // namespace phos

@@ -20,6 +20,8 @@
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
 #include "gpu-tracker/daemon/live_copy.h"
+#include "gpu-tracker/daemon/memory_loader.h"
+#include "gpu-tracker/daemon/memory_release.h"
 #include "gpu-tracker/daemon/process_lock.h"
 #include "gpu-tracker/driver/gpu_driver.h"
 #include "gpu-tracker/image/image.h"
@@ -38,6 +40,8 @@ struct CopyLimits {
   std::chrono::milliseconds budget{60000};  // begin no further round after this time
   double max_slowdown = 0;  // share of its speed the application may lose; 0: no limit
   TrackerChoice tracker = TrackerChoice::kContent;
+  // What is copied may be taken away from the GPU before the driver's checkpoint.
+  bool release = true;
 };
 
 // Told of each round of each process, one at a time, on any thread. False: give up.
@@ -58,6 +62,12 @@ class Session {
   // A restore from `image_dir`: refuses images this machine cannot take.
   Result<FilesImage> begin_restore(UniqueFd image_dir);
 
+  // A dump into `image_dir` whose phosd died; to be followed by undo() of what it held.
+  void begin_take_over(UniqueFd image_dir) { image_dir_ = std::move(image_dir); }
+  // Holds a process that a phosd which died has left; recover() brings it back, if it has not
+  // ended. EBUSY: somebody else does.
+  Result<void> take_over(const LeftProcess& left);
+
   // The task and its descendants run. Refuses, before anything is locked, what could not be
   // restored; holds the others. Returns all CUDA processes of that tree which the session holds.
   Result<std::vector<FoundProcess>> inspect(int pid);
@@ -68,14 +78,16 @@ class Session {
                     const std::stop_token& stop = {});
 
   // Locks all held processes that were found running and are not locked yet: submitted work is
-  // finished and new CUDA calls block. On failure they run again.
+  // finished and new CUDA calls block. Threads of those that copy() has copied are parked before,
+  // where that can be. On failure they run again.
   Result<void> lock(unsigned timeout_ms);
 
   // Has copy() begun what complete_copies() must complete?
   bool has_copies() const;
-  // Copies what the locked processes have changed since their last round. A copy that fails is
-  // given up with a word in the log: the driver saves everything.
-  void complete_copies();
+  // Copies what the locked processes have changed since their last round, and takes what is saved
+  // away from the GPU where the gate is closed. What fails is given up with a word in the log: the
+  // driver saves everything. An error: some process is not as it was, undo() it.
+  Result<void> complete_copies();
 
   // The task is frozen, has device files open and was not found to use CUDA. Refuses it if it uses
   // the GPU in some other way, which would be lost.
@@ -85,15 +97,17 @@ class Session {
   // phos-<pid>.img. Does nothing for a process without CUDA.
   Result<void> checkpoint(int pid);
 
-  // Back to the state that inspect() found. The restore thread runs. `found` is used for a process
-  // this session does not hold: one that a session which died had paused.
+  // Back to the state that inspect() found. The restore thread runs, and the agent's. `found` is
+  // used for a process this session does not hold: one that a session which died had paused. A gate
+  // is left for recover() to take away, once the process runs.
   Result<void> undo(int pid, CudaState found);
 
   // The restore thread of a restored process, if the images hold this process.
   Result<std::optional<FoundProcess>> find_restored(int pid);
 
-  // A restored task, frozen, its restore thread runs: back to the state recorded at the dump.
-  // Returns how many recorded processes are still to be resumed.
+  // A restored task, frozen, its restore thread runs, and the agent's: back to the state recorded
+  // at the dump. A gate is left for recover() to take away. Returns how many recorded processes are
+  // still to be resumed.
   Result<uint32_t> resume(int pid);
 
   Result<void> add_file(const DeviceFile& file);
@@ -106,8 +120,8 @@ class Session {
   // Of the dump that is made or restored; zeros as long as there is none.
   const DumpId& dump_id() const { return dump_id_; }
 
-  // Brings back every process still held, once nobody traces it any more. Returns when none is
-  // left: brought back, gone, or given up with the reason in the log.
+  // Brings back every process still held, once nobody traces it any more, and opens what gates are
+  // left. Returns when none is: brought back, gone, or given up with the reason in the log.
   void recover();
 
  private:
@@ -125,6 +139,22 @@ class Session {
     bool copy_completed = false;    // what it saved is what the memory holds
     bool locked = false;            // by us
     bool failure_reported = false;  // of bringing it back
+
+    // The released path.
+    std::unique_ptr<MemoryRelease> release;   // null: not taken
+    std::vector<AgentAllocation> to_release;  // asked for
+    std::optional<ProcessImage> image;        // written before anything was released
+    std::unique_ptr<PageChain> chain;         // what brings it back
+    std::unique_ptr<MemoryLoader> loader;
+    std::chrono::microseconds gate_time{0}, validate_time{0}, write_time{0}, release_time{0};
+    bool noted = false;       // for another phosd, should this one die
+    bool taken_over = false;  // from a phosd that died
+    bool leaving = false;     // back, but for its gate
+  };
+  // The pages of a restored process.
+  struct Saved {
+    std::unique_ptr<PageChain> chain;
+    std::unique_ptr<MemoryLoader> loader;
   };
   using Group = std::map<int, Held>;  // by pid
 
@@ -137,17 +167,48 @@ class Session {
   // time; then none is locked.
   Result<bool> try_lock(const std::vector<int>& pids, unsigned timeout_ms);
   std::vector<int> to_lock() const;
+  Result<void> lock_all(std::chrono::steady_clock::time_point deadline, unsigned timeout_ms);
+  Result<void> unlock_all(const std::vector<int>& pids);
+
+  void close_gates(const std::vector<int>& pids);
+  bool has_gates() const;
+  void open_gates(const std::vector<int>& pids, const std::string& why);
+  std::map<int, Error> not_quiet(const std::vector<int>& pids);
+  // False: some process's work did not finish in time; then none is locked.
+  Result<bool> lock_parked(const std::vector<int>& pids,
+                           std::chrono::steady_clock::time_point deadline, unsigned timeout_ms);
+  // False: nothing is locked, no gate closed.
+  Result<bool> lock_behind_gates(const std::vector<int>& pids,
+                                 std::chrono::steady_clock::time_point deadline,
+                                 unsigned timeout_ms);
+  // Opens the gate; the driver's path is taken.
+  void give_up_release(int pid, Held* held, const std::string& why);
+  static void leave_to_driver(Held* held);
+  Result<void> release_memory(int pid, Held* held);
+  Result<void> prepare_release(int pid, Held* held);
+  void note_released(int pid, Held* held, const std::vector<AgentRelease>& results);
+  Result<void> open_saved(Held* held, const ProcessImage& image) const;
+  Result<void> bring_memory_back(int pid, Held* held);
+  Result<void> load_memory(int pid, Held* held, bool all_of_image);
+  Result<void> open_pages(const ProcessImage& image);
+  Result<void> restore_memory(int pid, const ProcessImage& image);
 
   std::optional<PreviousPages> open_previous(int vpid) const;
+  bool has_room_for(uint64_t bytes) const;  // in the image directory
   bool has_room_for_copies() const;
   Result<void> start_copy(int pid, Held* held, TrackerChoice tracker);
   Result<void> run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
                           const CopyProgress& progress, const std::stop_token& stop);
-  void complete_copy(int pid, Held* held);
+  Result<void> complete_copy(int pid, Held* held);
   Result<void> finish_pre_dump();
 
+  Result<ProcessImage> describe(int pid, const Held& held) const;
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
   Result<void> bring_back(int pid, CudaState target);
+  Result<void> wait_to_take_over(int pid, CudaState found);
+  Result<void> undo_one(int pid, Held* held);
+  bool needs_images() const;  // to bring a process back
+  void remove_unfinished_images();
   // True when done with it.
   bool recover_one(int pid, Held* held);
 
@@ -159,10 +220,12 @@ class Session {
   DumpId dump_id_{};
   DumpStage stage_ = DumpStage::kDump;
   bool dumping_ = false;
+  bool release_wanted_ = false;
   bool finished_ = false;
   std::vector<GpuInfo> gpus_;
   FilesImage files_;
   ImageSet restored_;
+  std::map<int, Saved> saved_;  // by pid in the image
   std::vector<GpuPair> gpu_pairs_;
   uint32_t to_resume_ = 0;
 };

@@ -123,6 +123,18 @@ Result<Agent> Agent::attach(int pid, int restore_tid, const AgentOptions& option
   return agent;
 }
 
+Result<std::optional<Agent>> Agent::find(int pid, int restore_tid, const AgentOptions& options) {
+  auto found = Mailbox::find(pid);
+  if (!found) return found.error();
+  if (!*found || (*found)->state() != PHOS_AGENT_READY || !has_agent_thread(pid)) {
+    return std::optional<Agent>();
+  }
+  Agent agent(pid, restore_tid, options, std::move(**found));
+  // Ends, or waits for, what a phosd that died has begun, and closes what it has left open.
+  if (auto r = agent.run(PHOS_COMMAND_CLOSE, 0); !r) return r.error();
+  return std::optional<Agent>(std::move(agent));
+}
+
 Agent::Agent(Agent&& other) noexcept
     : pid_(other.pid_),
       restore_tid_(other.restore_tid_),

@@ -118,6 +118,10 @@ class Agent {
   // Refuses, with the process unharmed, one that is stopped, frozen, traced or ending, or has no
   // libcuda; EBUSY if another phos uses the agent. Works on a locked process too.
   static Result<Agent> attach(int pid, int restore_tid, const AgentOptions& options = {});
+  // The agent that is in process `pid` already; nothing: none is, or none that serves. Also of a
+  // process that is frozen or traced: of its threads only the agent's must be able to run.
+  static Result<std::optional<Agent>> find(int pid, int restore_tid,
+                                           const AgentOptions& options = {});
 
   Agent(Agent&& other) noexcept;
   Agent& operator=(Agent&&) = delete;

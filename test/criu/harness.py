@@ -243,6 +243,12 @@ class CriuTest(unittest.TestCase):
         env.update(extra or {})
         return env
 
+    def configure(self, *lines):
+        """phosd.conf, of a phosd started afterwards."""
+        os.makedirs(self.run_dir, 0o700, exist_ok=True)
+        with open(os.path.join(self.run_dir, 'phosd.conf'), 'w') as f:
+            f.write(''.join(line + '\n' for line in lines))
+
     def fail_in_driver(self, *lines):
         """Faults of the simulated driver, for targets started afterwards (test/sim/README.md)."""
         if REAL_GPU:

@@ -8,6 +8,10 @@ from harness import BUILD, CriuTest, wait_until
 
 
 class AgentInside(CriuTest):
+    def setUp(self):
+        super().setUp()
+        self.configure('release = off')  # which would take the agent out after a restore
+
     def agent(self, target, *actions):
         tool = os.path.join(BUILD, 'test', 'agent_tool')
         result = subprocess.run([tool, str(target.pid), *actions], env=self.env(), text=True,

@@ -22,10 +22,6 @@ class DaemonTest(CriuTest):
         os.mkdir(self.run_dir, 0o700)
         self.socket = os.path.join(self.run_dir, 'phosd.sock')
 
-    def configure(self, *lines):
-        with open(os.path.join(self.run_dir, 'phosd.conf'), 'w') as f:
-            f.write(''.join(line + '\n' for line in lines))
-
     def phos(self, *args, **kwargs):
         return subprocess.run([os.path.join(BUILD, 'bin', 'phos'), *args], capture_output=True,
                               text=True, env=self.env(), timeout=60, **kwargs)

@@ -11,6 +11,10 @@ TOOL = os.path.join(BUILD, 'test', 'gate_tool')
 
 
 class Gate(CriuTest):
+    def setUp(self):
+        super().setUp()
+        self.configure('release = off')  # phosd has no part in it here
+
     def tool(self, target, *actions):
         result = subprocess.run([TOOL, str(target.pid), *actions], env=self.env(), text=True,
                                 capture_output=True, timeout=60)

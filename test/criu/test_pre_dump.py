@@ -308,6 +308,7 @@ class EndedEarly(PreDumpTest):
     def test_dump_where_the_copy_does_not_fit_beside_it(self):
         if REAL_GPU:
             self.skipTest("how much a real driver's process has besides is not known")
+        self.configure('release = off')
         target = self.counter('--mib', '64')
         self.small_directory('small', '110m')
         self.images = self.path('small')
@@ -320,9 +321,7 @@ class EndedEarly(PreDumpTest):
         target.check_output(self)
 
     def test_small_pool(self):
-        os.mkdir(self.run_dir, 0o700)
-        with open(os.path.join(self.run_dir, 'phosd.conf'), 'w') as f:
-            f.write('pool-size = 64M\n')
+        self.configure('pool-size = 64M')
         target = self.counter('--mib', '160')
         self.pre_dump(target, '1')
         self.assertEqual(self.show('1')[0]['pages']['here'], 160 * 16)

@@ -32,6 +32,10 @@ class Worker(Target):
 
 
 class Release(CriuTest):
+    def setUp(self):
+        super().setUp()
+        self.configure('release = off')  # phosd has no part in it here
+
     def worker(self):
         worker = Worker(self.directory, self.env())
         self.targets.append(worker)

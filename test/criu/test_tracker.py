@@ -34,7 +34,7 @@ class Tracker(CriuTest):
         if 'activity: uprobe_multi' not in check.stdout:
             self.skipTest('this kernel cannot count calls; see phos check')
 
-        self.configure('tracker = auto\n')
+        self.configure('tracker = auto')
 
     def assert_clean(self, target):
         memory, in_file = library_text(target.pid)
@@ -42,11 +42,6 @@ class Tracker(CriuTest):
         self.assertTrue(memory == in_file, 'code of libcuda differs from its file')
         with open(f'/proc/{target.pid}/maps') as maps:
             self.assertNotIn('[uprobes', maps.read())
-
-    def configure(self, text):
-        os.makedirs(self.run_dir, mode=0o700, exist_ok=True)
-        with open(os.path.join(self.run_dir, 'phosd.conf'), 'w') as f:
-            f.write(text)
 
     def test_dump_and_restore(self):
         target = self.counter()
@@ -60,7 +55,7 @@ class Tracker(CriuTest):
         self.assert_clean(target)
 
     def test_leave_running(self):
-        self.configure('tracker = verify\n')
+        self.configure('tracker = verify')
         target = self.counter()
         for _ in range(2):
             self.dump_ok(target, '--leave-running')
@@ -80,7 +75,7 @@ class Tracker(CriuTest):
         self.assert_runs_on(target)
 
     def test_content(self):
-        self.configure('tracker = content\n')
+        self.configure('tracker = content')
         target = self.counter()
         self.dump_ok(target, '--leave-running')
         self.assertIn(f'process {target.pid}: tracker: content', self.log('dump.log'))

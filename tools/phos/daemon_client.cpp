@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "tools/phos/daemon_client.h"
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 
 #include "gpu-tracker/abi/phosd.pb-c.h"
+#include "gpu-tracker/abi/protocol.h"
+#include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/client/phosd_connect.h"
+#include "gpu-tracker/daemon/process_lock.h"
 #include "tools/phos/command.h"
 #include "tools/phos/daemon_call.h"
 
@@ -74,13 +79,23 @@ Result<DaemonInfo> ask(int socket) {
   return info;
 }
 
+// Does a process wait for a phosd that was killed together with its client?
+bool has_left_processes() {
+  const char* run_dir = secure_getenv(PHOS_RUN_DIR_ENV);
+  const auto left = read_left_processes(std::string(run_dir ? run_dir : PHOS_RUN_DIR) + "/lock");
+  return std::any_of(left.begin(), left.end(), [](const LeftProcess& l) {
+    auto start_time = read_start_time(l.pid);
+    return start_time && *start_time == l.start_time;
+  });
+}
+
 }  // namespace
 
 Result<std::optional<DaemonInfo>> ask_daemon() {
   auto socket = connect_to_daemon();
   if (!socket) return socket.error();
-  if (!socket->has_value()) return std::optional<DaemonInfo>();
-  auto info = ask((*socket)->get());
+  if (!socket->has_value() && !has_left_processes()) return std::optional<DaemonInfo>();
+  auto info = socket->has_value() ? ask((*socket)->get()) : start_daemon();
   if (!info) return info.error();
   return std::optional<DaemonInfo>(std::move(*info));
 }

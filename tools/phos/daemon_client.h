@@ -32,7 +32,8 @@ struct DaemonInfo {
   std::vector<DaemonSession> sessions;
 };
 
-// Nothing: none runs. Starts none (but systemd does, if it holds the socket).
+// Nothing: none runs. Starts none (but systemd does, if it holds the socket), unless one was killed
+// that held processes, which then wait for another.
 Result<std::optional<DaemonInfo>> ask_daemon();
 
 // Starts phosd if none runs, and asks it.

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/daemon/memory_release.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <set>
+#include <utility>
+
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/daemon/session_log.h"
+
+namespace phos {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+// A phosd that is killed leaves threads parked for so long, unless another one takes over.
+constexpr milliseconds kLease{10000}, kRenewal{2000};
+// The driver frees and maps tens of gigabytes in milliseconds, in hundreds of pieces in tens.
+constexpr milliseconds kMoveTimeout{60000};
+
+std::string name_of(const AgentAllocation& a) {
+  char text[80];
+  snprintf(text, sizeof text, ", allocation at %#llx (%s)",
+           static_cast<unsigned long long>(a.address), megabytes(a.size).c_str());
+  return format_gpu_uuid(a.device_uuid) + text;
+}
+
+Error cannot_come_back(int pid, const AgentAllocation& a, const std::string& why) {
+  return Error(Domain::kUsage, EIO,
+               process(pid) + ", " + name_of(a) + " cannot be brought back: " + why);
+}
+
+const char* reason_of(ReleasedState state) {
+  return state == ReleasedState::kLost ? "its addresses are taken by other memory"
+                                       : "there is not enough GPU memory";
+}
+
+bool any_away(const std::vector<ReleasedMemory>& released) {
+  return std::any_of(released.begin(), released.end(),
+                     [](const ReleasedMemory& m) { return m.state != ReleasedState::kInUse; });
+}
+
+}  // namespace
+
+MemoryRelease::MemoryRelease(int pid, std::shared_ptr<Agent> agent)
+    : pid_(pid), agent_(std::move(agent)) {
+  if (auto start = read_start_time(pid)) start_time_ = *start;
+}
+
+Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared_ptr<Agent> agent) {
+  std::unique_ptr<MemoryRelease> made(new MemoryRelease(pid, std::move(agent)));
+  auto released = made->agent_->released();
+  if (!released) return released.error();
+  if (any_away(*released)) return process_error(pid, EBUSY, "its memory is away already");
+  auto gate = Gate::close(pid, *made->agent_, {kLease});
+  if (!gate) return gate.error();
+  made->gate_ = std::move(*gate);
+  made->take_out_ = made->agent_->was_loaded();
+  made->lease_ = std::jthread(
+      [release = made.get(), session_log = SessionLog::current()](const std::stop_token& stop) {
+        SessionLog::Scope scope(session_log);
+        release->keep_lease(stop);
+      });
+  return made;
+}
+
+Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_tid) {
+  auto agent = Agent::find(pid, restore_tid);
+  if (!agent) return agent.error();
+  if (!*agent) return std::unique_ptr<MemoryRelease>();
+  std::unique_ptr<MemoryRelease> found(
+      new MemoryRelease(pid, std::make_shared<Agent>(std::move(**agent))));
+  auto released = found->agent_->released();
+  if (!released) return released.error();
+  found->away_ = any_away(*released);
+  if (!found->away_ && !found->agent_->gate().signal) return std::unique_ptr<MemoryRelease>();
+  auto gate = Gate::adopt(pid, *found->agent_);
+  if (!gate) return gate.error();
+  found->gate_ = std::move(*gate);
+  return found;
+}
+
+MemoryRelease::~MemoryRelease() {
+  end_lease();
+  if (open_ || !gate_) return;
+  if (has_ended(pid_, agent_->restore_tid(), start_time_)) return;
+  if (away_) {
+    // The gate's destructor would open it. The process is about to be killed, or to be taken over.
+    (void)gate_.release();
+    new std::shared_ptr<Agent>(agent_);
+    return;
+  }
+  if (auto r = open(); !r) log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
+}
+
+void MemoryRelease::keep_lease(const std::stop_token& stop) {
+  std::unique_lock<std::mutex> hold(gate_mutex_);
+  for (;;) {
+    lease_ends_.wait_for(hold, stop, kRenewal, [] { return false; });
+    if (stop.stop_requested()) return;
+    // If it has expired, hold() says so.
+    if (!gate_->renew()) return;
+  }
+}
+
+void MemoryRelease::end_lease() {
+  if (!lease_.joinable()) return;
+  lease_.request_stop();
+  lease_.join();
+}
+
+Result<void> MemoryRelease::check_quiet() {
+  std::lock_guard<std::mutex> hold(gate_mutex_);
+  if (auto r = gate_->check_quiet(); !r) return r;
+  // A thread that is freeing memory which the agent stands in for is parked in the middle of that.
+  auto standing_in = agent_->contents_loaded();
+  if (standing_in) return {};
+  if (standing_in.error().code() != EBUSY) return standing_in.error();
+  return process_error(pid_, EAGAIN,
+                       "one of its threads is freeing memory that phos stands in for");
+}
+
+Result<void> MemoryRelease::hold() {
+  end_lease();
+  return gate_->hold();
+}
+
+Result<std::vector<AgentRelease>> MemoryRelease::release(
+    const std::vector<AgentAllocation>& memory) {
+  agent_->set_command_timeout(kMoveTimeout);
+  away_ = true;
+  auto results = agent_->release(memory);
+  if (results) {
+    away_ = std::any_of(results->begin(), results->end(), [](const AgentRelease& r) {
+      return r.status == ReleaseStatus::kReleased || r.status == ReleaseStatus::kReallocated ||
+             r.status == ReleaseStatus::kLost;
+    });
+    return results;
+  }
+  // Refused before anything was touched, or not answered.
+  auto released = agent_->released();
+  if (released) away_ = any_away(*released);
+  return results;
+}
+
+Result<void> MemoryRelease::disarm() {
+  return gate_->disarm();
+}
+
+// What is to be loaded, by the agent's word on what it has mapped and the image's on what was
+// saved.
+Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
+                                                      const std::vector<ReleasedMemory>& back,
+                                                      bool all_of_image) const {
+  const std::vector<AllocationInfo>& saved = chain.image().allocations;
+  std::vector<MemoryToLoad> work;
+  std::set<uint64_t> loaded;
+  for (const ReleasedMemory& m : back) {
+    if (m.state == ReleasedState::kInUse) continue;
+    if (m.state != ReleasedState::kNative && m.state != ReleasedState::kAdopted) {
+      const std::string code =
+          m.driver_result ? " (CUDA error " + std::to_string(m.driver_result) + ")" : "";
+      return cannot_come_back(pid_, m.memory, reason_of(m.state) + code);
+    }
+    auto of_image = std::find_if(saved.begin(), saved.end(), [&](const AllocationInfo& a) {
+      return a.address == m.memory.address && a.path == MemoryPath::kReleased;
+    });
+    if (of_image == saved.end()) {
+      return cannot_come_back(pid_, m.memory, "the image does not hold it as released");
+    }
+    if (of_image->size != m.memory.size) {
+      return cannot_come_back(pid_, m.memory,
+                              "the image has " + std::to_string(of_image->size) + " bytes of it");
+    }
+    MemoryToLoad load;
+    load.allocation = static_cast<size_t>(of_image - saved.begin());
+    load.target = m.memory;
+    work.push_back(std::move(load));
+    loaded.insert(m.memory.address);
+  }
+  if (!all_of_image) return work;
+  for (const AllocationInfo& a : saved) {
+    if (a.path != MemoryPath::kReleased || loaded.contains(a.address)) continue;
+    AgentAllocation missing;
+    missing.address = a.address;
+    missing.size = a.size;
+    if (a.gpu >= 0) missing.device_uuid = chain.image().gpus[static_cast<size_t>(a.gpu)].uuid;
+    return cannot_come_back(pid_, missing, "the process's own record does not have it");
+  }
+  return work;
+}
+
+Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoader& loader,
+                                              bool all_of_image) {
+  BroughtBack done;
+  auto start = steady_clock::now();
+  agent_->set_command_timeout(kMoveTimeout);
+  auto back = agent_->map_back();
+  if (!back) return back.error();
+  if (agent_->missing_hook()) {
+    log(LogLevel::kWarn, "daemon",
+        "%s: calls about memory that phos stands in for are answered as for VMM memory (entry "
+        "point %d of libcuda)",
+        process(pid_).c_str(), agent_->missing_hook());
+  }
+  auto work = plan(chain, *back, all_of_image);
+  if (!work) return work.error();
+  std::vector<AgentAllocation> memory;
+  for (const MemoryToLoad& m : *work) memory.push_back(m.target);
+  auto handles = agent_->export_memory(memory);
+  if (!handles) return handles.error();
+  for (size_t i = 0; i < work->size(); i++) {
+    AgentExport& handle = (*handles)[i];
+    if (handle.status != ExportStatus::kExported) {
+      return cannot_come_back(pid_, memory[i],
+                              "the driver gives no handle to it (CUDA error " +
+                                  std::to_string(handle.driver_result) + ")");
+    }
+    (*work)[i].handle = std::move(handle);
+  }
+  done.map_time = since(start);
+  start = steady_clock::now();
+  if (!work->empty()) {
+    auto report = loader.load(std::move(*work), {});
+    if (!report) return report.error().wrap(process(pid_));
+    done.bytes = report->bytes;
+  }
+  done.load_time = since(start);
+  done.allocations = memory.size();
+  for (const ReleasedMemory& m : *back) done.adopted += m.state == ReleasedState::kAdopted;
+  auto loaded = agent_->contents_loaded();
+  if (!loaded) return loaded.error();
+  away_ = false;
+  return done;
+}
+
+Result<void> MemoryRelease::let_go() {
+  if (away_) return process_error(pid_, EBUSY, "its memory is away");
+  end_lease();
+  return gate_->release();
+}
+
+Result<void> MemoryRelease::open() {
+  if (open_) return {};
+  if (away_) return process_error(pid_, EBUSY, "its memory is away");
+  end_lease();
+  if (auto r = gate_->open(); !r) return r;
+  gate_.reset();
+  open_ = true;
+  let_agent_leave(pid_, &agent_, take_out_);
+  return {};
+}
+
+void let_agent_leave(int pid, std::shared_ptr<Agent>* agent, bool take_out) {
+  const bool last = *agent && agent->use_count() == 1 && take_out;
+  auto left = last ? (*agent)->unload() : Result<void>();
+  agent->reset();
+  if (left || left.error().code() == EBUSY || left.error().code() == ESRCH) return;
+  log(LogLevel::kWarn, "daemon", "%s: phos's agent sleeps on in it: %s", process(pid).c_str(),
+      left.error().message().c_str());
+}
+
+}  // namespace phos

@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// Session: the released path. GPU memory that phos has saved is taken away before the driver's
+// checkpoint, which then has little to move, and brought back afterwards (memory_release.h).
+#include <algorithm>
+#include <future>
+#include <set>
+#include <thread>
+
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/daemon/session.h"
+#include "gpu-tracker/daemon/session_log.h"
+
+namespace phos {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+// How often threads are let finish the call they are in, until none is.
+constexpr int kQuietAttempts = 5;
+constexpr milliseconds kBetweenAttempts{5};
+// For several processes, which may wait for each other's next step: one parked in front of it and
+// one behind it never meet.
+constexpr milliseconds kTogether{1000};
+// Nothing is submitted while all threads are parked.
+constexpr unsigned kRelockMs = 10000;
+
+bool has_released(const ProcessImage& image) {
+  return std::any_of(image.allocations.begin(), image.allocations.end(),
+                     [](const auto& a) { return a.path == MemoryPath::kReleased; });
+}
+
+bool is_incomplete(const std::vector<AgentRelease>& results) {
+  return std::any_of(results.begin(), results.end(), [](const AgentRelease& r) {
+    return r.status == ReleaseStatus::kLost || r.status == ReleaseStatus::kNotReached;
+  });
+}
+
+double ms(std::chrono::microseconds t) {
+  return static_cast<double>(t.count()) / 1000;
+}
+
+}  // namespace
+
+void Session::give_up_release(int pid, Held* held, const std::string& why) {
+  log(LogLevel::kWarn, "daemon", "%s: its GPU memory goes through the driver: %s",
+      process(pid).c_str(), why.c_str());
+  if (!held->release) return;
+  if (auto r = held->release->open(); !r && r.error().code() != ESRCH) {
+    log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
+  }
+  held->release.reset();
+}
+
+void Session::close_gates(const std::vector<int>& pids) {
+  std::map<int, std::future<Result<std::unique_ptr<MemoryRelease>>>> under_way;
+  const auto start = steady_clock::now();
+  for (int pid : pids) {
+    Held& held = held_.at(pid);
+    if (!held.copy || held.copy->releasable().empty()) continue;
+    under_way[pid] = std::async(
+        std::launch::async, [pid, agent = held.copy->agent(), session_log = SessionLog::current()] {
+          SessionLog::Scope scope(session_log);
+          return MemoryRelease::close(pid, agent);
+        });
+  }
+  for (auto& [pid, closing] : under_way) {
+    Held& held = held_.at(pid);
+    auto release = closing.get();
+    if (release) {
+      held.release = std::move(*release);
+    } else if (!has_ended(pid, held.restore_tid, held.start_time)) {
+      give_up_release(pid, &held, release.error().message());
+    }
+  }
+  if (has_gates()) {
+    log(LogLevel::kDebug, "daemon", "gates closed in %.1f ms", ms(since(start)));
+  }
+}
+
+bool Session::has_gates() const {
+  return std::any_of(held_.begin(), held_.end(),
+                     [](const auto& h) { return !h.second.locked && h.second.release; });
+}
+
+void Session::open_gates(const std::vector<int>& pids, const std::string& why) {
+  for (int pid : pids) {
+    auto it = held_.find(pid);
+    if (it != held_.end() && it->second.release) give_up_release(pid, &it->second, why);
+  }
+}
+
+// Which of these have a thread in libcuda or could have one. Others than EAGAIN give up the gate.
+std::map<int, Error> Session::not_quiet(const std::vector<int>& pids) {
+  std::map<int, Error> busy;
+  for (int pid : pids) {
+    auto it = held_.find(pid);
+    if (it == held_.end() || !it->second.release) continue;
+    auto quiet = it->second.release->check_quiet();
+    if (quiet) continue;
+    if (quiet.error().code() == EAGAIN) {
+      busy.emplace(pid, quiet.error());
+    } else {
+      give_up_release(pid, &it->second, quiet.error().message());
+    }
+  }
+  return busy;
+}
+
+Result<bool> Session::lock_parked(const std::vector<int>& pids, steady_clock::time_point deadline,
+                                  unsigned timeout_ms) {
+  if (pids.size() == 1) {
+    if (auto r = lock_all(deadline, timeout_ms); !r) return r.error();
+    return true;
+  }
+  const auto left = std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now());
+  const milliseconds limit = std::clamp(left, milliseconds(1), kTogether);
+  const std::vector<int> now = to_lock();
+  if (now.empty()) return true;
+  return try_lock(now, static_cast<unsigned>(limit.count()));
+}
+
+// The first lock may find threads in libcuda, waiting for it there. Unlocked they finish their
+// call, and park at the next one; after the second lock none is in libcuda, which check_quiet()
+// proves.
+Result<bool> Session::lock_behind_gates(const std::vector<int>& pids,
+                                        steady_clock::time_point deadline, unsigned timeout_ms) {
+  if (!release_wanted_) return false;
+  close_gates(pids);
+  if (!has_gates()) return false;
+  const auto start = steady_clock::now();
+  for (int attempt = 1;; attempt++) {
+    for (bool again : {true, false}) {
+      auto locked = lock_parked(pids, deadline, timeout_ms);
+      if (!locked) {
+        open_gates(pids, "it could not be locked");
+        return locked.error();
+      }
+      if (!*locked) {
+        open_gates(pids,
+                   "processes that work together did not finish it with their threads parked");
+        return false;
+      }
+      if (!again) break;
+      if (auto r = unlock_all(pids); !r) return r.error();
+    }
+    const std::map<int, Error> busy = not_quiet(pids);
+    if (busy.empty()) break;
+    if (attempt == kQuietAttempts || steady_clock::now() + kTogether > deadline) {
+      for (const auto& [pid, error] : busy) {
+        give_up_release(pid, &held_.at(pid), error.message());
+      }
+      break;
+    }
+    if (auto r = unlock_all(pids); !r) return r.error();
+    std::this_thread::sleep_for(kBetweenAttempts);
+  }
+  for (int pid : pids) {
+    auto it = held_.find(pid);
+    if (it != held_.end() && it->second.release) it->second.gate_time = since(start);
+  }
+  return true;
+}
+
+void Session::leave_to_driver(Held* held) {
+  if (!held->image) return;
+  for (AllocationInfo& a : held->image->allocations) a.path = MemoryPath::kDriver;
+}
+
+// The process is locked, its gate closed, what is saved is what its memory holds. An error: it is
+// not as it should be for the driver's path either; the dump must fail.
+Result<void> Session::release_memory(int pid, Held* held) {
+  const auto start = steady_clock::now();
+  auto prepared = prepare_release(pid, held);
+  held->write_time = since(start);
+  if (!prepared) {
+    leave_to_driver(held);
+    give_up_release(pid, held, prepared.error().message());
+    return {};
+  }
+  const auto begin = steady_clock::now();
+  if (auto r = driver_.unlock(pid); !r) return r;
+  held->locked = false;
+  auto results = held->release->release(held->to_release);
+  std::optional<Error> failed;
+  if (!results) {
+    failed = results.error();
+  } else if (is_incomplete(*results)) {
+    failed = Error(Domain::kUsage, EIO, "some of its addresses would be lost");
+  } else if (!held->release->is_away()) {
+    failed = Error(Domain::kUsage, ENOENT, "none of it can be released");
+  }
+  if (failed) {
+    if (auto r = bring_memory_back(pid, held); !r) return r;
+  }
+  if (results) note_released(pid, held, *results);
+  auto locked = lock_or_leave(pid, kRelockMs);
+  if (!locked) return locked.error().wrap("locking " + process(pid) + " again");
+  held->locked = true;
+  if (failed) {
+    leave_to_driver(held);
+    give_up_release(pid, held, failed->message());
+    return {};
+  }
+  held->release_time = since(begin);
+  log(LogLevel::kInfo, "daemon",
+      "%s: released in %.1f ms (drained behind the gate in %.1f ms, images written in %.1f ms)",
+      process(pid).c_str(), ms(held->release_time), ms(held->gate_time), ms(held->write_time));
+  return write_process_image(image_dir_.get(), *held->image);
+}
+
+// All that another phosd needs, should this one die while memory is away.
+Result<void> Session::prepare_release(int pid, Held* held) {
+  held->to_release = held->copy->releasable();
+  auto image = describe(pid, *held);
+  if (!image) return image.error();
+  if (auto r = held->copy->finish(&*image); !r) return r;
+  held->copy.reset();
+  held->image = std::move(*image);
+  if (!held->noted) return Error(Domain::kUsage, EIO, "no other phosd would know of it");
+  if (held->to_release.empty()) return Error(Domain::kUsage, ENOENT, "there is none to release");
+  std::set<uint64_t> addresses;
+  for (const AgentAllocation& a : held->to_release) addresses.insert(a.address);
+  for (AllocationInfo& a : held->image->allocations) {
+    if (addresses.contains(a.address)) a.path = MemoryPath::kReleased;
+  }
+  if (auto r = write_process_image(image_dir_.get(), *held->image); !r) return r;
+  if (auto r = open_saved(held, *held->image); !r) return r;
+  return held->release->hold();
+}
+
+// Opened before anything is released, and kept: whatever becomes of the directory, the pages are
+// there as long as this phosd is.
+Result<void> Session::open_saved(Held* held, const ProcessImage& image) const {
+  if (held->loader) return {};
+  auto chain = PageChain::open(image_dir_.get(), image, PageIo::kDirect);
+  if (!chain) return chain.error();
+  held->chain = std::make_unique<PageChain>(std::move(*chain));
+  auto loader = MemoryLoader::create(*held->chain, *engines_);
+  if (!loader) return loader.error();
+  held->loader = std::move(*loader);
+  return {};
+}
+
+void Session::note_released(int pid, Held* held, const std::vector<AgentRelease>& results) {
+  std::set<uint64_t> released;
+  uint64_t bytes = 0;
+  for (size_t i = 0; i < results.size(); i++) {
+    const AgentAllocation& a = held->to_release[i];
+    // Memory that is there again has lost its contents: they come from the image, too.
+    if (results[i].status == ReleaseStatus::kReleased ||
+        results[i].status == ReleaseStatus::kReallocated) {
+      released.insert(a.address);
+      bytes += a.size;
+      continue;
+    }
+    log(LogLevel::kInfo, "daemon", "%s: %s at %#llx is left to the driver (status %d, CUDA %d)",
+        process(pid).c_str(), megabytes(a.size).c_str(), static_cast<unsigned long long>(a.address),
+        static_cast<int>(results[i].status), results[i].driver_result);
+  }
+  for (AllocationInfo& a : held->image->allocations) {
+    a.path = released.contains(a.address) ? MemoryPath::kReleased : MemoryPath::kDriver;
+  }
+  log(LogLevel::kInfo, "daemon", "%s: %zu allocations, %s of GPU memory, released",
+      process(pid).c_str(), released.size(), megabytes(bytes).c_str());
+}
+
+// The driver has restored the process, and unlocked it. Its threads stay parked until it runs.
+Result<void> Session::bring_memory_back(int pid, Held* held) {
+  if (!held->release && held->taken_over) {
+    auto found = MemoryRelease::find(pid, held->restore_tid);
+    if (!found) return found.error();
+    held->release = std::move(*found);
+  }
+  if (!held->release || !held->release->is_away()) return {};
+  if (!held->loader) {
+    auto status = read_proc_status(pid);
+    if (!status) return status.error();
+    auto image = read_process_image(image_dir_.get(), status->vpid);
+    if (!image) return image.error().wrap("the GPU memory of " + process(pid) + " is away");
+    if (auto r = open_saved(held, *image); !r) return r;
+  }
+  return load_memory(pid, held, false);
+}
+
+Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
+  auto back = held->release->bring_back(*held->chain, *held->loader, all_of_image);
+  if (!back) return back.error();
+  log(LogLevel::kInfo, "daemon",
+      "%s: %llu allocations mapped back in %.1f ms (%llu of them adopted), %s loaded and verified "
+      "in %.1f ms",
+      process(pid).c_str(), static_cast<unsigned long long>(back->allocations), ms(back->map_time),
+      static_cast<unsigned long long>(back->adopted), megabytes(back->bytes).c_str(),
+      ms(back->load_time));
+  return {};
+}
+
+// What a restore will need, read ahead while CRIU restores the rest.
+Result<void> Session::open_pages(const ProcessImage& image) {
+  if (!has_released(image)) return {};
+  if (!engines_) return Error(Domain::kUsage, ENOTSUP, "no GPU to load memory into");
+  auto chain = PageChain::open(image_dir_.get(), image, PageIo::kDirect);
+  if (!chain) return chain.error();
+  Saved saved;
+  saved.chain = std::make_unique<PageChain>(std::move(*chain));
+  auto loader = MemoryLoader::create(*saved.chain, *engines_);
+  if (!loader) return loader.error();
+  saved.loader = std::move(*loader);
+  saved.loader->prefetch();
+  saved_.insert_or_assign(image.pid, std::move(saved));
+  return {};
+}
+
+// Of a process restored from its image: the driver has restored what it had.
+Result<void> Session::restore_memory(int pid, const ProcessImage& image) {
+  if (!has_released(image)) return {};
+  auto tid = driver_.restore_thread_id(pid);
+  if (!tid) return tid.error();
+  auto start_time = read_start_time(pid);
+  if (!start_time) return start_time.error();
+  auto lock = ProcessLock::take(lock_dir_, pid, *start_time);
+  if (!lock) return lock.error();
+  auto release = MemoryRelease::find(pid, *tid);
+  if (!release) return release.error();
+  if (!*release) {
+    return Error(Domain::kFormat, ENOENT,
+                 process(pid) +
+                     ": phos's agent, which has the record of its released GPU memory, "
+                     "is not in it; restore with the phos that dumped it (" +
+                     image.phos_version + ")");
+  }
+  if (auto r = lock->note(image.state, image_dir_.get()); !r) return r;
+  Held held(*tid, image.state, *start_time, std::move(*lock));
+  held.release = std::move(*release);
+  Saved& saved = saved_.at(image.pid);
+  held.chain = std::move(saved.chain);
+  held.loader = std::move(saved.loader);
+  if (auto r = load_memory(pid, &held, true); !r) return r;
+  if (auto r = held.release->let_go(); !r) return r;
+  held.leaving = true;
+  held_.emplace(pid, std::move(held));
+  return {};
+}
+
+}  // namespace phos

@@ -1,0 +1,498 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""The released path: GPU memory is away while the driver checkpoints, and comes back from phos's
+pages, in a restore and in every way a dump can end."""
+import json
+import os
+import signal
+import subprocess
+import time
+import unittest
+
+from harness import BUILD, CriuTest, Target, alive, children, reap, status_field, wait_until
+
+PHOS = os.path.join(BUILD, 'bin', 'phos')
+MIB = 1 << 20
+NANOSLEEP = ('35', '230')  # nanosleep, clock_nanosleep: a call that a fault makes slow
+
+
+class ReleasedTest(CriuTest):
+    def counter(self, *args, **kwargs):
+        # Each tick checks all of its memory.
+        return super().counter('--check-every', '1', *args, **kwargs)
+
+    def phos(self, *args):
+        return subprocess.run([PHOS, *args], capture_output=True, text=True, timeout=60,
+                              env=self.env({'PHOS_CRIU': self.criu}))
+
+    def ok(self, *args):
+        result = self.phos(*args)
+        self.assertEqual(result.returncode, 0, result.stderr + result.stdout)
+        return result
+
+    def show(self, images=None):
+        return json.loads(self.ok('show', '--json', images or self.images).stdout)['processes']
+
+    def released_bytes(self, images=None):
+        return sum(a['size'] for p in self.show(images) for a in p['allocations']
+                   if a['path'] == 'released')
+
+    def maps(self, target):
+        with open(f'/proc/{target.pid}/maps') as f:
+            return f.read()
+
+    def threads(self, pid):
+        """(tid, name) of all."""
+        found = []
+        for tid in os.listdir(f'/proc/{pid}/task'):
+            try:
+                with open(f'/proc/{pid}/task/{tid}/comm') as f:
+                    found.append((int(tid), f.read().strip()))
+            except FileNotFoundError:
+                pass
+        return found
+
+    def has_agent(self, target):
+        return any(name.startswith('phos-agent') for _, name in self.threads(target.pid))
+
+    def assert_left_alone(self, target):
+        """It runs on with its memory, and nothing of phos is in its way."""
+        self.assert_runs_on(target)
+        # phosd leaves it a moment after CRIU has let it go.
+        wait_until(lambda: not self.has_agent(target), 'the agent to be gone')
+        wait_until(lambda: 'phos-mailbox' not in self.maps(target), 'its mailbox to be gone')
+        self.assert_runs_on(target)
+        locks = os.path.join(self.run_dir, 'lock')
+        wait_until(lambda: not os.listdir(locks), 'phosd to let go of it')
+
+    def restore_and_check(self, target, **kwargs):
+        wait_until(target.gone, 'the dumped process to be gone')
+        ticks = target.last_tick()
+        self.restore_ok(**kwargs)
+        target.wait_tick(ticks + 3)
+        target.check_output(self)
+        self.assert_runs_on(target)
+
+    def images_in(self, name):
+        self.images = os.path.join(self.directory, name)
+        os.makedirs(self.images, 0o700, exist_ok=True)
+
+
+class DumpAndRestore(ReleasedTest):
+    def test_counter(self):
+        target = self.counter()
+        self.dump_ok(target)
+        process, = self.show()
+        self.assertEqual({(a['path'], a['size']) for a in process['allocations']},
+                         {('released', 16 * MIB), ('driver', 2 * MIB)})
+        self.restore_and_check(target)
+        self.assert_left_alone(target)
+
+    def test_three_times_in_a_row(self):
+        target = self.counter()
+        for i in range(3):
+            self.images_in(str(i))
+            self.dump_ok(target)
+            self.assertEqual(self.released_bytes(), 16 * MIB, i)
+            self.restore_and_check(target)
+            self.assert_left_alone(target)
+
+    def test_again_at_once(self):
+        # phosd may still be about to leave the restored process.
+        target = self.counter()
+        for i in range(3):
+            self.images_in(str(i))
+            self.dump_ok(target)
+            wait_until(target.gone, 'the dumped process to be gone')
+            self.restore_ok()
+        target.wait_more()
+        target.check_output(self)
+        self.assert_left_alone(target)
+
+    def test_memory_that_phos_stands_in_for(self):
+        """cuMemAlloc does not give the old addresses again: VMM memory takes their place."""
+        faults = os.path.join(self.directory, 'target-faults')
+        target = self.counter(env={'PHOS_SIM_FAULTS': faults})
+        with open(faults, 'w') as f:
+            f.write('cuMemAlloc * 2\n')
+        for i in range(3):
+            self.images_in(str(i))
+            self.dump_ok(target, *['--leave-running'] * (i == 1))
+            self.assertEqual(self.released_bytes(), 16 * MIB, i)
+            if i == 1:
+                self.assertIn('(1 of them adopted)', self.log('dump.log'))
+                self.assert_runs_on(target)
+            else:
+                self.restore_and_check(target)
+                self.assertIn('(1 of them adopted)', self.log('restore.log'))
+        self.assertTrue(self.has_agent(target))  # for as long as that memory is there
+
+    def test_off(self):
+        self.configure('release = off')
+        target = self.counter()
+        self.dump_ok(target)
+        self.assertEqual(self.released_bytes(), 0)
+        self.restore_and_check(target)
+
+    def test_chain(self):
+        target = self.counter()
+        for name, previous in (('1', None), ('2', '1')):
+            link = ['--prev-images-dir', os.path.join(self.directory, previous)] if previous else []
+            self.ok('pre-dump', '--gpu-only', '-t', str(target.pid), '-D',
+                    os.path.join(self.directory, name), *link)
+        self.images_in('3')
+        self.dump_ok(target, '--prev-images-dir', '../2')
+        process, = self.show()
+        self.assertEqual(self.released_bytes(), 16 * MIB)
+        self.assertEqual((process['pages']['here'], process['pages']['parent']), (0, 256))
+        self.restore_and_check(target)
+
+    def test_tree_of_two_processes(self):
+        program = os.path.join(BUILD, 'test', 'counter')
+        script = (f'{program} --mib 4 --interval-ms 20 > {self.directory}/child & '
+                  f'exec {program} --mib 6 --interval-ms 20')
+        parent = Target(self.directory, ['/bin/sh', '-c', script], env=self.env())
+        self.targets.append(parent)
+        parent.wait_tick(3)
+        child = parent.other(children(parent.pid)[0], os.path.join(self.directory, 'child'))
+        child.wait_tick(3)
+        self.dump_ok(parent)
+        self.assertEqual(self.released_bytes(), 10 * MIB)
+        self.restore_and_check(parent)
+        child.wait_more()
+        child.check_output(self)
+
+
+class UnderLoad(ReleasedTest):
+    """Threads that never stop calling the driver while they are dumped, each checking its memory."""
+
+    def hammer(self, *args, env=None):
+        program = os.path.join(BUILD, 'test', 'hammer')
+        target = Target(self.directory, [program, *args], env=self.env(env))
+        self.targets.append(target)
+        target.wait_tick(3)
+        return target
+
+    def assert_released(self):
+        log = self.log('dump.log')
+        self.assertGreater(self.released_bytes(), 0,
+                           [line for line in log.split('\n') if 'through the driver' in line])
+
+    def test_dump_and_restore(self):
+        target = self.hammer()
+        for i in range(3):
+            self.images_in(str(i))
+            self.dump_ok(target)
+            self.assert_released()
+            self.restore_and_check(target)
+
+    def test_leave_running(self):
+        target = self.hammer()
+        for i in range(3):
+            self.images_in(str(i))
+            self.dump_ok(target, '--leave-running')
+            self.assert_released()
+            self.assert_left_alone(target)
+
+    def test_two_gpus(self):
+        machine = os.path.join(self.directory, 'machine')
+        with open(machine, 'w') as f:
+            f.write(''.join(f'gpu {uuid * 16} {8 << 30} Some GPU\n' for uuid in ('11', '22')))
+        env = {'PHOS_SIM_MACHINE': machine}
+        target = self.hammer('--devices', '2', env=env)
+        for i in range(2):
+            self.images_in(str(i))
+            self.dump_ok(target, env=env)
+            self.assert_released()
+            gpus = {a['gpu'] for p in self.show() for a in p['allocations']
+                    if a['path'] == 'released'}
+            self.assertEqual(gpus, {0, 1})
+            self.restore_and_check(target, env=env)
+
+    def test_criu_killed(self):
+        target = self.hammer()
+        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 slow:1000')
+        criu = self.dump(target, wait=False)
+        wait_until(lambda: 'hook 11' in self.log_tail('dump.log'), 'the checkpoint')
+        criu.kill()
+        criu.wait()
+        self.assert_left_alone(target)
+
+
+class GoesOn(ReleasedTest):
+    """Dumps after which the process goes on in its place."""
+
+    def test_leave_running(self):
+        target = self.counter()
+        for i in range(3):
+            self.images_in(str(i))
+            self.dump_ok(target, '--leave-running')
+            self.assertEqual(self.released_bytes(), 16 * MIB)
+            self.assertIn('loaded and verified', self.log('dump.log'))
+            self.assert_left_alone(target)
+
+    def test_leave_stopped(self):
+        target = self.counter()
+        self.dump_ok(target, '--leave-stopped')
+        os.kill(target.pid, signal.SIGCONT)
+        self.assert_left_alone(target)
+
+    def test_what_it_leaves_is_a_complete_image(self):
+        # Stopped, so that its output stays as CRIU has seen it.
+        target = self.counter()
+        self.dump_ok(target, '--leave-stopped')
+        ticks = target.last_tick()
+        target.kill()
+        self.restore_ok()
+        os.kill(target.pid, signal.SIGCONT)
+        target.wait_tick(ticks + 3)
+        self.assert_left_alone(target)
+
+    def post_dump_script(self, code):
+        path = os.path.join(self.directory, 'script')
+        with open(path, 'w') as f:
+            f.write(f'#!/bin/sh\ntest "$CRTOOLS_SCRIPT_ACTION" != post-dump || exit {code}\n')
+        os.chmod(path, 0o755)
+        return path
+
+    def test_failing_post_dump_script(self):
+        target = self.counter()
+        self.dump(target, '--action-script', self.post_dump_script(1))
+        self.assertTrue(alive(target.pid))
+        self.assert_left_alone(target)
+
+    def test_driver_refuses_the_checkpoint(self):
+        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 801')
+        target = self.counter()
+        self.assertNotEqual(self.dump(target).returncode, 0)
+        self.assert_left_alone(target)
+        self.assert_no_phos_images()
+
+    def test_endless_kernel(self):
+        target = CriuTest.counter(self, '--spin-ms', '60000')
+        self.assertNotEqual(self.dump(target, '--timeout', '1').returncode, 0)
+        self.assertTrue(any('did not finish within' in e for e in self.errors()), self.errors())
+        self.assert_no_phos_images()
+        wait_until(lambda: not self.has_agent(target), 'the agent to be gone')
+
+
+class AllocationsThatAreNotReleased(ReleasedTest):
+    """The agent cannot, or must not: the driver's path, in whole or in part."""
+
+    def dumps_by_the_driver(self, why):
+        target = self.counter()
+        self.dump_ok(target)
+        self.assertIn(why, self.log('dump.log'))
+        self.assertEqual(self.released_bytes(), 0)
+        os.unlink(self.faults)
+        self.restore_and_check(target)
+
+    def test_free_fails(self):
+        self.fail_in_driver('cuMemFree * 999')
+        self.dumps_by_the_driver('is left to the driver')
+
+    def test_addresses_are_lost(self):
+        self.fail_in_driver('cuMemAddressReserve * 2', 'cuMemAlloc 3 2')
+        target = self.counter()
+        result = self.dump(target)
+        self.assertEqual(result.returncode, 0, self.log_tail('dump.log'))
+        self.assertIn('would be lost', self.log('dump.log'))
+        self.assertEqual(self.released_bytes(), 0)
+        os.unlink(self.faults)
+        self.restore_and_check(target)
+
+    def test_memory_that_is_there_again_at_once(self):
+        self.fail_in_driver('cuMemAddressReserve * 2')
+        target = self.counter()
+        self.dump_ok(target)
+        self.assertEqual(self.released_bytes(), 16 * MIB)
+        self.restore_and_check(target)
+        self.assert_left_alone(target)
+
+
+class DiskFull(ReleasedTest):
+    def small_directory(self, size):
+        self.images_in('small')
+        if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'phos',
+                           self.images]).returncode:
+            self.skipTest('cannot mount a tmpfs')
+        self.addCleanup(subprocess.run, ['umount', '-l', self.images])
+
+    def test_no_room_at_all(self):
+        target = self.counter('--mib', '64')
+        self.small_directory('16m')
+        self.assertNotEqual(self.dump(target).returncode, 0)
+        self.assert_left_alone(target)
+        self.assert_no_phos_images()
+
+    def test_full_while_copying(self):
+        target = self.counter('--mib', '64')
+        for size in ('66m', '70m', '75m'):
+            self.small_directory(size)
+            if self.dump(target).returncode == 0:
+                self.restore_and_check(target)
+            else:
+                self.assert_left_alone(target)
+                self.assert_no_phos_images()
+
+    def test_room_for_one_copy_and_no_gate(self):
+        # The agent's handler cannot be had: every real-time signal is ignored.
+        script = 'for s in $(seq 34 64); do trap "" $s; done; exec "$0" "$@"'
+        program = os.path.join(BUILD, 'test', 'counter')
+        target = Target(self.directory, ['/bin/sh', '-c', script, program, '--mib', '64',
+                                         '--interval-ms', '20'], env=self.env())
+        self.targets.append(target)
+        target.wait_tick(3)
+        self.small_directory('110m')
+        self.dump_ok(target)
+        self.assertIn('goes through the driver', self.log('dump.log'))
+        self.assertEqual(self.show()[0]['allocations'], [])
+        self.restore_and_check(target)
+
+    def test_room_for_one_copy(self):
+        target = self.counter('--mib', '64')
+        self.small_directory('110m')
+        self.dump_ok(target)
+        self.assertEqual(self.released_bytes(), 64 * MIB)
+        self.restore_and_check(target)
+
+
+# Where a dump is when a call of the driver takes its time: who makes it, and which.
+STEPS = {
+    'first_lock': ('cuda', 'cuCheckpointProcessLock 1'),
+    'second_lock': ('cuda', 'cuCheckpointProcessLock 2'),
+    'unlock_to_release': ('cuda', 'cuCheckpointProcessUnlock 2'),
+    'release': ('phos-agent', 'cuMemAddressReserve 1'),
+    'locked_again': ('cuda', 'cuCheckpointProcessLock 3'),
+    'checkpoint': ('cuda', 'cuCheckpointProcessCheckpoint 1'),
+}
+# The same of what follows where the process is left running.
+STEPS_BACK = {
+    'driver_restore': ('cuda', 'cuCheckpointProcessRestore 1'),
+    'driver_unlock': ('cuda', 'cuCheckpointProcessUnlock 3'),
+    'map_back': ('phos-agent', 'cuMemAlloc 3'),
+    'load': ('phosd', 'cuMemcpyHtoDAsync *'),  # once the driver has restored
+}
+
+
+class KilledAt(ReleasedTest):
+    def sleeping(self, target, who):
+        """Threads with that name, of the target or phosd, in a sleep; and which sleep it is."""
+        found = set()
+        for pid in self.phosd_pids() if who == 'phosd' else [target.pid]:
+            for tid, name in self.threads(pid):
+                if not name.startswith(who) or name.startswith('cuda-'):
+                    continue
+                try:
+                    with open(f'/proc/{pid}/task/{tid}/syscall') as f:
+                        call = f.read().split()[0]
+                except OSError:
+                    continue
+                switches = status_field(tid, 'voluntary_ctxt_switches')
+                if call in NANOSLEEP:
+                    found.add((tid, switches))
+        return found
+
+    def is_in_slow_call(self, target, who):
+        before = self.sleeping(target, who)
+        time.sleep(0.05)  # longer than any sleep but that of a slow call
+        return before & self.sleeping(target, who)
+
+    def dump_until(self, step, *args):
+        target = criu = None
+        for stop in ['driver_restore', 'load'] if step == 'load' else [step]:
+            who, call = {**STEPS, **STEPS_BACK}[stop]
+            self.fail_in_driver(call + ' slow:2000')
+            if not criu:
+                target = self.counter()
+                criu = self.dump(target, *args, wait=False)
+            wait_until(lambda: criu.poll() is not None or self.is_in_slow_call(target, who), stop)
+            self.assertIsNone(criu.poll(), self.log_tail('dump.log'))
+        os.unlink(self.faults)
+        return target, criu
+
+    def kill_criu(self, criu):
+        criu.kill()
+        criu.wait()
+
+    def criu_killed_at(self, step, *args):
+        target, criu = self.dump_until(step, *args)
+        self.kill_criu(criu)
+        self.assert_left_alone(target)
+        if not args:
+            self.assert_no_phos_images()
+
+    def phosd_killed_at(self, step, *args):
+        target, criu = self.dump_until(step, *args)
+        self.kill_phosd()
+        criu.communicate(timeout=60)
+        # With --leave-running the images are complete, whoever brings the process back.
+        self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
+        self.assert_left_alone(target)
+
+    def both_killed_at(self, step, *args):
+        target, criu = self.dump_until(step, *args)
+        phosd, = self.phosd_pids()
+        self.kill_phosd()
+        self.kill_criu(criu)
+        wait_until(lambda: reap() or not os.path.exists(f'/proc/{phosd}'), 'phosd to be dead')
+        # Any command will do.
+        self.ok('daemon', 'status')
+        self.assert_left_alone(target)
+
+    def target_killed_at(self, step, *args):
+        target, criu = self.dump_until(step, *args)
+        os.kill(target.pid, signal.SIGKILL)
+        criu.communicate(timeout=60)
+        self.assertNotEqual(criu.returncode, 0)
+        wait_until(target.gone, 'the target to be gone')
+        other = self.counter()
+        self.images_in('other')
+        self.dump_ok(other)
+        self.assertEqual(self.released_bytes(), 16 * MIB)
+
+
+def add_tests():
+    for who in ('criu', 'phosd', 'both', 'target'):
+        for step in STEPS:
+            setattr(KilledAt, f'test_{who}_{step}',
+                    lambda self, w=who, s=step: getattr(self, w + '_killed_at')(s))
+        for step in STEPS_BACK if who != 'target' else ():
+            setattr(KilledAt, f'test_{who}_{step}',
+                    lambda self, w=who, s=step: getattr(self, w + '_killed_at')(
+                        s, '--leave-running'))
+
+
+add_tests()
+
+
+class BadImages(ReleasedTest):
+    def restore_fails(self, target, *words):
+        wait_until(target.gone, 'the dumped process to be gone')
+        self.assertNotEqual(self.restore().returncode, 0)
+        self.assertFalse(alive(target.pid))
+        errors = ' '.join(self.errors('restore.log'))
+        for word in words:
+            self.assertIn(word, errors)
+
+    def test_page_is_not_what_was_saved(self):
+        target = self.counter()
+        self.dump_ok(target)
+        process, = self.show()
+        released = next(a for a in process['allocations'] if a['path'] == 'released')
+        with open(os.path.join(self.images, f'phos-pages-{target.pid}-0.img'), 'r+b') as f:
+            f.seek(65536 * 101 + 77)
+            byte = f.read(1)
+            f.seek(-1, os.SEEK_CUR)
+            f.write(bytes([byte[0] ^ 1]))
+        self.restore_fails(target, process['gpus'][0]['uuid'],
+                           released['address'], str(100 * 65536))
+
+    def test_pages_are_missing(self):
+        target = self.counter()
+        self.dump_ok(target)
+        os.unlink(os.path.join(self.images, f'phos-pages-{target.pid}-0.img'))
+        self.restore_fails(target, 'phos-pages')
+
+
+if __name__ == '__main__':
+    unittest.main()
