@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
-#include <thread>
 
 #include "gpu-tracker/base/log.h"
 
@@ -28,11 +27,6 @@ uint64_t aligned(uint64_t n) {
 // Table and hashes of a lane, on either side.
 uint64_t lane_bytes(uint32_t pages) {
   return aligned(uint64_t{pages} * sizeof(PageEntry)) + aligned(uint64_t{pages} * sizeof(PageHash));
-}
-
-unsigned hash_threads(const CopyEngineOptions& options) {
-  if (options.hash_threads) return options.hash_threads;
-  return std::clamp(std::thread::hardware_concurrency() / 2, 1u, 8u);
 }
 
 Result<uint8_t*> map_pinned(GpuContext& context, uint64_t bytes) {
@@ -63,7 +57,6 @@ CopyEngine::CopyEngine(GpuContext& context, PinnedPool& pool, const PageHashKey&
       options_(options),
       slot_pages_(static_cast<uint32_t>(pool.buffer_bytes() / kPageBytes)),
       key_(key),
-      host_hasher_(hash_threads(options)),
       slots_(options.slots),
       batches_(kBatches) {
   layout_.key = 0;

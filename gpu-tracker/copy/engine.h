@@ -3,12 +3,14 @@
 // of the very bytes that were copied, while its owner goes on writing to it.
 //
 //   source pages --kernel: copy and hash--> staging slot --DMA--> host buffer --> sink
-//   source pages --DMA--> host buffer --CPU threads: hash--> sink
+//   source pages --DMA--> host buffer --> sink, which has the CPU hash them when there is time
 //
 // The first way needs no CPU; the second one needs no kernel, and is taken where others may be
-// slowed down so and so much at most. For what a kernel of one process costs another is its turn,
-// not its work: on an H200 the change to phos's context and back takes 270 us of a busy process,
-// and 2.5 % of its speed if that happens 100 times a second. DMA takes no turns.
+// slowed down so and so much at most. To hash 55 GB/s as they come would take a dozen CPUs, which
+// others need as well: so the buffers are hashed later, before they are written. For what a kernel
+// of one process costs another is its turn, not its work: on an H200 the change to phos's context
+// and back takes 270 us of a busy process, and 2.5 % of its speed if that happens 100 times a
+// second. DMA takes no turns.
 //
 // The kernel fills the slots of a ring in device memory on one stream, the DMA engine drains them
 // on another; hashes follow their pages on the same stream. The ring is deep enough to keep the DMA
@@ -26,7 +28,6 @@
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
-#include "gpu-tracker/copy/host_hasher.h"
 #include "gpu-tracker/copy/page_hash.h"
 #include "gpu-tracker/copy/pinned_pool.h"
 #include "gpu-tracker/driver/gpu_context.h"
@@ -48,8 +49,8 @@ class Pace {
   explicit Pace(double max_slowdown = 0) : max_slowdown_(max_slowdown) {}
   // Share of the GPU's time that phos's kernels take at most, the changes to phos's context and
   // back included: 0.05 slows others down by 5 %. 0, the default: no limit. (DMA costs others next
-  // to nothing and is not limited: about 1 % of an H200.) With a limit, copies are hashed by the
-  // CPU.
+  // to nothing and is not limited: about 1 % of an H200.) With a limit, copies come
+  // without hashes.
   void set_max_slowdown(double share) { max_slowdown_ = share; }
   double max_slowdown() const { return max_slowdown_; }
 
@@ -57,12 +58,16 @@ class Pace {
   std::atomic<double> max_slowdown_;
 };
 
-// Pages first, first + 1, ... of a copy, as many as there are hashes. Page i of them is at
+// Pages first, first + 1, ... of a copy, `count` of them. Page i of them is at
 // data + i * kPageBytes, with zeros after a page's end.
 struct CopiedPages {
   size_t first = 0;
-  std::vector<PageHash> hashes;
+  size_t count = 0;
+  std::vector<PageHash> hashes;  // of all of them, or none yet: hash() makes them
   PinnedPool::Buffer buffer;
+
+  // Hashes what is in the buffer, if the GPU has not, on the calling thread: 4 to 8 GB/s.
+  void hash(const PageHashKey& key);
 };
 
 // Takes what was copied, in order; called on the thread that called copy(). Should not take long:
@@ -73,11 +78,13 @@ using CopySink = std::function<Result<void>(CopiedPages)>;
 struct PagesToLoad {
   std::vector<PageRef> pages;
   std::vector<PageHash> hashes;
-  PinnedPool::Buffer buffer;
+  PinnedPool::Buffer buffer;  // none: the pages are zeros, which the GPU writes by itself
 };
 
-// The next pages to load; nothing at the end. An error ends the load.
-using LoadSource = std::function<Result<std::optional<PagesToLoad>>()>;
+// Gives the next pages to load. kLater: none now, others will come; only where it may not wait,
+// which is while the engine has buffers that it can give back meanwhile. An error ends the load.
+enum class LoadState { kPages, kLater, kEnd };
+using LoadSource = std::function<Result<LoadState>(bool may_wait, PagesToLoad* pages)>;
 
 struct CopyEngineOptions {
   // Staging slots, each as large as a pool buffer. 8 of 32 MiB are 4.8 ms of PCIe 5 x16.
@@ -85,8 +92,6 @@ struct CopyEngineOptions {
   // Pages hashed by one launch at most: 32 GiB. (On an H200, 26 GiB in launches of 4 GiB take a
   // fifth longer than in as few as possible.) Where others must not be slowed down: 4 GiB, 1 ms.
   uint32_t hash_batch_pages = 524288;
-  // CPU threads that hash what is copied, where the CPU does. 0: half of the CPUs, 8 at most.
-  unsigned hash_threads = 0;
 };
 
 // One GPU. Operations are called by one thread at a time and return when they are done. After an
@@ -115,9 +120,15 @@ class CopyEngine {
   Result<void> copy(std::span<const PageRef> pages, const CopySink& sink, const Pace& pace,
                     std::stop_token stop = {});
 
+  // Makes host buffers for so many bytes beforehand, as far as the pool may grow: some 20 GB/s,
+  // where growing in the middle of a copy holds it up.
+  Result<void> reserve(uint64_t bytes) { return pool_.reserve(bytes); }
+
   // Loads pages and hashes them on the device. Fails with Domain::kFormat at the first buffer with
   // a page that is not what it should be.
   Result<void> load(const LoadSource& source, std::stop_token stop = {});
+  // The address of the page for which the last load() failed so.
+  std::optional<uint64_t> wrong_page() const { return wrong_page_; }
 
   // Device memory that the engine has allocated, without the context's own.
   uint64_t device_bytes() const { return layout_.total; }
@@ -172,8 +183,10 @@ class CopyEngine {
                         std::stop_token stop);
   Result<void> run_load(const LoadSource& source, std::stop_token stop);
 
-  // Fills the lane's page table, sends it, and starts a kernel over it once it has arrived.
-  Result<void> launch(Lane& lane, GpuKernel kernel, size_t first, std::span<const PageRef> pages);
+  // Fills the lane's page table and sends it.
+  Result<void> send_table(Lane& lane, size_t first, std::span<const PageRef> pages);
+  // Starts a kernel over it once it has arrived.
+  Result<void> launch(Lane& lane, GpuKernel kernel);
   // Queues the way back of the lane's hashes; `done` is when they are here.
   Result<void> fetch_hashes(Lane& lane, GpuStream stream);
   Result<void> start_hash(Lane& lane, size_t first, std::span<const PageRef> pages);
@@ -184,6 +197,10 @@ class CopyEngine {
   // What the lane copied, with its hashes.
   Result<CopiedPages> finish_copy(Lane& lane);
   Result<void> start_load(Lane& lane, PagesToLoad work);
+  // Queues what brings the bytes of the lane's pages to their places.
+  Result<void> transfer(const PinnedPool::Buffer& buffer, std::span<const PageRef> pages);
+  Result<void> clear(std::span<const PageRef> pages);
+  Result<void> finish_load(Lane& lane);
   // Waits for the lane and learns how fast the hash kernel was.
   Result<void> finish_hash(Lane& lane);
 
@@ -201,12 +218,12 @@ class CopyEngine {
   unsigned blocks_ = 0;
   PageHashKey key_;
   HashArguments arguments_ = {};
-  HostHasher host_hasher_;
   std::vector<Lane> slots_, batches_;
   // Kernel time a page, undisturbed: the least seen so far. 0: not known yet.
   double hash_ns_ = 0;
   double hash_kernels_ms_ = 0;
   LastTurn last_turn_;
+  std::optional<uint64_t> wrong_page_;
   bool broken_ = false;
 };
 

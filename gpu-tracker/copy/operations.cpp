@@ -54,6 +54,14 @@ Run first_run(std::span<const PageRef> pages) {
 
 }  // namespace
 
+void CopiedPages::hash(const PageHashKey& key) {
+  if (!hashes.empty()) return;
+  hashes.resize(count);
+  for (size_t i = 0; i < count; i++) {
+    hashes[i] = hash_page(key, buffer.data() + i * kPageBytes, kPageBytes);
+  }
+}
+
 // Spaces kernel launches out so that they take no more than the allowed share of the GPU's time.
 class CopyEngine::Pacer {
  public:
@@ -118,6 +126,7 @@ Result<void> CopyEngine::copy(std::span<const PageRef> pages, const CopySink& si
 }
 
 Result<void> CopyEngine::load(const LoadSource& source, std::stop_token stop) {
+  wrong_page_.reset();
   if (auto r = begin(); !r) return r.error().wrap("loading GPU memory");
   return end(run_load(source, std::move(stop)));
 }
@@ -137,7 +146,8 @@ Result<void> CopyEngine::run_hash(std::span<const PageRef> pages, std::span<Page
       if (pacer.limited()) most = std::min<size_t>(kPacedBatch, options_.hash_batch_pages);
       size_t n = std::min(left, most);
       if (!pacer.limited()) n = std::min(n, std::max(left / 4 * 3, kSmallBatch));
-      most = std::min<size_t>(4 * most, options_.hash_batch_pages);
+      // Twice as large: its table is made while the GPU is at the last one, at a third of the time.
+      most = std::min<size_t>(2 * most, options_.hash_batch_pages);
       const auto batch = pages.subspan(next, n);
       if (auto r = check(batch); !r) return r.error().wrap("hashing GPU memory");
       pacer.wait_turn(static_cast<uint32_t>(n), hash_ns_);
@@ -190,10 +200,8 @@ Result<CopiedPages> CopyEngine::finish_copy(Lane& lane) {
   if (auto r = context_.synchronize(lane.done); !r) return r.error();
   CopiedPages copied;
   copied.first = lane.first;
-  if (lane.hash_on_host) {
-    copied.hashes.resize(lane.count);
-    host_hasher_.hash(key_, lane.buffer.data(), copied.hashes);
-  } else {
+  copied.count = lane.count;
+  if (!lane.hash_on_host) {
     copied.hashes.assign(lane.host_hashes, lane.host_hashes + lane.count);
   }
   copied.buffer = std::move(lane.buffer);
@@ -202,55 +210,66 @@ Result<CopiedPages> CopyEngine::finish_copy(Lane& lane) {
 
 Result<void> CopyEngine::run_load(const LoadSource& source, std::stop_token stop) {
   Flight flight(slots_);
-  bool more = true;
-  while (more || !flight.empty()) {
+  for (bool more = true; more || !flight.empty();) {
     if (stop.stop_requested()) return cancelled("loading GPU memory");
     if (more && !flight.full()) {
-      auto work = source();
-      if (!work) return work.error();
-      more = work->has_value();
-      if (!more) continue;
-      if (auto r = check((*work)->pages); !r) return r.error().wrap("loading GPU memory");
-      if ((*work)->pages.empty() || (*work)->pages.size() > slot_pages_ ||
-          (*work)->hashes.size() != (*work)->pages.size() || !(*work)->buffer) {
-        return Error(Domain::kUsage, EINVAL, "loading GPU memory: no buffer full of pages");
+      PagesToLoad work;
+      // To wait while lanes hold buffers that could be given back could take for ever.
+      auto state = source(flight.empty(), &work);
+      if (!state) return state.error();
+      if (*state == LoadState::kPages) {
+        if (auto r = check(work.pages); !r) return r.error().wrap("loading GPU memory");
+        if (work.pages.empty() || work.pages.size() > slot_pages_ ||
+            work.hashes.size() != work.pages.size()) {
+          return Error(Domain::kUsage, EINVAL, "loading GPU memory: no buffer full of pages");
+        }
+        if (auto r = start_load(flight.take_off(), std::move(work)); !r) return r;
+        continue;
       }
-      if (auto r = start_load(flight.take_off(), std::move(**work)); !r) return r;
-      continue;
+      more = *state != LoadState::kEnd;
+      if (flight.empty()) {
+        if (!more) break;
+        return Error(Domain::kUsage, EINVAL, "loading GPU memory: no pages although it may wait");
+      }
     }
-    Lane& lane = flight.oldest();
-    if (auto r = finish_hash(lane); !r) return r;
-    lane.buffer.reset();
-    const auto wrong = std::mismatch(lane.expected.begin(), lane.expected.end(), lane.host_hashes);
-    if (wrong.first != lane.expected.end()) {
-      char text[120];
-      const PageEntry& page = lane.host_table[wrong.first - lane.expected.begin()];
-      snprintf(text, sizeof text, "GPU memory at 0x%llx is not what was saved: its hash differs",
-               static_cast<unsigned long long>(page.address));
-      return Error(Domain::kFormat, EBADMSG, text);
-    }
+    if (auto r = finish_load(flight.oldest()); !r) return r;
     flight.land();
   }
   return {};
 }
 
-Result<void> CopyEngine::launch(Lane& lane, GpuKernel kernel, size_t first,
-                                std::span<const PageRef> pages) {
+Result<void> CopyEngine::finish_load(Lane& lane) {
+  if (auto r = finish_hash(lane); !r) return r;
+  lane.buffer.reset();
+  const auto wrong = std::mismatch(lane.expected.begin(), lane.expected.end(), lane.host_hashes);
+  if (wrong.first == lane.expected.end()) return {};
+  wrong_page_ = lane.host_table[wrong.first - lane.expected.begin()].address;
+  char text[120];
+  snprintf(text, sizeof text, "GPU memory at 0x%llx is not what was saved: its hash differs",
+           static_cast<unsigned long long>(*wrong_page_));
+  return Error(Domain::kFormat, EBADMSG, text);
+}
+
+Result<void> CopyEngine::send_table(Lane& lane, size_t first, std::span<const PageRef> pages) {
   lane.first = first;
   lane.count = static_cast<uint32_t>(pages.size());
   for (size_t i = 0; i < pages.size(); i++) {
     lane.host_table[i] = {pages[i].address, pages[i].bytes, 0};
   }
+  auto r = context_.copy_to_device(lane.table, lane.host_table, lane.count * sizeof(PageEntry),
+                                   uploads_);
+  if (r) r = context_.record(lane.ready, uploads_);
+  return r;
+}
+
+Result<void> CopyEngine::launch(Lane& lane, GpuKernel kernel) {
   HashArguments arguments = arguments_;
   arguments.pages = lane.table;
   arguments.hashes = lane.hashes;
   arguments.staging = lane.staging;
   arguments.count = lane.count;
   const unsigned blocks = std::min(blocks_, lane.count);
-  auto r = context_.copy_to_device(lane.table, lane.host_table, lane.count * sizeof(PageEntry),
-                                   uploads_);
-  if (r) r = context_.record(lane.ready, uploads_);
-  if (r) r = context_.wait(kernels_, lane.ready);
+  auto r = context_.wait(kernels_, lane.ready);
   if (r) r = context_.record(lane.begin, kernels_);
   if (r) r = context_.launch(kernel, blocks, kHashThreads, &arguments, kernels_);
   if (r) r = context_.record(lane.hashed, kernels_);
@@ -265,7 +284,8 @@ Result<void> CopyEngine::fetch_hashes(Lane& lane, GpuStream stream) {
 }
 
 Result<void> CopyEngine::start_hash(Lane& lane, size_t first, std::span<const PageRef> pages) {
-  auto r = launch(lane, hash_kernel_, first, pages);
+  auto r = send_table(lane, first, pages);
+  if (r) r = launch(lane, hash_kernel_);
   if (r) r = context_.wait(transfers_, lane.hashed);
   if (r) r = fetch_hashes(lane, transfers_);
   return r;
@@ -275,7 +295,8 @@ Result<void> CopyEngine::start_copy(Lane& lane, size_t first, std::span<const Pa
                                     PinnedPool::Buffer buffer) {
   lane.buffer = std::move(buffer);
   lane.hash_on_host = false;
-  auto r = launch(lane, copy_kernel_, first, pages);
+  auto r = send_table(lane, first, pages);
+  if (r) r = launch(lane, copy_kernel_);
   if (r) r = context_.wait(transfers_, lane.hashed);
   if (r) {
     r = context_.copy_to_host(lane.buffer.data(), lane.staging, uint64_t{lane.count} * kPageBytes,
@@ -302,21 +323,41 @@ Result<void> CopyEngine::start_transfer(Lane& lane, size_t first, std::span<cons
   return context_.record(lane.done, transfers_);
 }
 
-// The hashes come back on the kernels' stream: the next buffer's DMA need not wait for them.
-Result<void> CopyEngine::start_load(Lane& lane, PagesToLoad work) {
-  lane.buffer = std::move(work.buffer);
-  lane.expected = std::move(work.hashes);
-  const std::span<const PageRef> pages = work.pages;
+Result<void> CopyEngine::transfer(const PinnedPool::Buffer& buffer,
+                                  std::span<const PageRef> pages) {
   for (size_t i = 0; i < pages.size();) {
     const Run run = first_run(pages.subspan(i));
-    auto r = context_.copy_to_device(pages[i].address, lane.buffer.data() + i * kPageBytes,
-                                     run.bytes, transfers_);
+    auto r = context_.copy_to_device(pages[i].address, buffer.data() + i * kPageBytes, run.bytes,
+                                     transfers_);
     if (!r) return r;
     i += run.pages;
   }
-  auto r = context_.record(lane.done, transfers_);
-  if (r) r = context_.wait(kernels_, lane.done);
-  if (r) r = launch(lane, hash_kernel_, 0, pages);
+  return {};
+}
+
+Result<void> CopyEngine::clear(std::span<const PageRef> pages) {
+  while (!pages.empty()) {
+    const Run run = first_run(pages);
+    if (auto r = context_.clear(pages[0].address, run.bytes, kernels_); !r) return r;
+    pages = pages.subspan(run.pages);
+  }
+  return {};
+}
+
+// The table goes first, so that it need not wait behind a buffer on the same DMA engine. The hashes
+// come back on the kernels' stream: the next buffer's DMA need not wait for them.
+Result<void> CopyEngine::start_load(Lane& lane, PagesToLoad work) {
+  lane.buffer = std::move(work.buffer);
+  lane.expected = std::move(work.hashes);
+  auto r = send_table(lane, 0, work.pages);
+  if (!lane.buffer) {
+    if (r) r = clear(work.pages);
+  } else {
+    if (r) r = transfer(lane.buffer, work.pages);
+    if (r) r = context_.record(lane.done, transfers_);
+    if (r) r = context_.wait(kernels_, lane.done);
+  }
+  if (r) r = launch(lane, hash_kernel_);
   if (r) r = fetch_hashes(lane, kernels_);
   return r;
 }

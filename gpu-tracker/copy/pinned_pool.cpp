@@ -180,6 +180,19 @@ std::optional<PinnedPool::Buffer> PinnedPool::try_acquire() {
   return take(hold);
 }
 
+std::optional<PinnedPool::Buffer> PinnedPool::acquire_spare(uint64_t keep, std::stop_token stop) {
+  std::unique_lock<std::mutex> hold(mutex_);
+  while (free_.size() <= keep) {
+    if (stop.stop_requested()) return {};
+    if (growing_) {
+      changed_.wait(hold, stop, [&] { return !growing_; });
+      continue;
+    }
+    if (!may_grow() || !grow(hold, options_.step_bytes)) return {};
+  }
+  return take(hold);
+}
+
 PinnedPool::Buffer PinnedPool::take(std::unique_lock<std::mutex>&) {
   uint8_t* data = free_.back();
   free_.pop_back();

@@ -90,8 +90,13 @@ class PinnedPool {
   Result<Buffer> acquire(std::stop_token stop);
   // A free buffer, if there is one.
   std::optional<Buffer> try_acquire();
+  // A buffer to be kept for long, if `keep` others stay free; more are made for that if they may
+  // be. Never waits for a release. Who holds such buffers keeps nobody from going on, as long as
+  // those who use acquire() give theirs back without waiting for him.
+  std::optional<Buffer> acquire_spare(uint64_t keep, std::stop_token stop);
 
   uint64_t buffer_bytes() const { return options_.buffer_bytes; }
+  uint64_t max_buffers() const { return options_.max_bytes / options_.buffer_bytes; }
   Statistics statistics() const;
 
  private:

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/daemon/copied_memory.h"
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <stop_token>
@@ -18,8 +22,10 @@ namespace {
 
 static_assert(kPageBytes == kImagePageSize);
 
-// Enough to keep a disk's queue full with requests of megabytes.
+// Enough to keep a disk's queue full with requests of megabytes, and to hash them before.
 constexpr int kWriterThreads = 4;
+// The process that is copied needs the CPUs, too.
+constexpr int kWriterNice = 10;
 
 PageHash hash_of_zeros(const PageHashKey& key) {
   static const std::vector<uint8_t> kZeros(kPageBytes);
@@ -35,20 +41,24 @@ struct SlotRun {
 
 }  // namespace
 
-// Writes buffers to the pages file, on threads of its own, so that the GPU need not wait. The pages
-// of one round all differ, so the order of their writes does not matter.
+// Hashes buffers, unless the GPU has, and writes them to the pages file, on threads of its own, so
+// that the GPU need not wait. The pages of one round all differ, so the order does not matter.
 class CopiedMemory::Writers {
  public:
-  explicit Writers(PageFileWriter& file) : file_(file) {
+  // `record` is called for each buffer, one at a time, and says what of it is to be written where.
+  using Record = std::function<std::vector<SlotRun>(const CopiedPages&)>;
+
+  Writers(PageFileWriter& file, const PageHashKey& key, Record record)
+      : file_(file), key_(key), record_(std::move(record)) {
     for (int i = 0; i < kWriterThreads; i++) threads_.emplace_back([this] { run(); });
   }
   ~Writers() { (void)finish(false); }
 
   // Fails with the first error of an earlier write.
-  Result<void> write(PinnedPool::Buffer buffer, std::vector<SlotRun> runs) {
+  Result<void> write(CopiedPages copied) {
     std::lock_guard<std::mutex> hold(mutex_);
     if (error_) return *error_;
-    work_.push_back({std::move(buffer), std::move(runs)});
+    work_.push_back(std::move(copied));
     changed_.notify_one();
     return {};
   }
@@ -69,37 +79,39 @@ class CopiedMemory::Writers {
   }
 
  private:
-  struct Work {
-    PinnedPool::Buffer buffer;
-    std::vector<SlotRun> runs;
-  };
-
   void run() {
+    (void)setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kWriterNice);
     std::unique_lock<std::mutex> hold(mutex_);
     for (;;) {
       changed_.wait(hold, [&] { return ending_ || !work_.empty(); });
       if (work_.empty()) return;
-      Work work = std::move(work_.front());
+      CopiedPages copied = std::move(work_.front());
       work_.pop_front();
       if (error_) continue;
       hold.unlock();
+      copied.hash(key_);
+      hold.lock();
+      const auto runs = record_(copied);
+      hold.unlock();
       std::optional<Error> failed;
-      for (const SlotRun& r : work.runs) {
-        auto done = file_.write(r.slot, work.buffer.data() + r.in_buffer * kPageBytes, r.pages);
+      for (const SlotRun& r : runs) {
+        auto done = file_.write(r.slot, copied.buffer.data() + r.in_buffer * kPageBytes, r.pages);
         if (done) continue;
         failed = done.error();
         break;
       }
-      work.buffer.reset();
+      copied.buffer.reset();
       hold.lock();
       if (failed && !error_) error_ = std::move(failed);
     }
   }
 
   PageFileWriter& file_;
+  const PageHashKey& key_;
+  const Record record_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<Work> work_;
+  std::deque<CopiedPages> work_;
   std::optional<Error> error_;
   bool ending_ = false;
   std::vector<std::thread> threads_;
@@ -227,10 +239,9 @@ Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown, const std::sto
   for (const Page& p : dirty) refs.push_back(page_ref(p));
   for (const PageRef& ref : refs) done.bytes += ref.bytes;
 
-  Writers writers(*file_);
-  auto sink = [&](CopiedPages copied) -> Result<void> {
+  Writers writers(*file_, key_, [&](const CopiedPages& copied) {
     std::vector<SlotRun> runs;
-    for (size_t i = 0; i < copied.hashes.size(); i++) {
+    for (size_t i = 0; i < copied.count; i++) {
       const Page& page = dirty[copied.first + i];
       uint32_t& where = page.allocation->where[page.index];
       page.allocation->saved[page.index] = copied.hashes[i];
@@ -247,8 +258,13 @@ Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown, const std::sto
         runs.push_back({i, where, 1});
       }
     }
-    return writers.write(std::move(copied.buffer), std::move(runs));
-  };
+    return runs;
+  });
+  auto sink = [&](CopiedPages copied) { return writers.write(std::move(copied)); };
+  // While the process runs there is time for that; in the last round there is little to copy.
+  if (pace.max_slowdown() > 0) {
+    if (auto r = gpu_->engine->reserve(done.bytes); !r) return r.error();
+  }
   const auto start = std::chrono::steady_clock::now();
   auto copied = gpu_->engine->copy(refs, sink, pace, stop);
   done.copy_us = static_cast<uint64_t>(since(start).count());

@@ -2,86 +2,104 @@
 #include "gpu-tracker/daemon/memory_loader.h"
 
 #include <algorithm>
-#include <chrono>
+#include <cerrno>
+#include <cstdio>
+#include <utility>
 
+#include "gpu-tracker/daemon/load.h"
 #include "gpu-tracker/daemon/messages.h"
 
 namespace phos {
+namespace {
+
+std::string describe(const MemoryToLoad& m) {
+  return describe_memory(m.target.device_uuid, m.target.address, m.target.size);
+}
+
+Error refused(const MemoryToLoad& m, const std::string& why) {
+  return Error(Domain::kUsage, EINVAL, describe(m) + ": " + why);
+}
+
+Result<void> check_handle(const MemoryToLoad& m) {
+  const AgentExport& h = m.handle;
+  if (h.status != ExportStatus::kExported ||
+      (h.type != ExportType::kIpc && !(h.type == ExportType::kFd && h.fd))) {
+    return refused(m, "the process has not handed it over");
+  }
+  const AgentAllocation& t = m.target;
+  if (h.type == ExportType::kFd && (t.mapping_address != t.address || t.mapping_size < t.size)) {
+    return refused(m, "it is no mapping of its own");
+  }
+  return {};
+}
+
+}  // namespace
 
 Result<std::unique_ptr<MemoryLoader>> MemoryLoader::create(const PageChain& chain,
                                                            GpuEngines& engines) {
-  return std::unique_ptr<MemoryLoader>(new MemoryLoader(chain, engines));
+  std::optional<PageHashKey> key;
+  if (!chain.image().hash_key.empty()) {
+    auto read = PageHashKey::from_bytes(chain.image().hash_key);
+    if (!read)
+      return read.error().wrap("the image of process " + std::to_string(chain.image().pid));
+    key = *read;
+  }
+  return std::unique_ptr<MemoryLoader>(new MemoryLoader(chain, engines, std::move(key)));
 }
 
-void MemoryLoader::prefetch() {}
+MemoryLoader::MemoryLoader(const PageChain& chain, GpuEngines& engines,
+                           std::optional<PageHashKey> key)
+    : chain_(chain), engines_(engines), key_(std::move(key)) {}
 
-Result<void> MemoryLoader::load_one(const MemoryToLoad& memory, const std::stop_token& stop,
-                                    LoadReport* report) {
-  const AllocationInfo& info = chain_.image().allocations[memory.allocation];
-  auto key = PageHashKey::from_bytes(chain_.image().hash_key);
-  if (!key) return key.error();
-  auto gpu = engines_.use(memory.target.device_uuid, *key);
-  if (!gpu) return gpu.error();
-  const bool ipc = memory.handle.type == ExportType::kIpc;
-  auto at = ipc ? (*gpu)->context->import_ipc(memory.handle.ipc_handle)
-                : (*gpu)->context->import_fd(memory.handle.fd.get(), memory.target.mapping_size,
-                                             MemoryAccess::kReadWrite);
-  if (!at) return at.error();
-  std::unique_lock<std::mutex> busy((*gpu)->busy);
-  const auto& runs = chain_.runs(memory.allocation);
-  size_t run = 0;
-  uint32_t in_run = 0;
-  const uint64_t batch = engines_.pool().buffer_bytes() / kPageBytes;
-  auto source = [&]() -> Result<std::optional<PagesToLoad>> {
-    if (run == runs.size()) return std::optional<PagesToLoad>();
-    auto buffer = engines_.pool().acquire(stop);
-    if (!buffer) return buffer.error();
-    PagesToLoad work;
-    work.buffer = std::move(*buffer);
-    while (run < runs.size() && work.pages.size() < batch) {
-      PageRun part = runs[run];
-      part.first_page += in_run;
-      part.pages = std::min<uint32_t>(runs[run].pages - in_run,
-                                      static_cast<uint32_t>(batch - work.pages.size()));
-      if (part.level != PageRun::kZero) part.slot += in_run;
-      auto r = chain_.read(part, work.buffer.data() + work.pages.size() * kPageBytes);
-      if (!r) return r.error();
-      for (uint32_t i = 0; i < part.pages; i++) {
-        const uint64_t offset = uint64_t{part.first_page + i} * kPageBytes;
-        work.pages.push_back(
-            {*at + offset,
-             static_cast<uint32_t>(std::min<uint64_t>(info.size - offset, kPageBytes)), 0});
-        work.hashes.push_back({info.hashes[part.first_page + i]});
-        report->pages++;
-        report->bytes += work.pages.back().bytes;
-      }
-      in_run += part.pages;
-      if (in_run == runs[run].pages) {
-        run++;
-        in_run = 0;
-      }
-    }
-    return std::optional<PagesToLoad>(std::move(work));
-  };
-  auto r = (*gpu)->engine->use_key(*key);
-  if (r) r = (*gpu)->engine->load(source, stop);
-  auto closed = ipc ? (*gpu)->context->close_ipc(*at)
-                    : (*gpu)->context->close_fd(*at, memory.target.mapping_size);
-  if (!r) return r;
-  return closed;
+MemoryLoader::~MemoryLoader() = default;
+
+void MemoryLoader::prefetch() {
+  if (key_ && !prefetch_) prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_);
 }
 
-Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory,
-                                      const std::stop_token& stop) {
-  const auto start = std::chrono::steady_clock::now();
-  LoadReport report;
+Result<void> MemoryLoader::check(const std::vector<MemoryToLoad>& memory) const {
+  const auto& all = chain_.image().allocations;
+  std::vector<bool> seen(all.size());
+  std::vector<const MemoryToLoad*> by_address;
   for (const MemoryToLoad& m : memory) {
-    if (auto r = load_one(m, stop, &report); !r) {
-      return r.error().wrap(format_gpu_uuid(m.target.device_uuid) + ", allocation at " +
-                            std::to_string(m.target.address));
+    if (m.allocation >= all.size()) return refused(m, "the image has no such allocation");
+    if (seen[m.allocation]) return refused(m, "another memory is to get the same contents");
+    seen[m.allocation] = true;
+    if (auto r = check_saved(chain_, m.allocation); !r) return r;
+    const uint64_t size = all[m.allocation].size;
+    if (m.target.size != size) {
+      return refused(m, "the image has " + std::to_string(size) + " bytes for it");
+    }
+    if (auto r = check_handle(m); !r) return r;
+    by_address.push_back(&m);
+  }
+  std::sort(by_address.begin(), by_address.end(),
+            [](auto* a, auto* b) { return a->target.address < b->target.address; });
+  for (size_t i = 1; i < by_address.size(); i++) {
+    const MemoryToLoad& before = *by_address[i - 1];
+    if (by_address[i]->target.address - before.target.address < before.target.size) {
+      return refused(*by_address[i], "it overlaps with other memory that is to be loaded");
     }
   }
-  report.us = static_cast<uint64_t>(since(start).count());
+  return {};
+}
+
+Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::stop_token stop) {
+  const auto start = std::chrono::steady_clock::now();
+  const std::string what = "loading GPU memory of process " + std::to_string(chain_.image().pid);
+  if (auto r = check(memory); !r) return r.error().wrap(what);
+  if (memory.empty()) return LoadReport();
+  std::vector<LoadBatch> warm;
+  std::vector<GpuEngines::User> open;
+  if (auto prefetch = std::exchange(prefetch_, nullptr)) {
+    warm = prefetch->take();
+    open = prefetch->take_gpus();
+  }
+  MemoryLoad load(chain_, engines_, *key_);
+  load.plan(std::move(memory), std::move(warm));
+  auto report = load.run(std::move(stop));
+  if (!report) return report.error().wrap(what);
+  report->load_us = static_cast<uint64_t>(since(start).count());
   return report;
 }
 

@@ -1,50 +1,80 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// MemoryLoader: brings saved pages back into GPU memory, and proves that they are there.
+// MemoryLoader: brings saved pages back into the GPU memory of a process, and proves every one of
+// them.
+//
+//   page files --readers--> pinned buffers --DMA--> GPU memory --kernel: hash--> equal to the
+//   image?
+//
+// Readers fill buffers while the GPU takes others. Zeros are written by the GPU itself, and hashed
+// like everything else.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stop_token>
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/copy/page_hash.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
+#include "gpu-tracker/daemon/page_prefetch.h"
 #include "gpu-tracker/image/chain.h"
 #include "gpu-tracker/inject/agent.h"
 
 namespace phos {
 
-// An allocation of PageChain::image() and the memory that its pages go to.
 struct MemoryToLoad {
-  size_t allocation = 0;
-  AgentAllocation target;
-  AgentExport handle;
+  size_t allocation = 0;   // index into chain.image().allocations
+  AgentAllocation target;  // where it is now in the process
+  AgentExport handle;      // to import it
 };
 
 struct LoadReport {
-  uint64_t pages = 0;
-  uint64_t bytes = 0;
-  uint64_t us = 0;
+  uint64_t pages = 0;       // loaded and proved, zeros too
+  uint64_t zero_pages = 0;  // of those
+  uint64_t bytes = 0;       // of memory
+  uint64_t read_bytes = 0;  // from disk, by load() itself
+  uint64_t warm_bytes = 0;  // prefetched
+  uint64_t load_us = 0;     // all of load()
+  uint64_t read_us = 0;     // of that, from the first read to the end of the last
 };
 
 // One thread at a time.
 class MemoryLoader {
  public:
-  // Both outlive the loader.
+  // `chain` and `engines` outlive it. Fails if the image's hash key is no key.
   static Result<std::unique_ptr<MemoryLoader>> create(const PageChain& chain, GpuEngines& engines);
+  // What was prefetched and not loaded is given back.
+  ~MemoryLoader();
+  MemoryLoader(const MemoryLoader&) = delete;
+  MemoryLoader& operator=(const MemoryLoader&) = delete;
 
-  // Begins to read pages in the background.
+  // Begins to read what phos has to restore (MemoryPath other than kDriver) into pinned memory, and
+  // to open its GPUs, in the background: as much as the pool has room for while others go on.
+  // Returns at once. For the time in which there is no memory to load into yet; load() does without
+  // and takes longer.
   void prefetch();
-  // Loads all pages of these allocations, hashes each on the device, and lets go of the memory.
-  Result<LoadReport> load(std::vector<MemoryToLoad> memory, const std::stop_token& stop);
+
+  // Imports each memory, loads it, hashes every page on the device against the image, and lets go
+  // of it. All GPUs work side by side. Nobody else may write to the memory meanwhile.
+  //
+  // Refuses, before anything is touched, memory of another size than recorded and an allocation
+  // without all of its pages. EBADMSG (Domain::kFormat): a page is not what was saved; the message
+  // names it and the file. ECANCELED: `stop` was requested. After an error the memory's contents
+  // are undefined; nothing stays imported, as far as the driver lets go.
+  //
+  // While another session copies from or loads to the GPU, it is waited for.
+  Result<LoadReport> load(std::vector<MemoryToLoad> memory, std::stop_token stop = {});
 
  private:
-  MemoryLoader(const PageChain& chain, GpuEngines& engines) : chain_(chain), engines_(engines) {}
-  Result<void> load_one(const MemoryToLoad& memory, const std::stop_token& stop,
-                        LoadReport* report);
+  MemoryLoader(const PageChain& chain, GpuEngines& engines, std::optional<PageHashKey> key);
+  Result<void> check(const std::vector<MemoryToLoad>& memory) const;
 
   const PageChain& chain_;
   GpuEngines& engines_;
+  const std::optional<PageHashKey> key_;  // none: no pages are saved
+  std::unique_ptr<PagePrefetch> prefetch_;
 };
 
 }  // namespace phos

@@ -214,6 +214,13 @@ class CudaContext final : public GpuContext {
     return {};
   }
 
+  Result<void> clear(uint64_t address, uint64_t bytes, GpuStream stream) override {
+    CUresult r = enter();
+    if (!r) r = cu_.cuMemsetD8Async(address, 0, bytes, cu_stream(stream));
+    if (r) return error(range("clearing GPU memory,", address, bytes), r);
+    return {};
+  }
+
   Result<GpuModule> load_module(const char* ptx) override {
     CUmodule module = nullptr;
     CUresult r = enter();

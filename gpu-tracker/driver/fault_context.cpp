@@ -80,6 +80,9 @@ class FaultContext final : public GpuContext {
     return plan_.run<void>("copy_to_device",
                            [&] { return context_->copy_to_device(to, from, bytes, stream); });
   }
+  Result<void> clear(uint64_t address, uint64_t bytes, GpuStream stream) override {
+    return plan_.run<void>("clear", [&] { return context_->clear(address, bytes, stream); });
+  }
   Result<GpuModule> load_module(const char* ptx) override {
     return plan_.run<GpuModule>("load_module", [&] { return context_->load_module(ptx); });
   }

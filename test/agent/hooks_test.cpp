@@ -44,6 +44,11 @@ Place place_of(const void* function) {
         return 0;
       },
       &search);
+  // As /proc/PID/maps has it: the library is found by the name of a link.
+  if (char* resolved = realpath(search.place.file.c_str(), nullptr)) {
+    search.place.file = resolved;
+    free(resolved);
+  }
   return search.place;
 }
 

@@ -57,15 +57,14 @@ class CopyFaults : public CopyTest {
     for (const CopiedPages& c : copied) {
       EXPECT_TRUE(std::equal(c.hashes.begin(), c.hashes.end(), hashes.begin() + c.first));
     }
-    return engine_->load([&]() -> phos::Result<std::optional<phos::PagesToLoad>> {
-      if (copied.empty()) return std::optional<phos::PagesToLoad>();
-      phos::PagesToLoad load;
-      load.hashes = std::move(copied.front().hashes);
+    return engine_->load([&](bool, phos::PagesToLoad* load) -> phos::Result<phos::LoadState> {
+      if (copied.empty()) return phos::LoadState::kEnd;
+      load->hashes = std::move(copied.front().hashes);
       const size_t first = copied.front().first;
-      load.pages.assign(pages_.begin() + first, pages_.begin() + first + load.hashes.size());
-      load.buffer = std::move(copied.front().buffer);
+      load->pages.assign(pages_.begin() + first, pages_.begin() + first + load->hashes.size());
+      load->buffer = std::move(copied.front().buffer);
       copied.pop_front();
-      return std::optional(std::move(load));
+      return phos::LoadState::kPages;
     });
   }
 
@@ -156,7 +155,7 @@ TEST_F(CopyFaults, CancelledInTheMiddle) {
   auto r = engine_->copy(
       pages_,
       [&](CopiedPages pages) -> phos::Result<void> {
-        seen += pages.hashes.size();
+        seen += pages.count;
         stop.request_stop();
         return {};
       },
@@ -209,8 +208,8 @@ TEST_F(CopyFaults, SlowSinkOnlySlowsTheCopyDown) {
       hold.unlock();
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
       const uint8_t* expected = &bytes[copied.first * kPageBytes];
-      wrong += memcmp(copied.buffer.data(), expected, copied.hashes.size() * kPageBytes) != 0;
-      written += copied.hashes.size();
+      wrong += memcmp(copied.buffer.data(), expected, copied.count * kPageBytes) != 0;
+      written += copied.count;
       copied.buffer.reset();
       hold.lock();
     }

@@ -124,8 +124,9 @@ class CopyTest : public CudaTest {
     std::vector<phos::PageHash> hashes;
   };
   phos::CopySink into(Copy& copy) {
-    return [&copy](phos::CopiedPages pages) -> phos::Result<void> {
+    return [&copy, this](phos::CopiedPages pages) -> phos::Result<void> {
       EXPECT_EQ(pages.first, copy.hashes.size());
+      pages.hash(*key_);
       const uint8_t* data = pages.buffer.data();
       copy.bytes.insert(copy.bytes.end(), data, data + pages.hashes.size() * phos::kPageBytes);
       copy.hashes.insert(copy.hashes.end(), pages.hashes.begin(), pages.hashes.end());

@@ -4,10 +4,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "test/contract/copy_fixture.h"
 
@@ -15,7 +17,9 @@ namespace contract {
 namespace {
 
 using phos::kPageBytes;
+using phos::LoadState;
 using phos::PageHash;
+using phos::PageRef;
 
 constexpr uint64_t kBytes = 4 * kMiB;
 constexpr char kBytesText[] = " 4194304";
@@ -114,21 +118,33 @@ TEST_F(CopyShared, WhatWasCopiedLoadsAgain) {
   ASSERT_EQ(cuMemsetD8(source, 0xee, bytes.size()), CUDA_SUCCESS);
 
   size_t next = 0, flip = pages.size();
-  const phos::LoadSource from_copy = [&]() -> phos::Result<std::optional<phos::PagesToLoad>> {
-    if (next == pages.size()) return std::optional<phos::PagesToLoad>();
-    auto buffer = pool_->acquire({});
-    if (!buffer) return buffer.error();
-    phos::PagesToLoad load;
+  // Uses every buffer there is: the source has none until the engine has given one back.
+  unsigned waited = 0;
+  const phos::LoadSource from_copy = [&](bool may_wait,
+                                         phos::PagesToLoad* load) -> phos::Result<LoadState> {
+    if (next == pages.size()) return LoadState::kEnd;
+    auto buffer = pool_->try_acquire();
+    if (!buffer) {
+      waited++;
+      EXPECT_FALSE(may_wait) << "nothing is left that could give one back";
+      return LoadState::kLater;
+    }
     const size_t n = std::min<size_t>(pages.size() - next, 29);
-    load.pages.assign(pages.begin() + next, pages.begin() + next + n);
-    load.hashes.assign(copy.hashes.begin() + next, copy.hashes.begin() + next + n);
+    load->pages.assign(pages.begin() + next, pages.begin() + next + n);
+    load->hashes.assign(copy.hashes.begin() + next, copy.hashes.begin() + next + n);
     memcpy(buffer->data(), &copy.bytes[next * kPageBytes], n * kPageBytes);
     if (flip >= next && flip < next + n) buffer->data()[(flip - next) * kPageBytes + 777] ^= 1;
-    load.buffer = std::move(*buffer);
+    load->buffer = std::move(*buffer);
     next += n;
-    return std::optional(std::move(load));
+    return LoadState::kPages;
   };
+  std::vector<phos::PinnedPool::Buffer> others;
+  while (pool_->statistics().buffers - pool_->statistics().in_use > 2) {
+    others.push_back(std::move(*pool_->try_acquire()));
+  }
   ASSERT_OK(engine_->load(from_copy));
+  EXPECT_GT(waited, 0u);
+  others.clear();
   std::vector<uint8_t> now(bytes.size());
   ASSERT_EQ(cuMemcpyDtoH(now.data(), source, now.size()), CUDA_SUCCESS);
   EXPECT_EQ(now, bytes);
@@ -140,8 +156,42 @@ TEST_F(CopyShared, WhatWasCopiedLoadsAgain) {
   char address[32];
   snprintf(address, sizeof address, "0x%llx", source + flip * kPageBytes);
   EXPECT_NE(r.error().message().find(address), std::string::npos) << r.error().message();
+  EXPECT_EQ(engine_->wrong_page(), source + flip * kPageBytes);
   EXPECT_FALSE(engine_->broken());
   EXPECT_EQ(pool_->statistics().in_use, 0u);
+}
+
+// Short pages, too, and not a byte beyond their end. Pages that are no zeros are found out.
+TEST_F(CopyShared, ZerosAreLoadedWithoutABuffer) {
+  const auto bytes = random_bytes(3 * kPageBytes, 8);
+  const CUdeviceptr p = upload(bytes);
+  std::vector<PageRef> pages = {{p, kPageBytes}, {p + kPageBytes, 777}, {p + 2 * kPageBytes, 5}};
+  const PageHash zeros = hash_page(*key_, "", 1);
+  bool done = false;
+  std::vector<PageHash> expected(3, zeros);
+  const phos::LoadSource source = [&](bool, phos::PagesToLoad* load) -> phos::Result<LoadState> {
+    if (std::exchange(done, true)) return LoadState::kEnd;
+    load->pages = pages;
+    load->hashes = expected;
+    return LoadState::kPages;
+  };
+  const size_t before = faults_->calls().size();
+  ASSERT_OK(engine_->load(source));
+  const auto& calls = faults_->calls();
+  EXPECT_EQ(
+      std::count(calls.begin() + static_cast<ptrdiff_t>(before), calls.end(), "copy_to_device"), 1)
+      << "the table of pages";
+  std::vector<uint8_t> now(bytes.size()), wanted = bytes;
+  memset(wanted.data(), 0, kPageBytes + 777);
+  memset(wanted.data() + 2 * kPageBytes, 0, 5);
+  ASSERT_EQ(cuMemcpyDtoH(now.data(), p, now.size()), CUDA_SUCCESS);
+  EXPECT_EQ(now, wanted);
+
+  done = false;
+  expected[1] = hash_page(*key_, "x", 1);
+  EXPECT_FALSE(engine_->load(source));
+  EXPECT_EQ(engine_->wrong_page(), p + kPageBytes);
+  EXPECT_EQ(pool_->statistics().peak_in_use, 0u);
 }
 
 TEST_F(CopyShared, TwoEnginesShareThePool) {

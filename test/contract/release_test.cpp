@@ -106,19 +106,6 @@ TEST_F(Release, UnmappedMemoryWithoutAHandleIsFree) {
   EXPECT_EQ(cuMemAddressFree(p, kSize), CUDA_SUCCESS);
 }
 
-TEST_F(Release, ReallocationTakesNoHigherAddressesThanItMust) {
-  CUdeviceptr p[4], again;
-  for (CUdeviceptr& each : p) ASSERT_EQ(cuMemAlloc(&each, 8 * kMiB), CUDA_SUCCESS);
-  std::sort(p, p + 4);
-  ASSERT_EQ(cuMemFree(p[2]), CUDA_SUCCESS);
-  ASSERT_EQ(cuMemFree(p[0]), CUDA_SUCCESS);
-  ASSERT_EQ(cuMemAlloc(&again, 8 * kMiB), CUDA_SUCCESS);
-  EXPECT_LE(again, p[0]);
-  EXPECT_EQ(cuMemFree(again), CUDA_SUCCESS);
-  EXPECT_EQ(cuMemFree(p[1]), CUDA_SUCCESS);
-  EXPECT_EQ(cuMemFree(p[3]), CUDA_SUCCESS);
-}
-
 // Everything else reserved, reallocation finds its old place once the gaps below it are taken.
 TEST_F(Release, GapsThatAreReservedDoNotAttractAllocations) {
   CUdeviceptr low, p, at, miss = 0;

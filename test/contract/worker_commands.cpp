@@ -10,6 +10,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <iostream>
 #include <iterator>
 #include <sstream>
@@ -71,6 +72,40 @@ CUresult check(State&, std::istream& in, std::ostream& out) {
   std::vector<uint32_t> values(n);
   CUresult r = cuMemcpyDtoH(values.data(), p, uint64_t{n} * 4);
   out << count_wrong(values, seed, added);
+  return r;
+}
+
+// upload ADDRESS FILE: the file's bytes to the memory
+CUresult upload(State&, std::istream& in, std::ostream&) {
+  const CUdeviceptr p = read_address(in);
+  std::string path;
+  in >> path;
+  std::ifstream file(path, std::ios::binary);
+  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+  return cuMemcpyHtoD(p, bytes.data(), bytes.size());
+}
+
+// download ADDRESS BYTES FILE: the memory's bytes to the file
+CUresult download(State&, std::istream& in, std::ostream&) {
+  const CUdeviceptr p = read_address(in);
+  size_t bytes = 0;
+  std::string path;
+  in >> bytes >> path;
+  std::string memory(bytes, 0);
+  CUresult r = cuMemcpyDtoH(memory.data(), p, bytes);
+  if (!r && !std::ofstream(path, std::ios::binary).write(memory.data(), bytes).flush()) {
+    r = CUDA_ERROR_OPERATING_SYSTEM;
+  }
+  return r;
+}
+
+// use-device N: what follows is done on that device
+CUresult use_device(State& s, std::istream& in, std::ostream&) {
+  CUdevice device = 0;
+  in >> device;
+  CUresult r = cuDevicePrimaryCtxRetain(&s.context, device);
+  if (!r) r = cuCtxSetCurrent(s.context);
+  if (!r) r = s.kernels.load();
   return r;
 }
 
@@ -398,6 +433,9 @@ constexpr struct {
     {"fill", fill},
     {"increment", increment},
     {"check", check},
+    {"upload", upload},
+    {"download", download},
+    {"use-device", use_device},
     {"spin", spin},
     {"sync", sync},
     {"attributes", attributes},

@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "test/live/application.h"
 
+#include <signal.h>
+#include <ucontext.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <iostream>
 #include <mutex>
 #include <random>
@@ -282,6 +287,35 @@ std::string obey(const std::string& line, Gate& gate) {
   return "";
 }
 
+// Where it crashed, for whoever looks at a test's output.
+void report_crash(int number, siginfo_t* info, void* context) {
+  const auto* u = static_cast<const ucontext_t*>(context);
+  const auto ip = static_cast<unsigned long long>(u->uc_mcontext.gregs[REG_RIP]);
+  fprintf(stderr, "application: signal %d (code %d) at %p, thread %d, ip %#llx, sp %#llx\n", number,
+          info->si_code, info->si_addr, gettid(), ip,
+          static_cast<unsigned long long>(u->uc_mcontext.gregs[REG_RSP]));
+  const auto* stack = reinterpret_cast<const unsigned long long*>(u->uc_mcontext.gregs[REG_RSP]);
+  for (int i = 0; i < 256; i++) fprintf(stderr, "%016llx%c", stack[i], i % 8 == 7 ? '\n' : ' ');
+  if (FILE* maps = fopen("/proc/self/maps", "r")) {
+    char line[512];
+    while (fgets(line, sizeof line, maps)) {
+      if (strstr(line, " r-xp ") || strstr(line, "stack") || strstr(line, "phos")) {
+        fputs(line, stderr);
+      }
+    }
+  }
+  signal(number, SIG_DFL);
+}
+
+void report_crashes() {
+  struct sigaction action = {};
+  action.sa_sigaction = report_crash;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  for (int number : {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGABRT}) {
+    sigaction(number, &action, nullptr);
+  }
+}
+
 }  // namespace
 
 int run_application(const std::string& arguments) {
@@ -294,6 +328,7 @@ int run_application(const std::string& arguments) {
     std::cout << "error no CUDA" << std::endl;
     return 1;
   }
+  report_crashes();
   Gate gate(threads);
   for (int i = 0; i < threads; i++) {
     std::thread([seed, i, devices, &gate] {

@@ -207,8 +207,8 @@ std::string Interleaving::one_level(unsigned number, bool last) {
   const int pid = application_.pid();
   auto tid = copier_.driver().restore_thread_id(pid);
   if (!tid) return tid.error().message();
-  // Watching takes longer to begin and end than all of the rest.
-  const auto tracker = random_() % 20 ? phos::TrackerChoice::kContent : phos::TrackerChoice::kAuto;
+  const auto tracker =
+      random_() % 100 < watch_ ? phos::TrackerChoice::kAuto : phos::TrackerChoice::kContent;
   auto started = LiveCopy::start({pid, pid, *tid, tracker}, std::move(images), copier_.engines());
   if (!started) return started.error().message();
   LiveCopy& copy = **started;

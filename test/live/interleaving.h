@@ -47,8 +47,14 @@ class Copier {
 class Interleaving {
  public:
   // `directory`: an empty one, for images. All outlive the object.
-  Interleaving(Copier& copier, contract::Worker& application, std::string directory, uint32_t seed)
-      : copier_(copier), application_(application), directory_(directory), random_(seed) {}
+  // `watch`: percent of the copies that watch the application's calls, too.
+  Interleaving(Copier& copier, contract::Worker& application, std::string directory, uint32_t seed,
+               unsigned watch)
+      : copier_(copier),
+        application_(application),
+        directory_(directory),
+        random_(seed),
+        watch_(watch) {}
 
   // Empty: all is well; otherwise what is wrong.
   std::string run();
@@ -67,6 +73,7 @@ class Interleaving {
   contract::Worker& application_;
   const std::string directory_;
   std::minstd_rand random_;
+  const unsigned watch_;
   Tally tally_;
 };
 

@@ -4,6 +4,7 @@
 //   live                         the tests
 //   live --seconds N [--seed S]  interleavings for N seconds, from seed S on
 //   live --seed S                that seed for a minute, which a failure has named
+// With --watch PERCENT, so many of the copies also watch the application's calls.
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <unistd.h>
@@ -57,10 +58,12 @@ int main(int argc, char** argv) {
   const TwoSimulatedGpus machine;
   const char* seconds = option(argc, argv, "--seconds");
   const char* seed = option(argc, argv, "--seed");
+  const char* watch = option(argc, argv, "--watch");
   if (seconds || seed) {
-    return live_test::run_soundness(seconds ? static_cast<unsigned>(atoi(seconds)) : 60,
-                                    seed ? static_cast<uint32_t>(strtoul(seed, nullptr, 10)) : 1000,
-                                    !seconds);
+    return live_test::run_soundness(
+        seconds ? static_cast<unsigned>(atoi(seconds)) : 60,
+        seed ? static_cast<uint32_t>(strtoul(seed, nullptr, 10)) : 1000, !seconds,
+        watch ? static_cast<unsigned>(atoi(watch)) : live_test::Soundness::kWatch);
   }
   testing::InitGoogleTest(&argc, argv);
   return RUN_ALL_TESTS();

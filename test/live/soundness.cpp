@@ -2,6 +2,7 @@
 #include "test/live/soundness.h"
 
 #include <sys/stat.h>
+#include <sys/wait.h>
 
 #include <chrono>
 #include <cstdlib>
@@ -13,6 +14,20 @@
 namespace live_test {
 
 namespace fs = std::filesystem;
+
+namespace {
+
+constexpr int kDeathMs = 200;
+
+std::string death(std::optional<int> status) {
+  if (!status) return "";
+  if (WIFSIGNALED(*status)) {
+    return "; the application was ended by signal " + std::to_string(WTERMSIG(*status));
+  }
+  return "; the application ended with " + std::to_string(WEXITSTATUS(*status));
+}
+
+}  // namespace
 
 Soundness::~Soundness() {
   std::error_code ignored;
@@ -39,20 +54,23 @@ std::string Soundness::run(uint32_t seed, unsigned count) {
   for (unsigned i = 0; i < count; i++) {
     const std::string images = directory_ + "/images";
     fs::create_directory(images);
-    Interleaving one(copier_, application, images, seed * 7919 + i);
+    Interleaving one(copier_, application, images, seed * 7919 + i, watch_);
     const std::string problem = one.run();
     tally_ += one.tally();
     std::error_code error;
     if (problem.empty()) fs::remove_all(images, error);
-    if (!problem.empty()) return "interleaving " + std::to_string(i) + ": " + problem;
+    if (!problem.empty()) {
+      const std::string end = death(application.wait_death(kDeathMs));
+      return "interleaving " + std::to_string(i) + ": " + problem + end;
+    }
   }
   return "";
 }
 
-int run_soundness(unsigned seconds, uint32_t seed, bool one_seed) {
+int run_soundness(unsigned seconds, uint32_t seed, bool one_seed, unsigned watch) {
   using std::chrono::steady_clock;
   const auto end = steady_clock::now() + std::chrono::seconds(seconds);
-  Soundness soundness;
+  Soundness soundness(watch);
   std::string problem = soundness.start();
   for (unsigned i = 0; problem.empty() && steady_clock::now() < end; i++) {
     problem = soundness.run(seed, 40);

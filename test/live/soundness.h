@@ -11,6 +11,11 @@ namespace live_test {
 
 class Soundness {
  public:
+  // Watching takes longer to begin and end than all of the rest.
+  static constexpr unsigned kWatch = 5;
+
+  // `watch`: percent of the copies that watch the application's calls, too.
+  explicit Soundness(unsigned watch = kWatch) : watch_(watch) {}
   ~Soundness();
   // Both return the empty string, or what is wrong.
   std::string start();
@@ -19,12 +24,13 @@ class Soundness {
   const Tally& tally() const { return tally_; }
 
  private:
+  const unsigned watch_;
   Copier copier_;
   std::string directory_;
   Tally tally_;
 };
 
 // Seed after seed for that long, or one seed again and again. Prints what it does; the exit code.
-int run_soundness(unsigned seconds, uint32_t seed, bool one_seed);
+int run_soundness(unsigned seconds, uint32_t seed, bool one_seed, unsigned watch);
 
 }  // namespace live_test

@@ -90,6 +90,27 @@ TEST(PinnedPool, WaitingCanBeCancelled) {
   EXPECT_EQ(c.error().code(), ECANCELED);
 }
 
+TEST(PinnedPool, SpareBuffersAreThoseBeyondWhatOthersNeed) {
+  PinnedPool pool(small(6));
+  auto first = pool.acquire({});
+  ASSERT_TRUE(first);
+  std::vector<PinnedPool::Buffer> spare;
+  while (auto buffer = pool.acquire_spare(2, {})) spare.push_back(std::move(*buffer));
+  EXPECT_EQ(spare.size(), 3u);
+  EXPECT_EQ(pool.statistics().buffers, 6u) << "more are made for it";
+  EXPECT_EQ(pool.statistics().in_use, 4u);
+  first->reset();
+  EXPECT_TRUE(pool.acquire_spare(2, {}));
+  EXPECT_FALSE(pool.acquire_spare(6, {}));
+  EXPECT_EQ(pool.statistics().waits, 0u);
+
+  PinnedPool fresh(small(6));
+  std::stop_source stop;
+  stop.request_stop();
+  EXPECT_FALSE(fresh.acquire_spare(0, stop.get_token()));
+  EXPECT_EQ(fresh.statistics().buffers, 0u);
+}
+
 TEST(PinnedPool, ShortMemoryMakesItSmall) {
   set_log_sink([](LogLevel, const std::string&) {});
   PinnedPoolOptions options = small(100, 8);

@@ -18,8 +18,6 @@ import os
 import sys
 import time
 
-import torch
-
 
 class Meter:
     def __init__(self):
@@ -33,7 +31,7 @@ class Meter:
         if now - self.last >= 0.05:
             print(f'rate {now:.6f} {self.units}', flush=True)
             self.last = now
-            if os.getppid() != self.parent:
+            if not os.path.exists(f'/proc/{self.parent}'):
                 sys.exit()
 
 
@@ -86,6 +84,10 @@ def idle(meter):
 
 def allocations(meter):
     driver = ctypes.CDLL('libcuda.so.1')
+    context = ctypes.c_void_p()
+    if (driver.cuInit(0) or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or
+            driver.cuCtxSetCurrent(context)):
+        sys.exit('app.py: no CUDA')
     for _ in range(int(sys.argv[2])):
         address = ctypes.c_uint64()
         if driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(2 << 20)):
@@ -94,14 +96,17 @@ def allocations(meter):
 
 
 def main():
+    if sys.argv[1] == 'allocations':  # does without PyTorch
+        allocations(Meter())
+    global torch
+    import torch
     torch.manual_seed(1)
     extra = []
-    if len(sys.argv) > 2 and sys.argv[1] not in ('llama', 'allocations'):
+    if len(sys.argv) > 2 and sys.argv[1] != 'llama':
         for _ in range(int(float(sys.argv[2]) * 4)):
             extra.append(torch.randint(0, 1 << 62, (1 << 25,), device='cuda'))  # 256 MiB each
     torch.zeros(1, device='cuda').item()
-    work = {'llama': llama, 'train': train, 'storm': storm, 'idle': idle,
-            'allocations': allocations}[sys.argv[1]]
+    work = {'llama': llama, 'train': train, 'storm': storm, 'idle': idle}[sys.argv[1]]
     work(Meter())
 
 

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // usage: copy_bench [--mib N] [--rounds N] [--pool-mib N] [--slots N] [--slowdown SHARE]
-// [--load NAMES] [--no-load] [--hash-threads N] [--hash-batch PAGES] [--serve]
+// [--load NAMES] [--no-load] [--hash-batch PAGES] [--buffer-mib N] [--serve]
 //
 // How fast the copy engine is on the first GPU, against what the hardware can do: prints JSON. The
-// four kinds of run take turns, so that clocks and neighbours are the same for all:
+// kinds of run take turns, so that clocks and neighbours are the same for all:
 //   dma    cuMemcpyDtoHAsync into pinned buffers, nothing else
 //   copy   CopyEngine::copy into a sink that throws the buffers away, without a limit
-//   paced  the same with a limit (--slowdown, 0.03): nothing but DMA on the GPU, hashed by the CPU
+//   paced  the same with a limit (--slowdown, 0.03): nothing but DMA on the GPU, hashed later
 //   read   a kernel that only reads memory
 //   hash   CopyEngine::hash, without a limit
+//   h2d    cuMemcpyHtoDAsync from pinned buffers, nothing else
+//   load   CopyEngine::load of pages that are in pinned buffers, each hashed on the GPU
+//   zero   CopyEngine::load of zeros, which the GPU writes
 // --serve: no such runs. For each line `SECONDS` of standard input, copies (paced) for that long
 // and prints `copied BYTES`.
 //
@@ -54,9 +57,9 @@ struct Options {
   uint64_t pool_mib = 8192;
   unsigned slots = CopyEngineOptions().slots;
   double slowdown = 0.03;
-  unsigned hash_threads = 0;
   uint32_t hash_batch = CopyEngineOptions().hash_batch_pages;
   bool serve = false;
+  uint64_t buffer_mib = PinnedPoolOptions().buffer_bytes >> 20;
   std::string load = "reader,decode,train,storm";
 };
 
@@ -112,7 +115,6 @@ class Bench {
     need(pool.attach(*context_));
     CopyEngineOptions options;
     options.slots = options_.slots;
-    options.hash_threads = options_.hash_threads;
     options.hash_batch_pages = options_.hash_batch;
     const auto begin = Clock::now();
     engine_ = need(CopyEngine::create(*context_, pool, key_, options));
@@ -156,6 +158,30 @@ class Bench {
     need(context_->synchronize(stream_));
   }
 
+  // The same to the GPU, and what is there already: the memory stays as it is.
+  void dma_to_device() {
+    std::vector<PinnedPool::Buffer> buffers;
+    for (unsigned i = 0; i < options_.slots; i++) buffers.push_back(need(pool_->acquire({})));
+    size_t next = 0;
+    for (uint64_t at = 0; at < bytes_; at += pool_->buffer_bytes()) {
+      auto& buffer = buffers[next++ % buffers.size()];
+      need(context_->copy_to_device(source_ + at, buffer.data(), pool_->buffer_bytes(), stream_));
+    }
+    need(context_->synchronize(stream_));
+  }
+  void load() { load_from(block_hashes_, true); }
+  void load_zeros() {
+    load_from({pool_->buffer_bytes() / kPageBytes, hash_page(key_, "", 1)}, false);
+  }
+  // Every buffer of the pool with what the memory is full of.
+  void warm_up() {
+    std::vector<PinnedPool::Buffer> buffers;
+    while (auto buffer = pool_->acquire_spare(0, {})) {
+      memcpy(buffer->data(), block_.data(), block_.size());
+      buffers.push_back(std::move(*buffer));
+    }
+  }
+
   // Hashes in place, and those that came with copied bytes, against the CPU's.
   bool verify() {
     hash();
@@ -164,6 +190,7 @@ class Bench {
       need(engine_->copy(
           pages_,
           [&](CopiedPages copied) -> Result<void> {
+            copied.hash(key_);
             for (size_t i = 0; i < copied.hashes.size(); i += 61) {
               const auto expected =
                   hash_page(key_, copied.buffer.data() + i * kPageBytes, kPageBytes);
@@ -190,11 +217,34 @@ class Bench {
   }
 
  private:
+  // Loads all memory, each buffer full with the pages of these hashes.
+  void load_from(const std::vector<PageHash>& hashes, bool with_buffer) {
+    size_t next = 0;
+    need(engine_->load([&](bool may_wait, PagesToLoad* work) -> Result<LoadState> {
+      if (next == pages_.size()) return LoadState::kEnd;
+      if (with_buffer) {
+        auto buffer = pool_->try_acquire();
+        if (!buffer && !may_wait) return LoadState::kLater;
+        work->buffer = buffer ? std::move(*buffer) : need(pool_->acquire({}));
+      }
+      const auto first = pages_.begin() + static_cast<ptrdiff_t>(next);
+      const size_t n = std::min(hashes.size(), pages_.size() - next);
+      work->pages.assign(first, first + static_cast<ptrdiff_t>(n));
+      work->hashes.assign(hashes.begin(), hashes.begin() + static_cast<ptrdiff_t>(n));
+      next += n;
+      return LoadState::kPages;
+    }));
+  }
+
   void fill() {
     auto buffer = need(pool_->acquire({}));
     std::mt19937_64 random(1);
     auto* words = reinterpret_cast<uint64_t*>(buffer.data());
     for (size_t i = 0; i < pool_->buffer_bytes() / 8; i++) words[i] = random();
+    block_.assign(buffer.data(), buffer.data() + pool_->buffer_bytes());
+    for (size_t at = 0; at < block_.size(); at += kPageBytes) {
+      block_hashes_.push_back(hash_page(key_, &block_[at], kPageBytes));
+    }
     for (uint64_t at = 0; at < bytes_; at += pool_->buffer_bytes()) {
       need(context_->copy_to_device(source_ + at, words, pool_->buffer_bytes(), stream_));
     }
@@ -215,6 +265,8 @@ class Bench {
   double context_seconds_ = 0, engine_seconds_ = 0;
   std::vector<PageRef> pages_;
   std::vector<PageHash> hashes_;
+  std::vector<uint8_t> block_;  // what the memory holds, again and again
+  std::vector<PageHash> block_hashes_;
 };
 
 // A process that keeps the GPU busy in one of several ways, and counts.
@@ -342,13 +394,18 @@ void print(const Runs& runs, const char* title) {
 void bench_alone(Bench& bench, int rounds) {
   Runs runs;
   std::vector<double> kernels;
+  bench.warm_up();
   for (int i = 0; i <= rounds; i++) {
     const std::pair<const char*, double> results[] = {
         {"dma", bench.rate([&] { bench.dma(); })},
         {"copy", bench.rate([&] { bench.copy(); })},
         {"paced", bench.rate([&] { bench.copy(true); })},
         {"read", bench.rate([&] { bench.read(); })},
-        {"hash", bench.rate([&] { bench.hash(); })}};
+        {"hash", bench.rate([&] { bench.hash(); })},
+        // Zeros last but for what makes the memory what it was.
+        {"zero", bench.rate([&] { bench.load_zeros(); })},
+        {"h2d", bench.rate([&] { bench.dma_to_device(); })},
+        {"load", bench.rate([&] { bench.load(); })}};
     if (i == 0) continue;  // to warm up
     for (const auto& [name, rate] : results) runs[name].push_back(rate);
     kernels.push_back(bench.hash_kernels_rate());
@@ -356,9 +413,11 @@ void bench_alone(Bench& bench, int rounds) {
   print(runs, "alone_gb_per_s");
   printf("    \"hash_kernel_best\": %.1f, \"hash_kernels\": %.1f,\n",
          kPageBytes / bench.engine().hash_ns_per_page(), summarize(kernels).median);
-  printf("    \"copy_to_dma\": %.3f, \"paced_to_dma\": %.3f, \"hash_to_read\": %.3f\n  },\n",
-         median(runs, "copy") / median(runs, "dma"), median(runs, "paced") / median(runs, "dma"),
-         median(runs, "hash") / median(runs, "read"));
+  printf(
+      "    \"copy_to_dma\": %.3f, \"paced_to_dma\": %.3f, \"hash_to_read\": %.3f, "
+      "\"load_to_h2d\": %.3f\n  },\n",
+      median(runs, "copy") / median(runs, "dma"), median(runs, "paced") / median(runs, "dma"),
+      median(runs, "hash") / median(runs, "read"), median(runs, "load") / median(runs, "h2d"));
 }
 
 void bench_loaded(Bench& bench, Neighbour& neighbour, const char* name, Neighbour::Kind kind,
@@ -420,10 +479,10 @@ Options parse(int argc, char** argv) {
       o.pool_mib = static_cast<uint64_t>(value);
     } else if (name == "--slots") {
       o.slots = static_cast<unsigned>(value);
+    } else if (name == "--buffer-mib") {
+      o.buffer_mib = static_cast<uint64_t>(value);
     } else if (name == "--hash-batch") {
       o.hash_batch = static_cast<uint32_t>(value);
-    } else if (name == "--hash-threads") {
-      o.hash_threads = static_cast<unsigned>(value);
     } else if (name == "--slowdown") {
       o.slowdown = value;
     } else {
@@ -444,6 +503,7 @@ int main(int argc, char** argv) {
   if (!options.load.empty()) neighbour = std::make_unique<Neighbour>(options.mib);
   auto driver = need(open_cuda_driver());
   PinnedPoolOptions pool_options;
+  pool_options.buffer_bytes = options.buffer_mib << 20;
   pool_options.max_bytes = uint64_t{options.slots + 8} * pool_options.buffer_bytes;
   PinnedPool pool(pool_options);
   Bench bench(*driver, options);

@@ -61,7 +61,11 @@ class Workload:
             return [tuple(map(float, line.split()[1:])) for line in f.read().split('\n')[:-1]]
 
     def stop(self):
-        self.process.kill()
+        # By its number: it may have been dumped and restored, and then is no child of ours.
+        try:
+            os.kill(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
         self.process.wait()
 
 
@@ -137,8 +141,6 @@ class Engine:
         command = [bench.copy_bench, '--serve', '--mib', '8192']
         if bench.options.max_slowdown is not None:
             command += ['--slowdown', str(bench.options.max_slowdown / 100)]
-        if bench.options.hash_threads:
-            command += ['--hash-threads', str(bench.options.hash_threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True)
         if self.process.stdout.readline() != 'ready\n':
@@ -220,7 +222,6 @@ def main():
     parser.add_argument('--max-slowdown', type=float, help='phosd\'s, percent')
     parser.add_argument('--runs', type=int, default=5)
     parser.add_argument('--window', type=float, default=2.0, help='seconds, at least (%(default)s)')
-    parser.add_argument('--hash-threads', type=int, help='of the engine in slowdown tests')
     parser.add_argument('--whole', action='store_true', help='slowdown by whole pre-dumps, too')
     parser.add_argument('--only', nargs='+', default=['attach', 'speed', 'llama', 'train', 'storm'])
     options = parser.parse_args()

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// MemoryLoad: one load() of a MemoryLoader, from the plan to the last hash.
+//
+// A thread for each GPU, and readers that all GPUs share. To keep sessions that share the pool from
+// waiting for each other in a circle, a buffer is asked for only by who can use it without further
+// waiting: readers read for those GPUs alone whose engine this load has to itself.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stop_token>
+#include <string>
+#include <vector>
+
+#include "gpu-tracker/daemon/load_plan.h"
+#include "gpu-tracker/daemon/memory_loader.h"
+
+namespace phos {
+
+// "GPU-…, allocation at 0x7f… (123 bytes)"
+std::string describe_memory(const GpuUuid& gpu, uint64_t address, uint64_t size);
+
+class MemoryLoad {
+ public:
+  // All outlive this object.
+  MemoryLoad(const PageChain& chain, GpuEngines& engines, const PageHashKey& key);
+  ~MemoryLoad();
+
+  // `memory` has been checked. `warm`: batches that have been read already; those that are not of
+  // this memory alone, or of several GPUs, are given back.
+  void plan(std::vector<MemoryToLoad> memory, std::vector<LoadBatch> warm);
+  // All of the report but load_us. Once.
+  Result<LoadReport> run(std::stop_token stop);
+
+ private:
+  // Memory that is imported.
+  struct Target {
+    MemoryToLoad memory;
+    uint64_t mapped_at = 0;  // 0: not imported
+  };
+  struct Gpu {
+    GpuUuid uuid{};
+    std::vector<Target> targets;
+    std::deque<LoadBatch> to_read, ready, warm, zeros;
+    unsigned reading = 0;
+    bool open = false;  // its engine is this load's
+  };
+  // Where an allocation of the image goes; null: nowhere.
+  struct Place {
+    Gpu* gpu = nullptr;
+    size_t target = 0;
+  };
+
+  Gpu& gpu_of(const GpuUuid& uuid);
+  Gpu* gpu_of(const LoadBatch& batch) const;
+
+  void read();
+  Gpu* next_to_read(bool* more);
+  void fail(const Error& error);
+
+  Result<void> load_gpu(Gpu& gpu);
+  Result<void> import(GpuContext& context, Gpu& gpu);
+  Result<void> let_go(GpuContext& context, Gpu& gpu);
+  Result<void> load_pages(OpenGpu& open, Gpu& gpu);
+  Result<LoadState> next(Gpu& gpu, bool may_wait, PagesToLoad* pages);
+  void fill_in(Gpu& gpu, LoadBatch batch, PagesToLoad* pages);
+  // Says which page is wrong, and why.
+  Error explain(const Gpu& gpu, uint64_t address, const Error& error) const;
+
+  const PageChain& chain_;
+  GpuEngines& engines_;
+  const PageHashKey key_;
+  std::vector<std::unique_ptr<Gpu>> gpus_;
+  std::vector<Place> places_;  // by allocation of the image
+
+  std::mutex mutex_;
+  std::condition_variable_any changed_;
+  std::stop_source abort_;
+  std::optional<Error> error_;  // the first
+  LoadReport report_;
+  std::optional<std::chrono::steady_clock::time_point> first_read_;
+};
+
+}  // namespace phos

@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""How long a working process stands still for a dump, and how soon it works again after a restore.
+
+Starts a workload (app.py) and dumps it with stock criu, in turns:
+
+  phos      phos pre-dump, some work, `criu dump` on top of it
+  cold      `criu dump` without a pre-dump
+  snapshot  as phos, with --leave-running
+  driver    `criu dump` with `release = off`: GPU memory goes through NVIDIA's driver
+  nvidia    `criu dump` with NVIDIA's plugin (--nvidia-plugin-dir, cuda-checkpoint in PATH)
+
+Needs a real GPU, root and PyTorch; transformers for llama.
+
+  stopped   from the workload's last unit of work before the dump until criu has ended (the process
+            is gone, and its images complete) or, snapshot, until the next unit of work
+  first     from the start of `criu restore -d` until the next unit of work
+"""
+import argparse
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from live_copy import HERE, REPO, Workload, summary
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def wait_for(condition, what, limit=180):
+    end = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() > end:
+            sys.exit(f'stop_time: waited {limit} s for {what}')
+        time.sleep(0.002)
+
+
+def gone(pid):
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+    return not os.path.exists(f'/proc/{pid}')
+
+
+class Bench:
+    def __init__(self, options, directory):
+        self.options = options
+        self.directory = directory
+        self.phos = os.path.join(options.build, 'bin', 'phos')
+        self.criu = os.path.join(options.build, 'criu', 'criu')
+        self.plugins = os.path.join(options.build, 'lib', 'criu')
+
+    def environment(self, variant):
+        run = os.path.join(self.directory, f'run-{"driver" if variant == "driver" else "phos"}')
+        if not os.path.exists(run):
+            os.mkdir(run, 0o700)
+            with open(os.path.join(run, 'phosd.conf'), 'w') as f:
+                f.write(f'pool_size = {self.options.pool}\n')
+                if variant == 'driver':
+                    f.write('release = off\n')
+        return dict(os.environ, PHOS_RUN_DIR=run)
+
+    def run(self, argv, variant, log=None):
+        result = subprocess.run(argv, env=self.environment(variant), stdin=subprocess.DEVNULL,
+                                capture_output=True, text=True, timeout=300)
+        if result.returncode:
+            text = open(log, errors='replace').read() if log and os.path.exists(log) else ''
+            sys.exit(f'stop_time: {" ".join(argv)}: {result.stderr}\n{text[-3000:]}')
+        return result.stdout
+
+    def one(self, variant, workload):
+        images = tempfile.mkdtemp(prefix='images-', dir=self.directory)
+        pid = workload.process.pid
+        previous = []
+        if variant in ('phos', 'snapshot'):
+            self.run([self.phos, 'pre-dump', '--gpu-only', '-t', str(pid), '-D', images + '/0'],
+                     variant)
+            previous = ['--prev-images-dir', '../0']
+            time.sleep(1)
+        os.mkdir(images + '/1', 0o700)
+        plugins = self.options.nvidia_plugin_dir if variant == 'nvidia' else self.plugins
+        common = ['-D', images + '/1', '-L', plugins, '-v3', '--shell-job']
+        log = images + '/1/dump.log'
+        before = time.monotonic()
+        leave = ['--leave-running'] if variant == 'snapshot' else []
+        self.run([self.criu, 'dump', '-t', str(pid), *previous, *common, *leave, '-o', 'dump.log'],
+                 variant, log)
+        ended = time.monotonic()
+        times = {}
+        if variant == 'snapshot':
+            wait_for(lambda: workload.points()[-1][0] > ended, 'work after the snapshot')
+        points = workload.points()
+        times['stopped'] = max((t1 - t0 for (t0, _), (t1, _) in zip(points, points[1:])
+                                if t1 > before), default=0)
+        if variant != 'snapshot':
+            times['stopped'] = ended - points[-1][0]
+            wait_for(lambda: gone(pid), 'the process to be gone')
+            count = len(points)
+            log = images + '/1/restore.log'
+            start = time.monotonic()
+            self.run([self.criu, 'restore', '-d', *common, '-o', 'restore.log'], variant, log)
+            times['restore'] = time.monotonic() - start
+            wait_for(lambda: len(workload.points()) > count, 'work after the restore')
+            times['first'] = workload.points()[count][0] - start
+        times['lines'] = [line for name in ('dump.log', 'restore.log')
+                          for line in self.phos_lines(images + '/1/' + name)]
+        shutil.rmtree(images)
+        return times
+
+    @staticmethod
+    def phos_lines(path):
+        if not os.path.exists(path):
+            return []
+        with open(path, errors='replace') as f:
+            return [line.rstrip() for line in f if re.search(r'phos: .* ms', line)]
+
+    def stop_daemons(self):
+        for variant in ('phos', 'driver'):
+            subprocess.run([self.phos, 'daemon', 'stop'], env=self.environment(variant),
+                           capture_output=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--build', default=os.path.join(REPO, 'build'))
+    parser.add_argument('--directory', default='/dev/shm', help='where images go (%(default)s)')
+    parser.add_argument('--nvidia-plugin-dir', help='directory with cuda_plugin.so alone')
+    parser.add_argument('--variants', nargs='+', default=['phos', 'cold', 'snapshot', 'driver'])
+    parser.add_argument('--pool', default='40G', help='phosd\'s pool (%(default)s)')
+    parser.add_argument('--runs', type=int, default=5)
+    parser.add_argument('--verbose', action='store_true', help='phosd\'s own account of its time')
+    parser.add_argument('--json', action='store_true')
+    parser.add_argument('--workload', nargs='+', default=['llama', '40'], help='of app.py')
+    options = parser.parse_args()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stop_time: terminated'))
+    directory = tempfile.mkdtemp(prefix='phos-bench-', dir=options.directory)
+    bench = Bench(options, directory)
+    results = {v: [] for v in options.variants}
+    try:
+        with Workload(directory, *options.workload) as workload:
+            for _ in range(options.runs):
+                for variant in options.variants:
+                    time.sleep(1)
+                    times = bench.one(variant, workload)
+                    lines = times.pop('lines')
+                    print(f'  {variant}: ' + ', '.join(f'{k} {v:.3f} s' for k, v in times.items()),
+                          flush=True)
+                    if options.verbose:
+                        print('\n'.join('    ' + line for line in lines), flush=True)
+                    results[variant].append(times)
+    finally:
+        bench.stop_daemons()
+        shutil.rmtree(directory)
+    for variant, times in results.items():
+        for step in times[0] if times else []:
+            print(f'{variant:9} {step:8} s {summary([t[step] for t in times])}')
+    if options.json:
+        print(json.dumps(results))
+
+
+if __name__ == '__main__':
+    main()
