@@ -8,7 +8,6 @@
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
-#include "gpu-tracker/daemon/importers.h"
 #include "gpu-tracker/daemon/messages.h"
 #include "gpu-tracker/daemon/session.h"
 #include "gpu-tracker/daemon/session_log.h"
@@ -63,15 +62,6 @@ void Session::close_gates(const std::vector<int>& pids) {
   }
   if (releasable.empty()) return;
   const auto start = steady_clock::now();
-  if (auto importer = find_importer(driver_, releasable)) {
-    for (int pid : releasable) {
-      give_up_release(pid, &held_.at(pid),
-                      process(*importer) +
-                          " has imported GPU memory of another process, and it "
-                          "may be of this one");
-    }
-    return;
-  }
   std::map<int, std::future<Result<std::unique_ptr<MemoryRelease>>>> under_way;
   for (int pid : releasable) {
     const Held& held = held_.at(pid);
@@ -211,7 +201,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
   if (failed) {
     if (auto r = bring_memory_back(pid, held); !r) return r;
   }
-  if (results) note_released(pid, held, *results);
+  const bool as_noted = results && note_released(pid, held, *results);
   auto locked = lock_or_leave(pid, kRelockMs);
   if (!locked) return locked.error().wrap("locking " + process(pid) + " again");
   held->locked = true;
@@ -224,7 +214,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
   log(LogLevel::kInfo, "daemon",
       "%s: released in %.1f ms (drained behind the gate in %.1f ms, images written in %.1f ms)",
       process(pid).c_str(), ms(held->release_time), ms(held->gate_time), ms(held->write_time));
-  return write_process_image(image_dir_.get(), *held->image);
+  return as_noted ? Result<void>() : write_process_image(image_dir_.get(), *held->image);
 }
 
 // All that another phosd needs, should this one die while memory is away.
@@ -233,7 +223,6 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   auto image = describe(pid, *held);
   if (!image) return image.error();
   if (auto r = held->copy->finish(&*image); !r) return r;
-  held->copy.reset();
   held->image = std::move(*image);
   if (!held->noted) return Error(Domain::kUsage, EIO, "no other phosd would know of it");
   if (held->to_release.empty()) return Error(Domain::kUsage, ENOENT, "there is none to release");
@@ -260,7 +249,8 @@ Result<void> Session::open_saved(Held* held, const ProcessImage& image) const {
   return {};
 }
 
-void Session::note_released(int pid, Held* held, const std::vector<AgentRelease>& results) {
+// Whether the image, as it is on disk, says so already.
+bool Session::note_released(int pid, Held* held, const std::vector<AgentRelease>& results) {
   std::set<uint64_t> released;
   uint64_t bytes = 0;
   for (size_t i = 0; i < results.size(); i++) {
@@ -281,6 +271,7 @@ void Session::note_released(int pid, Held* held, const std::vector<AgentRelease>
   }
   log(LogLevel::kInfo, "daemon", "%s: %zu allocations, %s of GPU memory, released",
       process(pid).c_str(), released.size(), megabytes(bytes).c_str());
+  return released.size() == results.size();
 }
 
 // The driver has restored the process, and unlocked it. Its threads stay parked until it runs.

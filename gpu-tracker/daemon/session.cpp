@@ -128,7 +128,6 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
     if (!image) return image.error();
     if (held->copy) {
       if (auto r = held->copy->finish(&*image); !r) return r;
-      held->copy.reset();
     }
     held->image = std::move(*image);
   }
@@ -210,7 +209,7 @@ Result<void> Session::undo(int pid, CudaState found) {
 
 // All but opening its gate for good, for which the process must run.
 Result<void> Session::undo_one(int pid, Held* held) {
-  held->copy.reset();
+  if (!held->copy_completed) held->copy.reset();
   if (auto r = bring_back(pid, held->found); !r) return r;
   held->locked = false;
   if (auto r = bring_memory_back(pid, held); !r) return r;
@@ -336,7 +335,9 @@ bool Session::recover_one(int pid, Held* held) {
 }
 
 void Session::recover() {
-  for (auto& member : held_) member.second.copy.reset();
+  for (auto& [pid, held] : held_) {
+    if (!held.copy_completed) held.copy.reset();
+  }
   const bool needed = needs_images();
   if (!needed) remove_unfinished_images();
   // A pre-dump has locked nothing.

@@ -93,7 +93,6 @@ class CudaDriver final : public GpuDriver {
     ProcessMemory memory;
     int r = simulated_memory_(pid, &memory.own, &memory.imported);
     if (r) return error("phos_sim_memory", pid, static_cast<CUresult>(r));
-    memory.gpus = {{memory.own, memory.imported}};  // the simulation does not tell them apart
     return memory;
   }
 

@@ -196,10 +196,8 @@ Result<ProcessMemory> query_process_memory(int pid) {
           Domain::kCuda, static_cast<int>(list->list[0].result),
           "NVIDIA kernel driver: no memory information for process " + std::to_string(pid));
     }
-    const PidInfo& found = list->list[0];
-    total.gpus.push_back({found.mem_private + found.mem_shared_owned, found.mem_shared_duped});
-    total.own += total.gpus.back().own;
-    total.imported += total.gpus.back().imported;
+    total.own += list->list[0].mem_private + list->list[0].mem_shared_owned;
+    total.imported += list->list[0].mem_shared_duped;
     rm.free(rm.root(), device);
   }
   return total;

@@ -7,21 +7,15 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "gpu-tracker/base/result.h"
 
 namespace phos {
 
-// Device memory of one process. Bytes.
+// Device memory of one process, summed over all GPUs. Bytes.
 struct ProcessMemory {
-  struct OnGpu {
-    uint64_t own = 0, imported = 0;
-  };
   uint64_t own = 0;       // allocated by the process, shared with others or not
   uint64_t imported = 0;  // allocated by another process (CUDA IPC or a file descriptor)
-  // By GPU, in an order of the kernel driver's own that is the same for every process.
-  std::vector<OnGpu> gpus = {};
 };
 
 // Asks RM through /dev/nvidiactl (open-gpu-kernel-modules: subdeviceCtrlCmdGpuGetPidInfo_IMPL,

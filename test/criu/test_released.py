@@ -8,8 +8,7 @@ import subprocess
 import time
 import unittest
 
-from harness import (BUILD, CriuTest, Target, Worker, alive, children, reap, status_field,
-                     wait_until)
+from harness import BUILD, CriuTest, Target, alive, children, reap, status_field, wait_until
 
 PHOS = os.path.join(BUILD, 'bin', 'phos')
 MIB = 1 << 20
@@ -290,18 +289,6 @@ class AllocationsThatAreNotReleased(ReleasedTest):
         os.unlink(self.faults)
         self.restore_and_check(target)
 
-    def test_memory_that_another_process_has_imported(self):
-        owner, importer = (Worker(self.directory, self.env()) for _ in range(2))
-        self.targets += [owner, importer]
-        address = owner.alloc(4 * MIB)
-        self.assertEqual(owner.ask('fill', address, MIB, 5), 'ok')
-        handle = owner.ask('ipc-export', address).split()[1]
-        self.assertEqual(importer.ask('ipc-import', handle).split()[0], 'ok')
-        self.dump_ok(owner, '--leave-running')
-        self.assertIn(f'process {importer.pid} has imported GPU memory', self.log('dump.log'))
-        self.assertEqual(self.released_bytes(), 0)
-        self.assertEqual(owner.ask('check', address, MIB, 5, 0), 'ok 0')
-
     def test_free_fails(self):
         self.fail_in_driver('cuMemFree * 999')
         self.dumps_by_the_driver('is left to the driver')
@@ -443,6 +430,13 @@ class KilledAt(ReleasedTest):
         criu.communicate(timeout=60)
         # With --leave-running the images are complete, whoever brings the process back.
         self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
+        self.assert_left_alone(target)
+
+    def test_images_removed_while_memory_is_away(self):
+        target, criu = self.dump_until('checkpoint')
+        for name in os.listdir(self.images):
+            os.unlink(os.path.join(self.images, name))
+        self.kill_criu(criu)
         self.assert_left_alone(target)
 
     def both_killed_at(self, step, *args):
