@@ -60,8 +60,10 @@ TEST_F(QuietTest, ThreadInsideTheDriverIsNot) {
 // Tables of its functions, on the stack and in memory that follows it, are no calls.
 TEST_F(QuietTest, PointersToFunctionsAreNotCalls) {
   ASSERT_EQ(target_.ask("start-asleep"), "ok");
+  ASSERT_EQ(target_.ask("start memset 1"), "ok");
   usleep(50000);
   ASSERT_NO_FATAL_FAILURE(close_gate());
+  ASSERT_TRUE(wait_parked(1));
   auto quiet = gate_->check_quiet(milliseconds(500));
   EXPECT_TRUE(quiet) << quiet.error().message();
   ASSERT_TRUE(gate_->open());
