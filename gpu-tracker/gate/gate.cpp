@@ -197,7 +197,8 @@ Result<void> Gate::resume_lease() {
 bool Gate::is_parked(const ThreadInfo& thread) const {
   for (int i = 0; i < kParkedLooks; i++) {
     if (i) std::this_thread::sleep_for(kPollInterval);
-    if (locate_thread(pid_, thread, {text_, {}}, agent_.gate_address()) == ThreadPlace::kParked) {
+    if (locate_thread(pid_, thread, {text_, {}, {}}, agent_.gate_address()) ==
+        ThreadPlace::kParked) {
       return true;
     }
   }
@@ -250,7 +251,7 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
   const auto deadline = steady_clock::now() + timeout;
   auto agent_code = agent_.call_code();
   if (!agent_code) return agent_code.error();
-  const CallCode code = {text_, *agent_code};
+  const CallCode code = {text_, *agent_code, offsets_};
   std::set<std::pair<int, uint64_t>> shown;
   for (;;) {
     auto threads = list_threads(pid_);

@@ -93,20 +93,32 @@ std::optional<Sleep> parse_sleep(const std::string& line) {
   return s;
 }
 
-ThreadPlace search_stack(int pid, uint64_t sp, const CallCode& code) {
+// glibc and musl have a thread's descriptor at the upper end of its stack. What lies above may be
+// anything: the kernel merges mappings, and a program's tables of functions may follow.
+uint64_t stack_end(int tid, uint64_t sp, const ProcMapping& mapping) {
+  void* head = nullptr;
+  size_t size = 0;
+  if (syscall(SYS_get_robust_list, tid, &head, &size) != 0) return mapping.end;
+  const auto at = reinterpret_cast<uint64_t>(head) & ~uint64_t{7};
+  return at > sp && at < mapping.end ? at : mapping.end;
+}
+
+ThreadPlace search_stack(int pid, int tid, uint64_t sp, const CallCode& code) {
   auto maps = read_proc_maps(pid);
   UniqueFd memory(open(("/proc/" + std::to_string(pid) + "/mem").c_str(), O_RDONLY | O_CLOEXEC));
   if (!maps || !memory) return ThreadPlace::kNotShown;
   auto stack = std::find_if(maps->begin(), maps->end(),
                             [&](const ProcMapping& m) { return sp >= m.start && sp < m.end; });
-  if (stack == maps->end() || stack->end - sp > kMaxStack) return ThreadPlace::kNotShown;
+  if (stack == maps->end()) return ThreadPlace::kNotShown;
+  const uint64_t end = stack_end(tid, sp, *stack);
+  if (end - sp > kMaxStack) return ThreadPlace::kNotShown;
   std::array<uint64_t, kChunk / sizeof(uint64_t)> words;
-  for (uint64_t at = sp & ~uint64_t{7}; at < stack->end;) {
-    const size_t wanted = std::min<uint64_t>(kChunk, stack->end - at);
+  for (uint64_t at = sp & ~uint64_t{7}; at < end;) {
+    const size_t wanted = std::min<uint64_t>(kChunk, end - at);
     const ssize_t n = pread(memory.get(), words.data(), wanted, static_cast<off_t>(at));
     if (n != static_cast<ssize_t>(wanted)) return ThreadPlace::kNotShown;
     for (size_t i = 0; i < wanted / sizeof(uint64_t); i++) {
-      if (code.contains(words[i])) return ThreadPlace::kInside;
+      if (code.betrays(words[i])) return ThreadPlace::kInside;
     }
     at += wanted;
   }
@@ -153,6 +165,12 @@ bool CallCode::contains(uint64_t address) const {
                      [&](const AddressRange& r) { return address >= r.begin && address < r.end; });
 }
 
+bool CallCode::betrays(uint64_t word) const {
+  if (!contains(word)) return false;
+  const auto offset = library.offset_of(word);
+  return !offset || !std::binary_search(gated.begin(), gated.end(), *offset);
+}
+
 ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
                           uint64_t gate_word) {
   if (thread.state == 'Z' || thread.state == 'X') return ThreadPlace::kOutside;
@@ -169,7 +187,7 @@ ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& cod
   if (sleep->sp == 0) {
     return is_kernel_worker(pid, thread.tid) ? ThreadPlace::kOutside : ThreadPlace::kNotShown;
   }
-  const ThreadPlace place = search_stack(pid, sleep->sp, code);
+  const ThreadPlace place = search_stack(pid, thread.tid, sleep->sp, code);
   if (place != ThreadPlace::kOutside) return place;
   const bool slept_on =
       read_line(path) == before && switches && count_switches(pid, thread.tid) == switches;

@@ -33,8 +33,13 @@ bool is_driver_thread(const ThreadInfo& thread);
 struct CallCode {
   const LibraryText& library;
   std::span<const AddressRange> agent;
+  // Where the gate's probes are, ascending offsets in the library's file: who comes there parks.
+  std::span<const uint64_t> gated;
 
   bool contains(uint64_t address) const;
+  // The address of a probe's place is no sign of a call in progress: function pointers have it,
+  // and a thread that goes on there is parked.
+  bool betrays(uint64_t word) const;
 };
 
 enum class ThreadPlace {
@@ -52,8 +57,10 @@ enum class ThreadPlace {
 //    and after it is in the same system call, and has not been switched to in between. Code of
 //    libcuda that has called something to which it will come back has left a return address in its
 //    own text on the stack, above the stack pointer; a signal handler keeps the interrupted program
-//    counter in its frame. All of the stack mapping is searched, from the stack pointer to its end,
-//    for any word that points into such code; and the program counter must not point there. A
+//    counter in its frame. The stack is searched, from the stack pointer to where the C library
+//    keeps what it knows of the thread (which the kernel has the address of: the list of robust
+//    futexes is there) or, where that is not above it, to the end of the mapping; for any word that
+//    points into such code, but not at a probe; and the program counter must not point there. A
 //    tail call leaves no address, but then nothing of libcuda is left to be executed.
 //  - Not covered: code that libcuda calls back on the application's thread, and that changes to
 //    another stack by hand (a coroutine) and sleeps there.

@@ -67,6 +67,13 @@ bool LibraryText::contains(uint64_t address) const {
   });
 }
 
+std::optional<uint64_t> LibraryText::offset_of(uint64_t address) const {
+  for (const Range& range : ranges_) {
+    if (address >= range.start && address < range.end) return range.offset + address - range.start;
+  }
+  return std::nullopt;
+}
+
 bool LibraryText::maps_offset(uint64_t offset) const {
   return std::any_of(ranges_.begin(), ranges_.end(), [&](const Range& range) {
     return offset >= range.offset && offset - range.offset < range.end - range.start;

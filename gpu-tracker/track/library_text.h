@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,8 @@ class LibraryText {
 
   // Does [address] lie in the library's executable mappings?
   bool contains(uint64_t address) const;
+  // Where in the file that address is; nothing if it is not the library's.
+  std::optional<uint64_t> offset_of(uint64_t address) const;
   // Is this place in the file mapped executable?
   bool maps_offset(uint64_t offset) const;
 

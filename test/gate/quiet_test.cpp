@@ -57,6 +57,19 @@ TEST_F(QuietTest, ThreadInsideTheDriverIsNot) {
   EXPECT_EQ(number("stop"), 0u);
 }
 
+// Tables of its functions, on the stack and in memory that follows it, are no calls.
+TEST_F(QuietTest, PointersToFunctionsAreNotCalls) {
+  ASSERT_EQ(target_.ask("start-asleep"), "ok");
+  ASSERT_EQ(target_.ask("start memset 1"), "ok");
+  usleep(50000);
+  ASSERT_NO_FATAL_FAILURE(close_gate());
+  ASSERT_TRUE(wait_parked(1));
+  auto quiet = gate_->check_quiet(milliseconds(500));
+  EXPECT_TRUE(quiet) << quiet.error().message();
+  ASSERT_TRUE(gate_->open());
+  expect_works();
+}
+
 // Held up at the driver's own lock, from before the gate: inside, until it is unlocked.
 TEST_F(QuietTest, ThreadHeldUpByTheDriversLockIsNot) {
   ASSERT_EQ(lock(), CUDA_SUCCESS);

@@ -2,7 +2,9 @@
 #include "test/gate/target.h"
 
 #include <cuda.h>
+#include <pthread.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -107,6 +109,34 @@ CUresult registers(Arguments&, Reply& out) {
   return CUDA_SUCCESS;
 }
 
+// start-asleep: a thread that sleeps outside of libcuda, with pointers to its functions on its
+// stack, and above that, in the same mapping, what looks like a stack in the middle of calls
+CUresult start_asleep(Arguments&, Reply&) {
+  constexpr size_t kStack = 1 << 20, kTable = 12 << 20;
+  void* region = mmap(nullptr, kStack + kTable, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (region == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
+  auto* table = reinterpret_cast<const char**>(static_cast<char*>(region) + kStack);
+  for (size_t i = 0; i < kTable / sizeof *table; i++) {
+    table[i] = reinterpret_cast<const char*>(cuMemAlloc) + i % 64;
+  }
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstack(&attributes, region, kStack);
+  pthread_t thread;
+  pthread_create(
+      &thread, &attributes,
+      [](void*) -> void* {
+        const void* volatile functions[] = {reinterpret_cast<const void*>(cuMemAlloc),
+                                            reinterpret_cast<const void*>(cuMemFree)};
+        for (;;) pause();
+        return const_cast<void*>(functions[0]);
+      },
+      nullptr);
+  pthread_attr_destroy(&attributes);
+  return CUDA_SUCCESS;
+}
+
 // sync MS: a thread that waits inside the driver for a kernel that takes so long
 CUresult sync(Arguments& in, Reply&) {
   uint64_t ms = 0;
@@ -182,12 +212,19 @@ CUresult memory(Arguments&, Reply& out) {
 }
 
 const std::map<std::string, CUresult (*)(Arguments&, Reply&)> kCommands = {
-    {"start", start_threads}, {"start-blocked", start_blocked},
-    {"stop", stop},           {"count", count},
-    {"registers", registers}, {"sync", sync},
-    {"sleeper", sleeper},     {"handlers", handlers},
-    {"signal", send_signal},  {"fork", fork_child},
-    {"memory", memory},       {"setuid", set_user},
+    {"start", start_threads},
+    {"start-blocked", start_blocked},
+    {"stop", stop},
+    {"count", count},
+    {"registers", registers},
+    {"sync", sync},
+    {"start-asleep", start_asleep},
+    {"sleeper", sleeper},
+    {"handlers", handlers},
+    {"signal", send_signal},
+    {"fork", fork_child},
+    {"memory", memory},
+    {"setuid", set_user},
     {"dozing", dozing},
 };
 

@@ -121,7 +121,7 @@ class Bench:
         if not os.path.exists(path):
             return []
         with open(path, errors='replace') as f:
-            return [line.rstrip() for line in f if re.search(r'phos: .* ms', line)]
+            return [line.rstrip() for line in f if re.search(r'phos: .*( ms|goes through)', line)]
 
     def stop_daemons(self):
         for variant in ('phos', 'driver'):
