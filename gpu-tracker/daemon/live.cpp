@@ -186,6 +186,9 @@ Result<void> Session::complete_copies() {
 // The process is locked: nothing changes any more.
 Result<void> Session::complete_copy(int pid, Held* held) {
   const auto start = steady_clock::now();
+  if (held->release) {
+    if (auto r = catch_up(pid, held); !r) return r;
+  }
   auto report = held->copy->last_round();
   Result<void> done;
   if (report) {

@@ -251,14 +251,25 @@ Result<void> LiveCopy::conclude() {
   return r;
 }
 
+Result<void> LiveCopy::catch_up() {
+  auto seen = agent_->enumerate();
+  if (!seen) return seen.error();
+  auto fresh = compare(*seen);
+  if (!fresh) return fresh.error();
+  if (auto r = import_new(*fresh); !r) return r;
+  caught_up_ = true;
+  return {};
+}
+
 Result<RoundReport> LiveCopy::last_round() {
   // A driver that does not answer in a locked process, as 580 does, need not be waited for.
   agent_->set_command_timeout(kLockedAnswer);
-  if (auto r = forget_freed(); !r) {
+  auto forgotten = caught_up_ ? Result<void>() : forget_freed();
+  if (!forgotten) {
     log(LogLevel::kWarn, "daemon",
         "%s: what it has freed or allocated since the last round cannot be told, so that the image "
         "may name pages of memory that is no more (%s)",
-        process(target_.pid).c_str(), r.error().message().c_str());
+        process(target_.pid).c_str(), forgotten.error().message().c_str());
   }
   auto report = copy_round(0, {});
   leave_process();

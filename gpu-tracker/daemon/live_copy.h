@@ -73,6 +73,9 @@ class LiveCopy {
   Result<void> stop_watching() { return finder_.stop(); }
   // Either, of a pre-dump: forgets what the process has freed, and leaves it.
   Result<void> conclude();
+  // Before last_round(), of a process that is not locked, but none of whose threads is in libcuda
+  // or can enter it: last_round() will save new memory, too.
+  Result<void> catch_up();
   // Or, of a dump: the process is locked and its GPUs are idle. Forgets what it has freed, makes
   // what is saved equal to what the memory holds, and leaves the process.
   Result<RoundReport> last_round();
@@ -110,6 +113,7 @@ class LiveCopy {
   std::vector<AllocationInfo> left_to_driver_;  // as last seen
   std::set<uint64_t> refused_;                  // buffer ids that could not be mapped
   std::vector<DumpRound> rounds_;
+  bool caught_up_ = false;  // with what it has freed and allocated
 };
 
 }  // namespace phos

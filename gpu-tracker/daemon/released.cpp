@@ -170,6 +170,23 @@ Result<bool> Session::lock_behind_gates(const std::vector<int>& pids,
   return true;
 }
 
+// Its threads are parked, so that what it has allocated since its last round can still be mapped:
+// the driver hands out nothing of a locked process. An error: it is not locked.
+Result<void> Session::catch_up(int pid, Held* held) {
+  if (auto r = driver_.unlock(pid); !r) return r;
+  held->locked = false;
+  auto caught_up = held->copy->catch_up();
+  if (auto r = lock_or_leave(pid, kRelockMs); !r) {
+    return r.error().wrap("locking " + process(pid) + " again");
+  }
+  held->locked = true;
+  if (!caught_up) {
+    log(LogLevel::kWarn, "daemon", "%s: what it has allocated lately is left to the driver: %s",
+        process(pid).c_str(), caught_up.error().message().c_str());
+  }
+  return {};
+}
+
 void Session::leave_to_driver(Held* held) {
   if (!held->image) return;
   for (AllocationInfo& a : held->image->allocations) a.path = MemoryPath::kDriver;

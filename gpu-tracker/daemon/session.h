@@ -187,6 +187,7 @@ class Session {
   // Opens the gate; the driver's path is taken.
   void give_up_release(int pid, Held* held, const std::string& why);
   static void leave_to_driver(Held* held);
+  Result<void> catch_up(int pid, Held* held);
   Result<void> release_memory(int pid, Held* held);
   Result<void> prepare_release(int pid, Held* held);
   static bool note_released(int pid, Held* held, const std::vector<AgentRelease>& results);
