@@ -44,7 +44,7 @@ class CallBodies {
  private:
   Result<void> find_sigreturns(int pid);
 
-  std::vector<AddressRange> bodies_;  // ascending, apart
+  std::vector<AddressRange> bodies_;   // ascending, apart
   std::vector<AddressRange> entries_;  // of them, up to the probe; ascending
   std::vector<uint64_t> starts_;       // ascending
   std::vector<AddressRange> detours_;
