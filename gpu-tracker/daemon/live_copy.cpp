@@ -8,6 +8,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/daemon/memory_release.h"
 #include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/gate/guarded_export.h"
 
 namespace phos {
 namespace {
@@ -126,14 +127,47 @@ void LiveCopy::leave_to_driver(const AgentAllocation& a) {
   left_to_driver_.push_back(std::move(info));
 }
 
+// The process runs, and may free any of it.
+Result<std::vector<AgentExport>> LiveCopy::export_guarded(
+    const std::vector<AgentAllocation>& fresh) {
+  auto guard = GuardedExport::start(target_.pid, *agent_);
+  if (!guard) {
+    return guard.error().wrap("its memory cannot be handed over while it runs, as nothing keeps " +
+                              process(target_.pid) + " from freeing it meanwhile");
+  }
+  auto handles = (*guard)->export_memory(fresh);
+  auto finished = (*guard)->finish();
+  if (!finished) unclean_ = finished.error();
+  if (!handles) return handles.error();
+  if (!finished) return finished.error();
+  const GuardCost& cost = (*guard)->cost();
+  log(LogLevel::kDebug, "daemon",
+      "%s: %zu handles in %u closings of its gate: closed for the first time in %.1f ms, the "
+      "longest proof %.1f ms, threads parked for at most %.1f ms, opened in %.1f ms",
+      process(target_.pid).c_str(), fresh.size(), cost.closings,
+      static_cast<double>(cost.start.count()) / 1e3,
+      static_cast<double>(cost.longest_proof.count()) / 1e3,
+      static_cast<double>(cost.longest_closed.count()) / 1e3,
+      static_cast<double>(cost.finish.count()) / 1e3);
+  postponed_why_ = (*guard)->obstacle();
+  return handles;
+}
+
 // Memory of which a handle can be had is mapped here; everything else stays with the driver.
 Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh) {
-  auto handles = agent_->export_memory(fresh);
+  postponed_bytes_ = 0;
+  if (fresh.empty()) return {};
+  auto handles = export_guarded(fresh);
   if (!handles) return handles.error();
   for (size_t i = 0; i < fresh.size(); i++) {
     const AgentAllocation& a = fresh[i];
     AgentExport& handle = (*handles)[i];
     if (handle.status == ExportStatus::kStale) continue;  // freed meanwhile
+    if (handle.status == ExportStatus::kUnguarded) {
+      postponed_bytes_ += a.size;
+      leave_to_driver(a);
+      continue;
+    }
     Result<void> added;
     if (handle.status == ExportStatus::kExported) {
       auto memory = memory_on(a.device_uuid);
@@ -151,6 +185,10 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh) {
         static_cast<unsigned long long>(a.address), added.error().message().c_str());
     refused_.insert(a.buffer_id);
     leave_to_driver(a);
+  }
+  if (postponed_bytes_) {
+    log(LogLevel::kInfo, "daemon", "%s: %s are not copied in this round: %s",
+        process(target_.pid).c_str(), megabytes(postponed_bytes_).c_str(), postponed_why_.c_str());
   }
   return {};
 }
@@ -224,7 +262,12 @@ Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& 
   auto fresh = compare(*seen);
   if (!fresh) return fresh.error();
   if (auto r = import_new(*fresh); !r) return r.error();
-  return copy_round(max_slowdown, stop);
+  auto report = copy_round(max_slowdown, stop);
+  if (report) {
+    report->postponed_bytes = postponed_bytes_;
+    report->postponed_why = postponed_why_;
+  }
+  return report;
 }
 
 // Much may be freed since the last round began, and what is recorded should be there. What is new
@@ -236,6 +279,12 @@ Result<void> LiveCopy::forget_freed() {
   if (!fresh) return fresh.error();
   for (const AgentAllocation& a : *fresh) leave_to_driver(a);
   return {};
+}
+
+Result<void> LiveCopy::stop_watching() {
+  auto stopped = finder_.stop();
+  if (unclean_) return *unclean_;
+  return stopped;
 }
 
 Result<void> LiveCopy::conclude() {

@@ -59,48 +59,19 @@ std::optional<uint64_t> count_switches(int pid, int tid) {
   return *voluntary + *forced;
 }
 
-bool is_kernel_worker(int pid, int tid) {
-  const std::string stat = read_line(task_path(pid, tid, "stat"));
-  const size_t end = stat.rfind(')');
-  if (end == stat.npos) return false;
-  unsigned long flags = 0;
-  // state ppid pgrp session tty_nr tpgid flags
-  return sscanf(stat.c_str() + end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 &&
-         flags & kKernelWorker;
-}
-
-// /proc/PID/task/TID/syscall of a thread that sleeps.
-struct Sleep {
-  long number = -1;  // of the system call; -1: none, a page fault for instance
-  uint64_t first_argument = 0, sp = 0, pc = 0;
-};
-
-std::optional<Sleep> parse_sleep(const std::string& line) {
-  Sleep s;
-  unsigned long long a = 0, sp = 0, pc = 0;
-  if (sscanf(line.c_str(), "-1 %llx %llx", &sp, &pc) == 2) {
-    s.sp = sp;
-    s.pc = pc;
-    return s;
+bool parse_sleep(Asleep* s) {
+  unsigned long long first = 0, fifth = 0, sp = 0, pc = 0;
+  if (sscanf(s->line.c_str(), "-1 %llx %llx", &sp, &pc) != 2) {
+    if (sscanf(s->line.c_str(), "%ld %llx %*x %*x %*x %llx %*x %llx %llx", &s->number, &first,
+               &fifth, &sp, &pc) != 5) {
+      return false;  // "running"
+    }
+    s->first_argument = first;
+    s->fifth_argument = fifth;
   }
-  if (sscanf(line.c_str(), "%ld %llx %*x %*x %*x %*x %*x %llx %llx", &s.number, &a, &sp, &pc) !=
-      4) {
-    return std::nullopt;  // "running"
-  }
-  s.first_argument = a;
-  s.sp = sp;
-  s.pc = pc;
-  return s;
-}
-
-// glibc and musl have a thread's descriptor at the upper end of its stack. What lies above may be
-// anything: the kernel merges mappings, and a program's tables of functions may follow.
-uint64_t stack_end(int tid, uint64_t sp, const ProcMapping& mapping) {
-  void* head = nullptr;
-  size_t size = 0;
-  if (syscall(SYS_get_robust_list, tid, &head, &size) != 0) return mapping.end;
-  const auto at = reinterpret_cast<uint64_t>(head) & ~uint64_t{7};
-  return at > sp && at < mapping.end ? at : mapping.end;
+  s->sp = sp;
+  s->pc = pc;
+  return true;
 }
 
 ThreadPlace search_stack(int pid, int tid, uint64_t sp, const CallCode& code) {
@@ -110,7 +81,7 @@ ThreadPlace search_stack(int pid, int tid, uint64_t sp, const CallCode& code) {
   auto stack = std::find_if(maps->begin(), maps->end(),
                             [&](const ProcMapping& m) { return sp >= m.start && sp < m.end; });
   if (stack == maps->end()) return ThreadPlace::kNotShown;
-  const uint64_t end = stack_end(tid, sp, *stack);
+  const uint64_t end = find_stack_end(tid, sp, *stack);
   if (end - sp > kMaxStack) return ThreadPlace::kNotShown;
   std::array<uint64_t, kChunk / sizeof(uint64_t)> words;
   for (uint64_t at = sp & ~uint64_t{7}; at < end;) {
@@ -152,6 +123,38 @@ Result<std::vector<ThreadInfo>> list_threads(int pid) {
   return threads;
 }
 
+bool is_kernel_worker(int pid, int tid) {
+  const std::string stat = read_line(task_path(pid, tid, "stat"));
+  const size_t end = stat.rfind(')');
+  if (end == stat.npos) return false;
+  unsigned long flags = 0;
+  // state ppid pgrp session tty_nr tpgid flags
+  return sscanf(stat.c_str() + end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 &&
+         flags & kKernelWorker;
+}
+
+uint64_t find_stack_end(int tid, uint64_t sp, const ProcMapping& mapping) {
+  void* head = nullptr;
+  size_t size = 0;
+  if (syscall(SYS_get_robust_list, tid, &head, &size) != 0) return mapping.end;
+  const auto at = reinterpret_cast<uint64_t>(head) & ~uint64_t{7};
+  return at > sp && at < mapping.end ? at : mapping.end;
+}
+
+std::optional<Asleep> find_asleep(int pid, int tid) {
+  Asleep s;
+  const auto switches = count_switches(pid, tid);
+  s.line = read_line(task_path(pid, tid, "syscall"));
+  if (!switches || !parse_sleep(&s)) return std::nullopt;
+  s.switches = *switches;
+  return s;
+}
+
+bool sleeps_on(int pid, int tid, const Asleep& since) {
+  return read_line(task_path(pid, tid, "syscall")) == since.line &&
+         count_switches(pid, tid) == since.switches;
+}
+
 bool is_driver_thread(const ThreadInfo& thread) {
   if (thread.comm == "cuda-EvtHandlr") return true;
   return thread.comm.size() == 15 && thread.comm.rfind("cuda", 0) == 0 &&
@@ -174,14 +177,9 @@ bool CallCode::betrays(uint64_t word) const {
 ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
                           uint64_t gate_word) {
   if (thread.state == 'Z' || thread.state == 'X') return ThreadPlace::kOutside;
-  const std::string path = task_path(pid, thread.tid, "syscall");
-  const auto switches = count_switches(pid, thread.tid);
-  const std::string before = read_line(path);
-  const auto sleep = parse_sleep(before);
-  if (!sleep) {
-    // Nothing to read: it has ended meanwhile, and the next list will not have it.
-    return ThreadPlace::kNotShown;
-  }
+  const auto sleep = find_asleep(pid, thread.tid);
+  // Or it has ended meanwhile, and the next list will not have it.
+  if (!sleep) return ThreadPlace::kNotShown;
   if (sleep->number == SYS_futex && sleep->first_argument == gate_word) return ThreadPlace::kParked;
   if (code.contains(sleep->pc)) return ThreadPlace::kInside;
   if (sleep->sp == 0) {
@@ -189,9 +187,7 @@ ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& cod
   }
   const ThreadPlace place = search_stack(pid, thread.tid, sleep->sp, code);
   if (place != ThreadPlace::kOutside) return place;
-  const bool slept_on =
-      read_line(path) == before && switches && count_switches(pid, thread.tid) == switches;
-  return slept_on ? place : ThreadPlace::kNotShown;
+  return sleeps_on(pid, thread.tid, *sleep) ? place : ThreadPlace::kNotShown;
 }
 
 }  // namespace phos

@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/inject/agent.h"
 #include "gpu-tracker/track/library_text.h"
@@ -27,6 +29,26 @@ Result<std::vector<ThreadInfo>> list_threads(int pid);
 // Does the thread belong to NVIDIA's driver? By name, exactly: "cuda" and 11 hex digits is the
 // restore thread, "cuda-EvtHandlr" waits for the GPU's events.
 bool is_driver_thread(const ThreadInfo& thread);
+
+// A thread of io_uring or vhost, which never runs the process's code?
+bool is_kernel_worker(int pid, int tid);
+
+// The upper end of the stack in `mapping` on which thread `tid` is at `sp`. glibc and musl have a
+// thread's descriptor there. What lies above may be anything: the kernel merges mappings, and a
+// program's tables of functions may follow.
+uint64_t find_stack_end(int tid, uint64_t sp, const ProcMapping& mapping);
+
+// Where a thread sleeps, in the kernel, and what tells whether it has slept on.
+struct Asleep {
+  long number = -1;  // of the system call; -1: none, a page fault for instance
+  uint64_t first_argument = 0, fifth_argument = 0, sp = 0, pc = 0;
+  std::string line;  // of /proc/PID/task/TID/syscall
+  uint64_t switches = 0;
+};
+// Nothing: it runs, or is about to, or has ended.
+std::optional<Asleep> find_asleep(int pid, int tid);
+// Has it not run since?
+bool sleeps_on(int pid, int tid, const Asleep& since);
 
 // Code that a call into libcuda may be in: the library's, and the agent's, which goes on from an
 // entry point that it has hooked without passing the gate (Agent::call_code).
