@@ -28,6 +28,7 @@ using std::chrono::steady_clock;
 constexpr auto kLeaveTimeout = milliseconds(1000);
 constexpr auto kPollInterval = std::chrono::microseconds(200);
 constexpr int kParkedLooks = 20;
+constexpr int kLatePasses = 4;
 
 uint64_t load(const __u64& value) {
   return __atomic_load_n(&value, __ATOMIC_ACQUIRE);
@@ -227,10 +228,7 @@ Result<void> Gate::resume_lease() {
 bool Gate::is_parked(const ThreadInfo& thread) const {
   for (int i = 0; i < kParkedLooks; i++) {
     if (i) std::this_thread::sleep_for(kPollInterval);
-    if (locate_thread(pid_, thread, {text_, {}, {}}, agent_.gate_address()) ==
-        ThreadPlace::kParked) {
-      return true;
-    }
+    if (waits_at(pid_, thread.tid, agent_.gate_address())) return true;
   }
   return false;
 }
@@ -290,15 +288,17 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
   if (!agent_code) return agent_code.error();
   const CallCode code = {text_, *agent_code, offsets_};
   std::set<std::pair<int, uint64_t>> shown;
-  for (;;) {
+  for (int late = 0;;) {
     auto threads = list_threads(pid_);
     if (!threads) return threads.error();
+    auto view = AddressSpaceView::open(pid_);
+    if (!view) return view.error();
     std::string why;
     size_t added = 0;
     for (const ThreadInfo& t : *threads) {
       const std::pair<int, uint64_t> key(t.tid, t.start_time);
       if (may_pass(t) || shown.contains(key)) continue;
-      const ThreadPlace place = locate_thread(pid_, t, code, agent_.gate_address());
+      const ThreadPlace place = locate_thread(*view, t, code, agent_.gate_address());
       const std::string name = "thread " + std::to_string(t.tid) + " (" + t.comm + ") ";
       if (place == ThreadPlace::kOutside && blocks(t, signal_)) {
         // For good, or while it starts a thread or is being started.
@@ -313,7 +313,8 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
     // Once more after the last was shown: it may have started another.
     Result<void> counters = check_counters();
     if (why.empty() && added == 0 && counters) return {};
-    if (steady_clock::now() > deadline) {
+    // However long the first pass has taken, the last one has to follow.
+    if (steady_clock::now() > deadline && (added == 0 || ++late == kLatePasses)) {
       if (!counters) return counters;
       return process_error(pid_, EAGAIN, why.empty() ? "it keeps starting threads" : why);
     }

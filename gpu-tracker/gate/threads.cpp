@@ -74,19 +74,25 @@ bool parse_sleep(Asleep* s) {
   return true;
 }
 
-ThreadPlace search_stack(int pid, int tid, uint64_t sp, const CallCode& code) {
-  auto maps = read_proc_maps(pid);
-  UniqueFd memory(open(("/proc/" + std::to_string(pid) + "/mem").c_str(), O_RDONLY | O_CLOEXEC));
-  if (!maps || !memory) return ThreadPlace::kNotShown;
-  auto stack = std::find_if(maps->begin(), maps->end(),
-                            [&](const ProcMapping& m) { return sp >= m.start && sp < m.end; });
-  if (stack == maps->end()) return ThreadPlace::kNotShown;
+// A thread that sleeps on another stack than its own, in a signal handler or a coroutine, may have
+// left calls on its own.
+bool is_own_stack(int pid, int tid, uint64_t end, const ProcMapping& mapping) {
+  return end < mapping.end || (tid == pid && mapping.path == "[stack]");
+}
+
+ThreadPlace search_stack(const AddressSpaceView& view, int tid, uint64_t sp, const CallCode& code) {
+  // Ascending and apart, as /proc/PID/maps has them.
+  auto stack = std::upper_bound(view.maps.begin(), view.maps.end(), sp,
+                                [](uint64_t at, const ProcMapping& m) { return at < m.end; });
+  if (stack == view.maps.end() || sp < stack->start) return ThreadPlace::kNotShown;
   const uint64_t end = find_stack_end(tid, sp, *stack);
-  if (end - sp > kMaxStack) return ThreadPlace::kNotShown;
+  if (end - sp > kMaxStack || !is_own_stack(view.pid, tid, end, *stack)) {
+    return ThreadPlace::kNotShown;
+  }
   std::array<uint64_t, kChunk / sizeof(uint64_t)> words;
   for (uint64_t at = sp & ~uint64_t{7}; at < end;) {
     const size_t wanted = std::min<uint64_t>(kChunk, end - at);
-    const ssize_t n = pread(memory.get(), words.data(), wanted, static_cast<off_t>(at));
+    const ssize_t n = pread(view.memory.get(), words.data(), wanted, static_cast<off_t>(at));
     if (n != static_cast<ssize_t>(wanted)) return ThreadPlace::kNotShown;
     for (size_t i = 0; i < wanted / sizeof(uint64_t); i++) {
       if (code.betrays(words[i])) return ThreadPlace::kInside;
@@ -174,8 +180,23 @@ bool CallCode::betrays(uint64_t word) const {
   return !offset || !std::binary_search(gated.begin(), gated.end(), *offset);
 }
 
-ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
-                          uint64_t gate_word) {
+Result<AddressSpaceView> AddressSpaceView::open(int pid) {
+  auto maps = read_proc_maps(pid);
+  if (!maps) return maps.error();
+  const std::string path = "/proc/" + std::to_string(pid) + "/mem";
+  UniqueFd memory(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!memory) return Error::from_errno(errno == ENOENT ? ESRCH : errno, "opening " + path);
+  return AddressSpaceView{pid, std::move(*maps), std::move(memory)};
+}
+
+bool waits_at(int pid, int tid, uint64_t gate_word) {
+  const auto sleep = find_asleep(pid, tid);
+  return sleep && sleep->number == SYS_futex && sleep->first_argument == gate_word;
+}
+
+ThreadPlace locate_thread(const AddressSpaceView& view, const ThreadInfo& thread,
+                          const CallCode& code, uint64_t gate_word) {
+  const int pid = view.pid;
   if (thread.state == 'Z' || thread.state == 'X') return ThreadPlace::kOutside;
   const auto sleep = find_asleep(pid, thread.tid);
   // Or it has ended meanwhile, and the next list will not have it.
@@ -185,7 +206,7 @@ ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& cod
   if (sleep->sp == 0) {
     return is_kernel_worker(pid, thread.tid) ? ThreadPlace::kOutside : ThreadPlace::kNotShown;
   }
-  const ThreadPlace place = search_stack(pid, thread.tid, sleep->sp, code);
+  const ThreadPlace place = search_stack(view, thread.tid, sleep->sp, code);
   if (place != ThreadPlace::kOutside) return place;
   return sleeps_on(pid, thread.tid, *sleep) ? place : ThreadPlace::kNotShown;
 }

@@ -10,6 +10,7 @@
 
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/inject/agent.h"
 #include "gpu-tracker/track/library_text.h"
 
@@ -64,6 +65,16 @@ struct CallCode {
   bool betrays(uint64_t word) const;
 };
 
+// The process's memory for one pass over its threads: to read the mappings anew for each would take
+// milliseconds a thread. A stack that is not in it yet is not shown.
+struct AddressSpaceView {
+  static Result<AddressSpaceView> open(int pid);
+
+  int pid;
+  std::vector<ProcMapping> maps;
+  UniqueFd memory;
+};
+
 enum class ThreadPlace {
   kParked,    // waits at the gate
   kOutside,   // provably outside of libcuda
@@ -81,14 +92,17 @@ enum class ThreadPlace {
 //    own text on the stack, above the stack pointer; a signal handler keeps the interrupted program
 //    counter in its frame. The stack is searched, from the stack pointer to where the C library
 //    keeps what it knows of the thread (which the kernel has the address of: the list of robust
-//    futexes is there) or, where that is not above it, to the end of the mapping; for any word that
-//    points into such code, but not at a probe; and the program counter must not point there. A
-//    tail call leaves no address, but then nothing of libcuda is left to be executed.
-//  - Not covered: code that libcuda calls back on the application's thread, and that changes to
-//    another stack by hand (a coroutine) and sleeps there.
+//    futexes is there), the main thread's to the end of its mapping; for any word that points into
+//    such code, but not at a probe; and the program counter must not point there. A tail call
+//    leaves no address, but then nothing of libcuda is left to be executed.
+//  - kNotShown also of a thread that sleeps on a stack which is not its own: that of a signal
+//    handler or a coroutine. What it has left on its own is not known.
 // Stale words in unused parts of live frames make kInside of what is outside: that costs the fast
 // path, never correctness.
-ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
-                          uint64_t gate_word);
+ThreadPlace locate_thread(const AddressSpaceView& view, const ThreadInfo& thread,
+                          const CallCode& code, uint64_t gate_word);
+
+// Does the thread wait in futex(2) at the gate's address?
+bool waits_at(int pid, int tid, uint64_t gate_word);
 
 }  // namespace phos
