@@ -284,6 +284,10 @@ Result<void> CopiedMemory::release() {
   return first;
 }
 
+Result<void> CopiedMemory::flush() {
+  return file_->flush();
+}
+
 Result<void> CopiedMemory::finish() {
   if (next_slot_ == 0) {
     file_.reset();  // nothing is in it

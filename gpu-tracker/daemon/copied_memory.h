@@ -67,6 +67,8 @@ class CopiedMemory {
   // Unmaps everything; what is saved stays known.
   Result<void> release();
 
+  // Makes durable what is saved so far.
+  Result<void> flush();
   // Completes the pages file, if any page went there.
   Result<void> finish();
 

@@ -121,6 +121,7 @@ Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limi
     return Error(Domain::kErrno, EAGAIN,
                  "none of its memory could be handed over: " + postponed_why);
   }
+  if (auto r = copy->flush(); !r) return r;
   return copy->stop_watching();
 }
 
@@ -174,12 +175,22 @@ bool Session::has_copies() const {
 }
 
 Result<void> Session::complete_copies() {
+  std::map<int, std::future<Result<void>>> under_way;
   for (auto& [pid, held] : held_) {
     if (!held.locked || !held.copy || held.copy_completed) continue;
-    auto r = complete_copy(pid, &held);
-    if (!r && !has_ended(pid, held.restore_tid, held.start_time, r.error())) return r;
+    under_way[pid] = std::async(
+        std::launch::async, [this, pid = pid, &held = held, session_log = SessionLog::current()] {
+          SessionLog::Scope scope(session_log);
+          return complete_copy(pid, &held);
+        });
   }
-  return {};
+  Result<void> result;
+  for (auto& [pid, completing] : under_way) {
+    auto r = completing.get();
+    const Held& held = held_.at(pid);
+    if (!r && !has_ended(pid, held.restore_tid, held.start_time, r.error())) result = r;
+  }
+  return result;
 }
 
 // The process is locked: nothing changes any more.

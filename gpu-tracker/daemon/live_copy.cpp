@@ -270,6 +270,13 @@ Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& 
   return report;
 }
 
+Result<void> LiveCopy::flush() {
+  for (auto& m : gpus_) {
+    if (auto r = m->flush(); !r) return r;
+  }
+  return {};
+}
+
 // Much may be freed since the last round began, and what is recorded should be there. What is new
 // would have to be copied as a whole, with the process standing still: that is left to the driver.
 Result<void> LiveCopy::forget_freed() {

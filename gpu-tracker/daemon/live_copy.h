@@ -71,6 +71,8 @@ class LiveCopy {
   // `max_slowdown`: share of its speed the application may lose; 0: no limit. A request to stop
   // ends it within milliseconds, with ECANCELED; the copy is of no use then.
   Result<RoundReport> round(double max_slowdown, const std::stop_token& stop = {});
+  // Makes durable what is saved, while the process runs rather than when it stands still.
+  Result<void> flush();
   // No further round(): no breakpoint of phos is left in the process, whose memory may be dumped;
   // if that fails, it must not be. Further calls give the same answer.
   Result<void> stop_watching();

@@ -207,7 +207,15 @@ std::vector<int> Session::to_lock() const {
 // Processes that work together (NCCL ranks) wait for each other's GPU work: locked one after the
 // other, the first blocks the second for ever. Locked at once they all drain, unless some have
 // begun a step that others have not; then all are let go and met again a little later.
+void Session::note_stopped(const std::vector<int>& pids) {
+  for (int pid : pids) {
+    Held& held = held_.at(pid);
+    if (!held.stopped) held.stopped = steady_clock::now();
+  }
+}
+
 Result<void> Session::lock_all(steady_clock::time_point deadline, unsigned timeout_ms) {
+  note_stopped(to_lock());
   auto attempt = to_lock().size() == 1 ? milliseconds(timeout_ms) : kFirstAttempt;
   for (;;) {
     const std::vector<int> pids = to_lock();

@@ -55,11 +55,16 @@ void Session::give_up_release(int pid, Held* held, const std::string& why) {
 }
 
 void Session::close_gates(const std::vector<int>& pids) {
-  std::map<int, std::future<Result<std::unique_ptr<MemoryRelease>>>> under_way;
-  const auto start = steady_clock::now();
+  std::vector<int> releasable;
   for (int pid : pids) {
-    Held& held = held_.at(pid);
-    if (!held.copy || held.copy->releasable().empty()) continue;
+    const Held& held = held_.at(pid);
+    if (held.copy && !held.copy->releasable().empty()) releasable.push_back(pid);
+  }
+  if (releasable.empty()) return;
+  const auto start = steady_clock::now();
+  std::map<int, std::future<Result<std::unique_ptr<MemoryRelease>>>> under_way;
+  for (int pid : releasable) {
+    const Held& held = held_.at(pid);
     under_way[pid] = std::async(
         std::launch::async, [pid, agent = held.copy->agent(), session_log = SessionLog::current()] {
           SessionLog::Scope scope(session_log);
@@ -131,6 +136,7 @@ Result<bool> Session::lock_behind_gates(const std::vector<int>& pids,
   close_gates(pids);
   if (!has_gates()) return false;
   const auto start = steady_clock::now();
+  note_stopped(to_lock());
   for (int attempt = 1;; attempt++) {
     for (bool again : {true, false}) {
       auto locked = lock_parked(pids, deadline, timeout_ms);
@@ -195,7 +201,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
   if (failed) {
     if (auto r = bring_memory_back(pid, held); !r) return r;
   }
-  if (results) note_released(pid, held, *results);
+  const bool as_noted = results && note_released(pid, held, *results);
   auto locked = lock_or_leave(pid, kRelockMs);
   if (!locked) return locked.error().wrap("locking " + process(pid) + " again");
   held->locked = true;
@@ -208,7 +214,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
   log(LogLevel::kInfo, "daemon",
       "%s: released in %.1f ms (drained behind the gate in %.1f ms, images written in %.1f ms)",
       process(pid).c_str(), ms(held->release_time), ms(held->gate_time), ms(held->write_time));
-  return write_process_image(image_dir_.get(), *held->image);
+  return as_noted ? Result<void>() : write_process_image(image_dir_.get(), *held->image);
 }
 
 // All that another phosd needs, should this one die while memory is away.
@@ -217,7 +223,6 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   auto image = describe(pid, *held);
   if (!image) return image.error();
   if (auto r = held->copy->finish(&*image); !r) return r;
-  held->copy.reset();
   held->image = std::move(*image);
   if (!held->noted) return Error(Domain::kUsage, EIO, "no other phosd would know of it");
   if (held->to_release.empty()) return Error(Domain::kUsage, ENOENT, "there is none to release");
@@ -244,7 +249,8 @@ Result<void> Session::open_saved(Held* held, const ProcessImage& image) const {
   return {};
 }
 
-void Session::note_released(int pid, Held* held, const std::vector<AgentRelease>& results) {
+// Whether the image, as it is on disk, says so already.
+bool Session::note_released(int pid, Held* held, const std::vector<AgentRelease>& results) {
   std::set<uint64_t> released;
   uint64_t bytes = 0;
   for (size_t i = 0; i < results.size(); i++) {
@@ -265,6 +271,7 @@ void Session::note_released(int pid, Held* held, const std::vector<AgentRelease>
   }
   log(LogLevel::kInfo, "daemon", "%s: %zu allocations, %s of GPU memory, released",
       process(pid).c_str(), released.size(), megabytes(bytes).c_str());
+  return released.size() == results.size();
 }
 
 // The driver has restored the process, and unlocked it. Its threads stay parked until it runs.

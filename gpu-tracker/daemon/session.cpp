@@ -128,7 +128,6 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
     if (!image) return image.error();
     if (held->copy) {
       if (auto r = held->copy->finish(&*image); !r) return r;
-      held->copy.reset();
     }
     held->image = std::move(*image);
   }
@@ -137,6 +136,11 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   timings.scan_us = us(held->scan_time);
   timings.lock_us = us(held->lock_time);
   timings.checkpoint_us = us(checkpoint_time);
+  timings.gate_us = us(held->gate_time);
+  timings.validate_us = us(held->validate_time);
+  timings.write_us = us(held->write_time);
+  timings.release_us = us(held->release_time);
+  if (held->stopped) timings.stopped_us = us(since(*held->stopped));
   return write_process_image(image_dir_.get(), *held->image);
 }
 
@@ -205,7 +209,7 @@ Result<void> Session::undo(int pid, CudaState found) {
 
 // All but opening its gate for good, for which the process must run.
 Result<void> Session::undo_one(int pid, Held* held) {
-  held->copy.reset();
+  if (!held->copy_completed) held->copy.reset();
   if (auto r = bring_back(pid, held->found); !r) return r;
   held->locked = false;
   if (auto r = bring_memory_back(pid, held); !r) return r;
@@ -331,7 +335,9 @@ bool Session::recover_one(int pid, Held* held) {
 }
 
 void Session::recover() {
-  for (auto& member : held_) member.second.copy.reset();
+  for (auto& [pid, held] : held_) {
+    if (!held.copy_completed) held.copy.reset();
+  }
   const bool needed = needs_images();
   if (!needed) remove_unfinished_images();
   // A pre-dump has locked nothing.

@@ -135,6 +135,8 @@ class Session {
     ProcessLock lock;
     ProcessMemory memory;
     std::chrono::microseconds scan_time{0}, lock_time{0};
+    std::optional<std::chrono::steady_clock::time_point> stopped;  // when it was first
+    // Kept after it is completed, too: with it go phosd's contexts, which takes a while.
     std::unique_ptr<LiveCopy> copy;
     bool copy_completed = false;    // what it saved is what the memory holds
     bool locked = false;            // by us
@@ -167,6 +169,7 @@ class Session {
   // time; then none is locked.
   Result<bool> try_lock(const std::vector<int>& pids, unsigned timeout_ms);
   std::vector<int> to_lock() const;
+  void note_stopped(const std::vector<int>& pids);
   Result<void> lock_all(std::chrono::steady_clock::time_point deadline, unsigned timeout_ms);
   Result<void> unlock_all(const std::vector<int>& pids);
 
@@ -186,7 +189,7 @@ class Session {
   static void leave_to_driver(Held* held);
   Result<void> release_memory(int pid, Held* held);
   Result<void> prepare_release(int pid, Held* held);
-  void note_released(int pid, Held* held, const std::vector<AgentRelease>& results);
+  static bool note_released(int pid, Held* held, const std::vector<AgentRelease>& results);
   Result<void> open_saved(Held* held, const ProcessImage& image) const;
   Result<void> bring_memory_back(int pid, Held* held);
   Result<void> load_memory(int pid, Held* held, bool all_of_image);

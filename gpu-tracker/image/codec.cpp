@@ -236,9 +236,19 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   timings.scan_us = image.timings.scan_us;
   timings.lock_us = image.timings.lock_us;
   timings.checkpoint_us = image.timings.checkpoint_us;
+  timings.gate_us = image.timings.gate_us;
+  timings.validate_us = image.timings.validate_us;
+  timings.write_us = image.timings.write_us;
+  timings.release_us = image.timings.release_us;
+  timings.stopped_us = image.timings.stopped_us;
   timings.has_scan_us = timings.scan_us != 0;
   timings.has_lock_us = timings.lock_us != 0;
   timings.has_checkpoint_us = timings.checkpoint_us != 0;
+  timings.has_gate_us = timings.gate_us != 0;
+  timings.has_validate_us = timings.validate_us != 0;
+  timings.has_write_us = timings.write_us != 0;
+  timings.has_release_us = timings.release_us != 0;
+  timings.has_stopped_us = timings.stopped_us != 0;
 
   auto gpu_pointers = pointers(gpus);
   auto allocation_pointers = pointers(allocations);
@@ -342,6 +352,11 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
     if (t->has_scan_us) image.timings.scan_us = t->scan_us;
     if (t->has_lock_us) image.timings.lock_us = t->lock_us;
     if (t->has_checkpoint_us) image.timings.checkpoint_us = t->checkpoint_us;
+    if (t->has_gate_us) image.timings.gate_us = t->gate_us;
+    if (t->has_validate_us) image.timings.validate_us = t->validate_us;
+    if (t->has_write_us) image.timings.write_us = t->write_us;
+    if (t->has_release_us) image.timings.release_us = t->release_us;
+    if (t->has_stopped_us) image.timings.stopped_us = t->stopped_us;
   }
   if (auto ok = check(image); !ok) return ok.error();
   return image;

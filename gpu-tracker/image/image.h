@@ -85,11 +85,16 @@ inline uint64_t page_count(const AllocationInfo& a) {
   return a.size / kImagePageSize + (a.size % kImagePageSize != 0);
 }
 
-// Microseconds of wall time; 0: not measured.
+// Microseconds of wall time; 0: not measured. See abi/image.proto.
 struct Timings {
   uint64_t scan_us = 0;
   uint64_t lock_us = 0;
   uint64_t checkpoint_us = 0;
+  uint64_t gate_us = 0;
+  uint64_t validate_us = 0;
+  uint64_t write_us = 0;
+  uint64_t release_us = 0;
+  uint64_t stopped_us = 0;  // all of it
 };
 
 // One pass over a process's memory; see abi/image.proto.

@@ -156,6 +156,12 @@ Result<void> PageFileWriter::write_at(uint64_t offset, const void* data, uint64_
   return {};
 }
 
+Result<void> PageFileWriter::flush() {
+  const State& s = *state_;
+  if (fdatasync(s.file->fd()) == 0) return {};
+  return write_error(errno, s.dir.get(), s.file->name(), file_size(s.slots));
+}
+
 Result<void> PageFileWriter::finish() {
   State& s = *state_;
   const uint64_t size = file_size(s.slots);

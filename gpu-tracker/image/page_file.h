@@ -44,6 +44,9 @@ class PageFileWriter {
   // `data` is not used any more when the call returns. The bytes are durable after finish().
   Result<void> write(uint64_t slot, const void* data, uint64_t pages);
 
+  // Makes durable what is written, so that finish() has little left to do.
+  Result<void> flush();
+
   // Writes the header, makes everything durable and gives the file its name. The file ends with the
   // highest slot written. To be called once, before write_process_image() refers to the file.
   Result<void> finish();

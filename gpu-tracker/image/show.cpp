@@ -129,6 +129,11 @@ void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<Ch
   timing("scan_us", p.timings.scan_us);
   timing("lock_us", p.timings.lock_us);
   timing("checkpoint_us", p.timings.checkpoint_us);
+  timing("gate_us", p.timings.gate_us);
+  timing("validate_us", p.timings.validate_us);
+  timing("write_us", p.timings.write_us);
+  timing("release_us", p.timings.release_us);
+  timing("stopped_us", p.timings.stopped_us);
   json.end_object();
   if (!p.hash_key.empty()) write_saved(json, p, chain);
   json.end_object();
@@ -156,6 +161,22 @@ std::string saved_table(const ProcessImage& p, const std::vector<ChainLevel>& ch
            printable(level.directory) + ": " + page_text(level.pages) + "\n";
   }
   return out;
+}
+
+// Where the time went in which the process stood still.
+std::string stop_text(const Timings& t) {
+  std::string out = "  stopped  " + human_time(t.stopped_us);
+  const std::pair<const char*, uint64_t> parts[] = {
+      {"gate", t.gate_us},       {"validate", t.validate_us},     {"write", t.write_us},
+      {"release", t.release_us}, {"checkpoint", t.checkpoint_us},
+  };
+  const char* before = ": ";
+  for (const auto& [name, us] : parts) {
+    if (!us) continue;
+    out += std::string(before) + name + " " + human_time(us);
+    before = ", ";
+  }
+  return out + "\n";
 }
 
 std::string process_table(const ProcessImage& p, const std::vector<ChainLevel>& chain) {
@@ -193,6 +214,7 @@ std::string process_table(const ProcessImage& p, const std::vector<ChainLevel>& 
   out += "  timings  scan " + human_time(p.timings.scan_us) + ", lock " +
          human_time(p.timings.lock_us) + ", checkpoint " + human_time(p.timings.checkpoint_us) +
          "\n";
+  if (p.timings.stopped_us) out += stop_text(p.timings);
   return out;
 }
 

@@ -126,6 +126,28 @@ class Target:
         self.process.poll()
 
 
+class Worker(Target):
+    """A worker of the contract tests (test/contract/worker.h): it makes the calls it is told to."""
+
+    def __init__(self, directory, env):
+        self.fifo = os.path.join(directory, f'commands-{time.monotonic_ns()}')
+        os.mkfifo(self.fifo)
+        program = os.path.join(BUILD, 'test', 'agent')
+        super().__init__(directory, ['/bin/sh', '-c', f'exec {program} --target=cuda <>{self.fifo}'],
+                         env=env)
+        wait_until(self.lines, 'the worker to start')
+
+    def ask(self, *words):
+        before = len(self.lines())
+        with open(self.fifo, 'w') as f:
+            f.write(' '.join(map(str, words)) + '\n')
+        wait_until(lambda: len(self.lines()) > before, f'a reply to {words}')
+        return self.lines()[-1]
+
+    def alloc(self, size):
+        return self.ask('alloc', size).split()[1]
+
+
 def session_of(pid):
     try:
         return os.getsid(int(pid))

@@ -4,31 +4,9 @@ import os
 import subprocess
 import unittest
 
-from harness import BUILD, CriuTest, Target, wait_until
+from harness import BUILD, CriuTest, Worker, wait_until
 
 MIB = 1 << 20
-
-
-class Worker(Target):
-    """A worker of the contract tests (test/contract/worker.h): it makes the calls it is told to."""
-
-    def __init__(self, directory, env):
-        self.fifo = os.path.join(directory, 'commands')
-        os.mkfifo(self.fifo)
-        program = os.path.join(BUILD, 'test', 'agent')
-        super().__init__(directory, ['/bin/sh', '-c', f'exec {program} --target=cuda <>{self.fifo}'],
-                         env=env)
-        wait_until(self.lines, 'the worker to start')
-
-    def ask(self, *words):
-        before = len(self.lines())
-        with open(self.fifo, 'w') as f:
-            f.write(' '.join(map(str, words)) + '\n')
-        wait_until(lambda: len(self.lines()) > before, f'a reply to {words}')
-        return self.lines()[-1]
-
-    def alloc(self, size):
-        return self.ask('alloc', size).split()[1]
 
 
 class Release(CriuTest):

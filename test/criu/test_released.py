@@ -131,6 +131,9 @@ class DumpAndRestore(ReleasedTest):
         target = self.counter()
         self.dump_ok(target)
         self.assertEqual(self.released_bytes(), 0)
+        # As are the images of a phos that knew of no other way.
+        self.stop_phosd()
+        self.configure('release = auto')
         self.restore_and_check(target)
 
     def test_chain(self):
@@ -427,6 +430,13 @@ class KilledAt(ReleasedTest):
         criu.communicate(timeout=60)
         # With --leave-running the images are complete, whoever brings the process back.
         self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
+        self.assert_left_alone(target)
+
+    def test_images_removed_while_memory_is_away(self):
+        target, criu = self.dump_until('checkpoint')
+        for name in os.listdir(self.images):
+            os.unlink(os.path.join(self.images, name))
+        self.kill_criu(criu)
         self.assert_left_alone(target)
 
     def both_killed_at(self, step, *args):

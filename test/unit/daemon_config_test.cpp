@@ -63,6 +63,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
                                   "max_sessions = 7\n"
                                   "max-slowdown = 2.5%\n"
                                   "tracker = verify\n"
+                                  "release = off\n"
                                   "log_level = debug"),
                             &config);
   ASSERT_TRUE(r.ok()) << r.error().message();
@@ -73,6 +74,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
   EXPECT_EQ(config.max_sessions, 7u);
   EXPECT_EQ(config.max_slowdown, 2.5);
   EXPECT_EQ(config.tracker, TrackerChoice::kVerify);
+  EXPECT_FALSE(config.release);
   EXPECT_EQ(config.log_level, LogLevel::kDebug);
 }
 
@@ -84,10 +86,10 @@ TEST_F(DaemonConfigTest, ErrorsNameTheFileAndTheLine) {
   EXPECT_EQ(refused("max_sessions\n"), at + "1: 'max_sessions' is not of the form KEY = VALUE");
   EXPECT_EQ(refused("log_level=info\nlog-level=info\n"), at + "2: log-level is set a second time");
   EXPECT_EQ(refused("\n [phosd]\n"), at + "2: there are no sections");
-  for (const char* line :
-       {"max_sessions = 0", "idle_timeout = -1", "max_slowdown = 0", "max_slowdown = 101",
-        "max_slowdown = nan", "log_level = loud", "tracker = none", "socket = relative",
-        "socket =", "pool_size = much", "config = /etc/passwd", "foreground = 1"}) {
+  for (const char* line : {"max_sessions = 0", "idle_timeout = -1", "max_slowdown = 0",
+                           "max_slowdown = 101", "max_slowdown = nan", "log_level = loud",
+                           "tracker = none", "release = on", "socket = relative", "socket =",
+                           "pool_size = much", "config = /etc/passwd", "foreground = 1"}) {
     EXPECT_EQ(refused(line).rfind(at + "1: ", 0), 0u) << line << ": " << refused(line);
   }
   EXPECT_NE(refused("socket = /" + std::string(200, 'x')), "");

@@ -253,6 +253,11 @@ inline void expect_equal(const ProcessImage& a, const ProcessImage& b) {
   EXPECT_EQ(a.timings.scan_us, b.timings.scan_us);
   EXPECT_EQ(a.timings.lock_us, b.timings.lock_us);
   EXPECT_EQ(a.timings.checkpoint_us, b.timings.checkpoint_us);
+  EXPECT_EQ(a.timings.gate_us, b.timings.gate_us);
+  EXPECT_EQ(a.timings.validate_us, b.timings.validate_us);
+  EXPECT_EQ(a.timings.write_us, b.timings.write_us);
+  EXPECT_EQ(a.timings.release_us, b.timings.release_us);
+  EXPECT_EQ(a.timings.stopped_us, b.timings.stopped_us);
   EXPECT_EQ(a.device_bytes, b.device_bytes);
   EXPECT_EQ(a.stage, b.stage);
   EXPECT_EQ(a.parent_dump_id, b.parent_dump_id);

@@ -158,6 +158,25 @@ process 4242  py?t) (3  locked
 )");
 }
 
+TEST(ImageShow, WhereTheStopWent) {
+  ImageSet set = small_set();
+  set.processes[0].timings = {10250, 100, 400000, 1400, 17600, 5400, 4400, 531200};
+  const std::string table = to_table(set);
+  const std::string wanted =
+      "  stopped  531.2 ms: gate 1.4 ms, validate 17.6 ms, write 5.4 ms, release 4.4 ms, "
+      "checkpoint 400.0 ms\n";
+  EXPECT_NE(table.find(wanted), std::string::npos) << table;
+  EXPECT_NE(to_json(set).find(R"(
+        "checkpoint_us": 400000,
+        "gate_us": 1400,
+        "validate_us": 17600,
+        "write_us": 5400,
+        "release_us": 4400,
+        "stopped_us": 531200
+)"),
+            std::string::npos);
+}
+
 TEST(ImageShow, EmptySet) {
   EXPECT_EQ(to_json({}), "{\n  \"dump_id\": null,\n  \"processes\": [],\n  \"files\": []\n}\n");
   EXPECT_EQ(to_table({}), "no phos images\n");

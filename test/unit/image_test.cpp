@@ -28,7 +28,7 @@ TEST(Image, EmptyListsAndExtremeValuesRoundTrip) {
   p.state = CudaState::kCheckpointed;
   p.driver_api = INT32_MAX;
   p.created_us = UINT64_MAX;
-  p.timings = {UINT64_MAX, 0, 1};
+  p.timings = {UINT64_MAX, 0, 1, 2, 3, 4, 5, UINT64_MAX};
   p.allocations = {{1, UINT64_MAX, -1, MemoryKind::kHost, MemoryPath::kShared}};
   ASSERT_TRUE(write_process_image(dir.fd(), p));
   auto read = read_process_image(dir.fd(), INT32_MAX);
