@@ -17,7 +17,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "criu-plugin.h"
@@ -161,8 +160,7 @@ static int pre_dump_tree(int pid)
 
 int phos_plugin_pause_devices(int pid)
 {
-	struct timespec start, end;
-	unsigned int left, used = 0;
+	unsigned int left, waited_ms = 0;
 	int ret = -1;
 
 	if (!enabled)
@@ -192,15 +190,12 @@ int phos_plugin_pause_devices(int pid)
 	}
 	if (phosd_start(PHOS__WIRE__STAGE__DUMP) || phosd_inspect(pid, add_paused) || phosd_copy())
 		goto out;
-	clock_gettime(CLOCK_MONOTONIC, &start);
-	ret = phosd_lock(lock_timeout(left) * 1000) ? -1 : 0;
-	clock_gettime(CLOCK_MONOTONIC, &end);
-	used = end.tv_sec - start.tv_sec;
+	ret = phosd_lock(lock_timeout(left) * 1000, &waited_ms) ? -1 : 0;
 	if (!ret && !find_paused(pid))
 		ret = -ENOTSUP; /* only its descendants use CUDA */
 out:
 	if (left)
-		alarm(left > used ? left - used : 1);
+		alarm(left > waited_ms / 1000 ? left - waited_ms / 1000 : 1);
 	return ret;
 }
 CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__PAUSE_DEVICES, phos_plugin_pause_devices)

@@ -151,6 +151,9 @@ static void print_log(const Phos__Wire__Reply *reply)
 	}
 }
 
+/* When phosd first said that it works on a request; 0: it has not. */
+static int64_t first_word_ms;
+
 /* Sends and waits; NULL: no answer. */
 static Phos__Wire__Reply *exchange(const Phos__Wire__Request *request, int fd, int timeout_ms,
 				   int *error)
@@ -169,6 +172,8 @@ static Phos__Wire__Reply *exchange(const Phos__Wire__Request *request, int fd, i
 		print_log(reply);
 		phos__wire__reply__free_unpacked(reply, NULL);
 		timeout_ms = MOVE_TIMEOUT_MS;
+		if (!first_word_ms)
+			first_word_ms = now_ms();
 	}
 }
 
@@ -330,15 +335,20 @@ int phosd_copy(void)
 	return call_done(&request, MOVE_TIMEOUT_MS);
 }
 
-int phosd_lock(unsigned int timeout_ms)
+int phosd_lock(unsigned int timeout_ms, unsigned int *waited_ms)
 {
+	int64_t start = now_ms();
+	int ret;
 	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
 	Phos__Wire__Lock lock = PHOS__WIRE__LOCK__INIT;
 
 	lock.timeout_ms = timeout_ms;
 	request.op_case = PHOS__WIRE__REQUEST__OP_LOCK;
 	request.lock = &lock;
-	return call_done(&request, (int)timeout_ms + GRACE_MS);
+	first_word_ms = 0;
+	ret = call_done(&request, (int)timeout_ms + GRACE_MS);
+	*waited_ms = (first_word_ms ? first_word_ms : now_ms()) - start;
+	return ret;
 }
 
 int phosd_find_restored(int pid, struct phosd_process *process)

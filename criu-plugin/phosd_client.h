@@ -30,8 +30,11 @@ struct phosd_process {
 int phosd_inspect(int pid, int (*add)(const struct phosd_process *process));
 /* Copies the GPU memory of all that was found while it runs, for as long as that is worth it. */
 int phosd_copy(void);
-/* Locks all that was found. `timeout_ms`: for submitted GPU work to finish. */
-int phosd_lock(unsigned int timeout_ms);
+/*
+ * Locks all that was found. `timeout_ms`: for submitted GPU work to finish; `*waited_ms`: what it
+ * took of that, without the copying that may follow.
+ */
+int phosd_lock(unsigned int timeout_ms, unsigned int *waited_ms);
 int phosd_checkpoint(int pid);
 int phosd_check_leftover(int pid);
 /* `found`: from phosd_inspect(), for a phosd that was started anew and knows nothing of it. */

@@ -24,7 +24,12 @@ enum phos_gate_word {
   PHOS_GATE_RENEWAL = 4, /* one of them */
 };
 
-/* Everything but `word` and `lease_ms` is written by the target alone. */
+/*
+ * A parked thread waits in futex(&word, FUTEX_WAIT, value, timeout, context): the fifth argument is
+ * the ucontext of what it will go on with. /proc/PID/task/TID/syscall shows it.
+ *
+ * Everything but `word` and `lease_ms` is written by the target alone.
+ */
 struct phos_gate {
   __u32 word; /* futex, shared */
   /*

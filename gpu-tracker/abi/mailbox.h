@@ -49,9 +49,10 @@ enum phos_agent_start_step {
 enum phos_agent_command {
   PHOS_COMMAND_NONE = 0,
   PHOS_COMMAND_ENUMERATE = 1, /* in: ranges; out: records */
-  PHOS_COMMAND_EXPORT = 2,    /* in and out: exports; closes what is still open first */
-  PHOS_COMMAND_CLOSE = 3,     /* closes the descriptors of the last EXPORT */
-  PHOS_COMMAND_EXIT = 4,      /* the thread ends */
+  /* in: argument, a phos_export_guard; in and out: exports; closes what is still open first */
+  PHOS_COMMAND_EXPORT = 2,
+  PHOS_COMMAND_CLOSE = 3, /* closes the descriptors of the last EXPORT */
+  PHOS_COMMAND_EXIT = 4,  /* the thread ends */
 
   /*
    * Release and map back. While one of these is under way no other thread of the process may be in
@@ -65,6 +66,8 @@ enum phos_agent_command {
 
   PHOS_COMMAND_GATE_INSTALL = 32, /* in: gate.avoid; out: gate.signal */
   PHOS_COMMAND_GATE_REMOVE = 33,  /* the gate must be open, and no thread in its handler */
+  /* The handler is removed, and no thread is on its way out of it: the library may go. */
+  PHOS_COMMAND_GATE_FORGET = 34,
 };
 
 /* phos_mailbox.result */
@@ -142,12 +145,22 @@ struct phos_allocation {
   uint32_t reserved;
 };
 
+/*
+ * Why no thread frees memory while it is exported. The driver (580) does not protect itself against
+ * that: the agent's thread would crash on objects that are gone.
+ */
+enum phos_export_guard {
+  PHOS_GUARD_GATE = 1,   /* threads that would are parked: only while the gate is closed */
+  PHOS_GUARD_CALLER = 2, /* phosd sees to it: the driver's lock, all of the process stands still */
+};
+
 /* phos_export.status */
 enum phos_export_status {
   PHOS_EXPORTED = 0,
-  PHOS_EXPORT_STALE = 1,  /* no such memory any more, or another allocation at its address */
-  PHOS_EXPORT_FAILED = 2, /* driver_result */
-  PHOS_EXPORT_FULL = 3,   /* more descriptors than PHOS_EXPORT_MAX_FDS in one command */
+  PHOS_EXPORT_STALE = 1,     /* no such memory any more, or another allocation at its address */
+  PHOS_EXPORT_FAILED = 2,    /* driver_result */
+  PHOS_EXPORT_FULL = 3,      /* more descriptors than PHOS_EXPORT_MAX_FDS in one command */
+  PHOS_EXPORT_UNGUARDED = 4, /* the gate was open, or had opened: untouched */
 };
 
 struct phos_export {
@@ -193,8 +206,9 @@ struct phos_mailbox {
   uint64_t next_address;
   uint64_t driver_calls; /* out of ENUMERATE */
   uint64_t nanoseconds;  /* out: how long the command took */
-  /* in of MAP_BACK: how many misses of a native reallocation are allowed before the rest is
-   * adopted; out of MAP_BACK: 0, or the entry point (from 1) that could not be hooked. */
+  /* in of EXPORT: a phos_export_guard; in of MAP_BACK: how many misses of a native reallocation are
+   * allowed before the rest is adopted; out of MAP_BACK: 0, or the entry point (from 1) that could
+   * not be hooked. */
   uint32_t argument;
   uint32_t padding2;
   uint64_t released_table; /* out: where the agent notes what it has released; 0: nowhere yet */

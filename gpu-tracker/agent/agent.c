@@ -95,6 +95,9 @@ static void execute(struct phos_mailbox* m) {
     case PHOS_COMMAND_GATE_REMOVE:
       m->result = gate_remove(m);
       break;
+    case PHOS_COMMAND_GATE_FORGET:
+      m->result = gate_forget(m);
+      break;
     default:
       m->result = PHOS_RESULT_BAD_COMMAND;
   }

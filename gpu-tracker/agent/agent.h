@@ -87,8 +87,12 @@ bool holds_memory(void);
 
 int gate_install(struct phos_mailbox* mailbox);
 int gate_remove(struct phos_mailbox* mailbox);
+int gate_forget(struct phos_mailbox* mailbox);
 
-/* A thread may still be on its way out of the handler: the library's code must stay for good. */
+/*
+ * A thread may still be on its way out of the handler: the library's code must stay for good. Not
+ * after gate_forget().
+ */
 bool gate_was_used(void);
 
 #endif

@@ -48,6 +48,13 @@ static int export_fd(const struct driver* driver, const struct phos_allocation* 
   return CU_SUCCESS;
 }
 
+/* phosd has shown that no thread frees. Whoever would is parked for as long as this holds. */
+static bool is_guarded(const struct phos_mailbox* m, uint32_t guard) {
+  if (guard == PHOS_GUARD_CALLER) return true;
+  const uint32_t state = __atomic_load_n(&m->gate.word, __ATOMIC_ACQUIRE) & PHOS_GATE_STATE;
+  return state == PHOS_GATE_CLOSED || state == PHOS_GATE_HELD;
+}
+
 static void export_one(const struct driver* driver, struct phos_export* e) {
   struct phos_allocation before, after;
   e->fd = -1;
@@ -66,18 +73,26 @@ static void export_one(const struct driver* driver, struct phos_export* e) {
   if (e->driver_result) {
     e->status = PHOS_EXPORT_FAILED;
   } else {
-    /* The application runs: it may have freed the memory, and got other memory there. */
+    /* Were the guard broken, other memory might be there. */
     e->status = still_there(driver, e, &after) ? PHOS_EXPORTED : PHOS_EXPORT_STALE;
   }
 }
 
 int run_export(const struct driver* driver, struct phos_mailbox* m) {
-  const uint32_t count = m->count;
+  const uint32_t count = m->count, guard = m->argument;
   close_exports();
-  if (count > PHOS_MAILBOX_MAX_EXPORTS) return PHOS_RESULT_BAD_COMMAND;
+  if (count > PHOS_MAILBOX_MAX_EXPORTS ||
+      (guard != PHOS_GUARD_GATE && guard != PHOS_GUARD_CALLER)) {
+    return PHOS_RESULT_BAD_COMMAND;
+  }
   for (uint32_t i = 0; i < count; i++) {
     struct phos_export e = m->exports[i];
-    export_one(driver, &e);
+    if (is_guarded(m, guard)) {
+      export_one(driver, &e);
+    } else {
+      e.fd = -1;
+      e.status = PHOS_EXPORT_UNGUARDED;
+    }
     m->exports[i] = e;
   }
   return PHOS_RESULT_OK;

@@ -52,9 +52,10 @@ static bool is_function(const struct action* a) {
   return a->handler != DEFAULT && a->handler != IGNORE;
 }
 
-static void futex_wait_ns(uint32_t* word, uint32_t value, uint64_t ns) {
+/* `context` is an argument that this futex operation does not have: phosd reads it (abi/gate.h). */
+static void futex_wait_ns(uint32_t* word, uint32_t value, uint64_t ns, const void* context) {
   const struct timespec t = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
-  sys6(SYS_futex, (long)word, FUTEX_WAIT, value, (long)&t, 0, 0);
+  sys6(SYS_futex, (long)word, FUTEX_WAIT, value, (long)&t, (long)context, 0);
 }
 
 /*
@@ -63,7 +64,7 @@ static void futex_wait_ns(uint32_t* word, uint32_t value, uint64_t ns) {
  * taken counts: the process may have been stopped in it, or dumped and restored where the clock
  * differs.
  */
-static void wait_for_opening(struct phos_gate* g) {
+static void wait_for_opening(struct phos_gate* g, const void* context) {
   uint64_t waited = 0;
   uint32_t renewed = 0;
   for (;;) {
@@ -86,7 +87,7 @@ static void wait_for_opening(struct phos_gate* g) {
     if (slice < MIN_SLICE_NS) slice = MIN_SLICE_NS;
     if (slice > MAX_SLICE_NS) slice = MAX_SLICE_NS;
     const uint64_t before = monotonic_ns();
-    futex_wait_ns(&g->word, word, slice);
+    futex_wait_ns(&g->word, word, slice, context);
     const uint64_t elapsed = monotonic_ns() - before;
     waited += elapsed < slice ? elapsed : slice;
   }
@@ -133,7 +134,7 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
   struct phos_gate* g = g_gate;
   __atomic_fetch_add(&g->parked, 1, __ATOMIC_ACQ_REL);
   __atomic_fetch_add(&g->arrived, 1, __ATOMIC_ACQ_REL);
-  wait_for_opening(g);
+  wait_for_opening(g, context);
   /* The last that touches the mailbox: from here on it may go. The library stays. */
   __atomic_fetch_sub(&g->parked, 1, __ATOMIC_ACQ_REL);
 }
@@ -210,6 +211,14 @@ int gate_remove(struct phos_mailbox* m) {
     sys_sigaction(signal, &g_foreign, NULL);
   }
   m->gate.signal = 0;
+  return PHOS_RESULT_OK;
+}
+
+int gate_forget(struct phos_mailbox* m) {
+  if (m->gate.signal || __atomic_load_n(&m->gate.parked, __ATOMIC_ACQUIRE)) {
+    return PHOS_RESULT_GATE_BUSY;
+  }
+  g_gate = NULL;
   return PHOS_RESULT_OK;
 }
 

@@ -99,7 +99,8 @@ Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
 Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
                                  const CopyProgress& progress, const std::stop_token& stop) {
   const auto end = steady_clock::now() + limits.budget;
-  uint64_t before = UINT64_MAX;
+  uint64_t before = UINT64_MAX, copied_all = 0, postponed = 0;
+  std::string postponed_why;
   for (unsigned number = 1; number <= limits.max_rounds; number++) {
     auto report = copy->round(limits.max_slowdown, stop);
     if (!report) return report.error();
@@ -108,8 +109,17 @@ Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limi
       return Error(Domain::kErrno, ECANCELED, "the copy of " + process(pid) + " was given up");
     }
     const uint64_t copied = report->round.bytes;
-    if (!is_worth_another(copied, before) || steady_clock::now() >= end) break;
+    copied_all = report->total_bytes;
+    postponed = report->postponed_bytes;
+    postponed_why = report->postponed_why;
+    if (!postponed && !is_worth_another(copied, before)) break;
+    if (steady_clock::now() >= end) break;
     before = copied;
+  }
+  if (postponed && !copied_all) {
+    if (auto r = copy->stop_watching(); !r) return r;
+    return Error(Domain::kErrno, EAGAIN,
+                 "none of its memory could be handed over: " + postponed_why);
   }
   if (auto r = copy->flush(); !r) return r;
   return copy->stop_watching();

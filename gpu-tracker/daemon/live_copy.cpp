@@ -8,6 +8,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/daemon/memory_release.h"
 #include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/gate/guarded_export.h"
 
 namespace phos {
 namespace {
@@ -126,14 +127,49 @@ void LiveCopy::leave_to_driver(const AgentAllocation& a) {
   left_to_driver_.push_back(std::move(info));
 }
 
+// The process runs, and may free any of it.
+Result<std::vector<AgentExport>> LiveCopy::export_guarded(
+    const std::vector<AgentAllocation>& fresh) {
+  auto guard = GuardedExport::start(target_.pid, *agent_);
+  if (!guard) {
+    return guard.error().wrap("its memory cannot be handed over while it runs, as nothing keeps " +
+                              process(target_.pid) + " from freeing it meanwhile");
+  }
+  auto handles = (*guard)->export_memory(fresh);
+  auto finished = (*guard)->finish();
+  if (!finished) unclean_ = finished.error();
+  if (!handles) return handles.error();
+  if (!finished) return finished.error();
+  const GuardCost& cost = (*guard)->cost();
+  log(LogLevel::kDebug, "daemon",
+      "%s: %zu handles in %u closings of its gate: closed for the first time in %.1f ms, the "
+      "longest proof %.1f ms, threads parked for at most %.1f ms, opened in %.1f ms",
+      process(target_.pid).c_str(), fresh.size(), cost.closings,
+      static_cast<double>(cost.start.count()) / 1e3,
+      static_cast<double>(cost.longest_proof.count()) / 1e3,
+      static_cast<double>(cost.longest_closed.count()) / 1e3,
+      static_cast<double>(cost.finish.count()) / 1e3);
+  postponed_why_ = (*guard)->obstacle();
+  return handles;
+}
+
 // Memory of which a handle can be had is mapped here; everything else stays with the driver.
-Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh) {
-  auto handles = agent_->export_memory(fresh);
+// `guarded`: by the caller; the process cannot free any of it.
+Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, bool guarded) {
+  postponed_bytes_ = 0;
+  if (fresh.empty()) return {};
+  auto handles =
+      guarded ? agent_->export_memory(fresh, ExportGuard::kCaller) : export_guarded(fresh);
   if (!handles) return handles.error();
   for (size_t i = 0; i < fresh.size(); i++) {
     const AgentAllocation& a = fresh[i];
     AgentExport& handle = (*handles)[i];
     if (handle.status == ExportStatus::kStale) continue;  // freed meanwhile
+    if (handle.status == ExportStatus::kUnguarded) {
+      postponed_bytes_ += a.size;
+      leave_to_driver(a);
+      continue;
+    }
     Result<void> added;
     if (handle.status == ExportStatus::kExported) {
       auto memory = memory_on(a.device_uuid);
@@ -151,6 +187,10 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh) {
         static_cast<unsigned long long>(a.address), added.error().message().c_str());
     refused_.insert(a.buffer_id);
     leave_to_driver(a);
+  }
+  if (postponed_bytes_) {
+    log(LogLevel::kInfo, "daemon", "%s: %s are not copied in this round: %s",
+        process(target_.pid).c_str(), megabytes(postponed_bytes_).c_str(), postponed_why_.c_str());
   }
   return {};
 }
@@ -223,8 +263,13 @@ Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& 
   if (!seen) return seen.error();
   auto fresh = compare(*seen);
   if (!fresh) return fresh.error();
-  if (auto r = import_new(*fresh); !r) return r.error();
-  return copy_round(max_slowdown, stop);
+  if (auto r = import_new(*fresh, false); !r) return r.error();
+  auto report = copy_round(max_slowdown, stop);
+  if (report) {
+    report->postponed_bytes = postponed_bytes_;
+    report->postponed_why = postponed_why_;
+  }
+  return report;
 }
 
 Result<void> LiveCopy::flush() {
@@ -245,6 +290,12 @@ Result<void> LiveCopy::forget_freed() {
   return {};
 }
 
+Result<void> LiveCopy::stop_watching() {
+  auto stopped = finder_.stop();
+  if (unclean_) return *unclean_;
+  return stopped;
+}
+
 Result<void> LiveCopy::conclude() {
   auto r = forget_freed();
   leave_process();
@@ -256,7 +307,7 @@ Result<void> LiveCopy::catch_up() {
   if (!seen) return seen.error();
   auto fresh = compare(*seen);
   if (!fresh) return fresh.error();
-  if (auto r = import_new(*fresh); !r) return r;
+  if (auto r = import_new(*fresh, true); !r) return r;
   caught_up_ = true;
   return {};
 }

@@ -50,6 +50,10 @@ struct RoundReport {
   uint64_t copy_us = 0;        // of round.us, until all was in host memory
   uint64_t checked_bytes = 0;  // hashed in place
   uint64_t total_bytes = 0;    // that phos copies of this process
+  // Could not be handed over this time, since a thread was freeing memory; the next round tries
+  // again.
+  uint64_t postponed_bytes = 0;
+  std::string postponed_why;
 };
 
 // Not thread-safe; one round uses a thread a GPU, and some to write files.
@@ -63,14 +67,15 @@ class LiveCopy {
   ~LiveCopy();
 
   // Looks for new and freed memory (memory_finder.h), then hashes and copies. The process must not
-  // be locked. `max_slowdown`: share of its speed the application may lose; 0: no limit. A request
-  // to stop ends it within milliseconds, with ECANCELED; the copy is of no use then.
+  // be locked. EPERM, ENOTSUP: its memory cannot be handed over while it runs (guarded_export.h).
+  // `max_slowdown`: share of its speed the application may lose; 0: no limit. A request to stop
+  // ends it within milliseconds, with ECANCELED; the copy is of no use then.
   Result<RoundReport> round(double max_slowdown, const std::stop_token& stop = {});
   // Makes durable what is saved, while the process runs rather than when it stands still.
   Result<void> flush();
   // No further round(): no breakpoint of phos is left in the process, whose memory may be dumped;
   // if that fails, it must not be. Further calls give the same answer.
-  Result<void> stop_watching() { return finder_.stop(); }
+  Result<void> stop_watching();
   // Either, of a pre-dump: forgets what the process has freed, and leaves it.
   Result<void> conclude();
   // Before last_round(), of a process that is not locked, but none of whose threads is in libcuda
@@ -98,7 +103,8 @@ class LiveCopy {
   Result<std::vector<AgentAllocation>> compare(const std::vector<AgentAllocation>& seen);
   Result<CopiedMemory*> memory_on(const GpuUuid& gpu);
   void leave_to_driver(const AgentAllocation& a);
-  Result<void> import_new(const std::vector<AgentAllocation>& fresh);
+  Result<std::vector<AgentExport>> export_guarded(const std::vector<AgentAllocation>& fresh);
+  Result<void> import_new(const std::vector<AgentAllocation>& fresh, bool guarded);
   Result<RoundReport> copy_round(double max_slowdown, const std::stop_token& stop);
   Result<void> forget_freed();
   void leave_process();
@@ -113,7 +119,10 @@ class LiveCopy {
   std::vector<AllocationInfo> left_to_driver_;  // as last seen
   std::set<uint64_t> refused_;                  // buffer ids that could not be mapped
   std::vector<DumpRound> rounds_;
-  bool caught_up_ = false;  // with what it has freed and allocated
+  bool caught_up_ = false;        // with what it has freed and allocated
+  uint64_t postponed_bytes_ = 0;  // in this round
+  std::string postponed_why_;
+  std::optional<Error> unclean_;  // probes of the guard's are left
 };
 
 }  // namespace phos

@@ -212,7 +212,8 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
   if (!work) return work.error();
   std::vector<AgentAllocation> memory;
   for (const MemoryToLoad& m : *work) memory.push_back(m.target);
-  auto handles = agent_->export_memory(memory);
+  // The gate is closed, and nobody but the agent has been in the driver since it was.
+  auto handles = agent_->export_memory(memory, ExportGuard::kCaller);
   if (!handles) return handles.error();
   for (size_t i = 0; i < work->size(); i++) {
     AgentExport& handle = (*handles)[i];

@@ -28,6 +28,7 @@ using std::chrono::steady_clock;
 constexpr auto kLeaveTimeout = milliseconds(1000);
 constexpr auto kPollInterval = std::chrono::microseconds(200);
 constexpr int kParkedLooks = 20;
+constexpr int kLatePasses = 4;
 
 uint64_t load(const __u64& value) {
   return __atomic_load_n(&value, __ATOMIC_ACQUIRE);
@@ -37,14 +38,22 @@ bool blocks(const ThreadInfo& thread, int signal) {
   return thread.blocked & (1ull << (signal - 1));
 }
 
+// Whoever is parked already must not be let go with those that are parked only for a moment. A gate
+// that was left closed, with nobody at it, is no obstacle.
+bool has_parked(const phos_gate& g) {
+  const uint32_t state = __atomic_load_n(&g.word, __ATOMIC_ACQUIRE) & PHOS_GATE_STATE;
+  return state == PHOS_GATE_HELD ||
+         (state == PHOS_GATE_CLOSED && __atomic_load_n(&g.parked, __ATOMIC_ACQUIRE));
+}
+
 const char* describe(ThreadPlace place) {
   return place == ThreadPlace::kInside ? "inside libcuda, or returned from it lately" : "running";
 }
 
 }  // namespace
 
-Gate::Gate(int pid, Agent& agent, LibraryText text)
-    : pid_(pid), agent_(agent), text_(std::move(text)) {}
+Gate::Gate(int pid, Agent& agent, LibraryText text, const GateOptions& options)
+    : pid_(pid), agent_(agent), text_(std::move(text)), options_(options) {}
 
 Gate::~Gate() {
   if (auto r = open(); !r) log(LogLevel::kError, "gate", "%s", r.error().message().c_str());
@@ -56,12 +65,18 @@ Result<std::unique_ptr<Gate>> Gate::close(int pid, Agent& agent, const GateOptio
   auto text = LibraryText::find(pid);
   if (!text) return text.error();
   if (auto r = agent.claim_gate(); !r) return r.error();
+  if (options.functions == GatedFunctions::kFrees && has_parked(agent.gate())) {
+    agent.unclaim_gate();
+    return process_error(pid, EBUSY,
+                         "its threads are parked already, since a phosd that has died; open that "
+                         "gate first");
+  }
   // From here on its destructor undoes what has been done.
-  std::unique_ptr<Gate> gate(new Gate(pid, agent, std::move(*text)));
+  std::unique_ptr<Gate> gate(new Gate(pid, agent, std::move(*text), options));
   if (auto r = gate->choose_probes(); !r) return r.error();
   if (auto r = gate->install(); !r) return r.error();
   if (auto r = gate->arm(); !r) return r.error();
-  gate->shut(options);
+  gate->shut();
   return gate;
 }
 
@@ -69,7 +84,7 @@ Result<std::unique_ptr<Gate>> Gate::adopt(int pid, Agent& agent) {
   auto text = LibraryText::find(pid);
   if (!text) return text.error();
   if (auto r = agent.claim_gate(); !r) return r.error();
-  std::unique_ptr<Gate> gate(new Gate(pid, agent, std::move(*text)));
+  std::unique_ptr<Gate> gate(new Gate(pid, agent, std::move(*text), {}));
   gate->signal_ = static_cast<int>(agent.gate().signal);
   return gate;
 }
@@ -78,11 +93,14 @@ Result<void> Gate::choose_probes() {
   auto functions = read_exported_functions(text_.file());
   if (!functions) return functions.error();
   std::set<uint64_t> offsets;
+  std::vector<ExportedFunction> gated;
   for (const ExportedFunction& f : *functions) {
     if (f.name.rfind("cu", 0) != 0) continue;
+    if (options_.functions == GatedFunctions::kFrees && !may_free_exportable(f.name)) continue;
     const auto at = f.offset ? emulated_entry(f.code) : std::nullopt;
     if (at) {
       offsets.insert(f.offset + *at);
+      gated.push_back(f);
     } else if (find_entry_point(f.name).effects == kHarmless) {
       ungated_.push_back(f.name);
     } else {
@@ -98,6 +116,10 @@ Result<void> Gate::choose_probes() {
                          "its libcuda exports " + std::to_string(offsets_.size()) +
                              " functions to be gated, which phos does not expect");
   }
+  if (options_.functions == GatedFunctions::kAll) return {};
+  auto bodies = CallBodies::find(pid_, text_, gated);
+  if (!bodies) return bodies.error();
+  bodies_ = std::move(*bodies);
   return {};
 }
 
@@ -131,6 +153,11 @@ Result<void> Gate::install() {
 }
 
 Result<void> Gate::arm() {
+  for (const uint64_t offset : offsets_) {
+    auto before = text_.look({offset});
+    if (!before) return before.error();
+    if (before->armed == 0) own_offsets_.push_back(offset);
+  }
   auto link = program_->attach(text_.file(), offsets_);
   if (!link) return link.error();
   link_ = std::move(*link);
@@ -150,10 +177,14 @@ uint32_t Gate::word() const {
   return __atomic_load_n(&agent_.gate().word, __ATOMIC_ACQUIRE);
 }
 
-void Gate::shut(const GateOptions& options) {
+void Gate::shut() {
   phos_gate& g = agent_.gate();
-  arrived_before_ = load(g.arrived);
-  g.lease_ms = static_cast<uint32_t>(std::clamp<int64_t>(options.lease.count(), 1, UINT_MAX));
+  if (!closed_once_) arrived_before_ = load(g.arrived);
+  closed_once_ = true;
+  passed_before_ = program_->passed();
+  auto missed = program_->missed_runs();
+  missed_before_ = missed ? *missed : 0;
+  g.lease_ms = static_cast<uint32_t>(std::clamp<int64_t>(options_.lease.count(), 1, UINT_MAX));
   uint32_t now = word();
   uint32_t closed;
   do {
@@ -197,10 +228,7 @@ Result<void> Gate::resume_lease() {
 bool Gate::is_parked(const ThreadInfo& thread) const {
   for (int i = 0; i < kParkedLooks; i++) {
     if (i) std::this_thread::sleep_for(kPollInterval);
-    if (locate_thread(pid_, thread, {text_, {}, {}}, agent_.gate_address()) ==
-        ThreadPlace::kParked) {
-      return true;
-    }
+    if (waits_at(pid_, thread.tid, agent_.gate_address())) return true;
   }
   return false;
 }
@@ -226,8 +254,8 @@ Result<GateStatus> Gate::status() {
   return s;
 }
 
-// What spoils the proof, whatever the threads do now.
-Result<void> Gate::check_counters() {
+// Calls that did not park, and what would let them.
+Result<void> Gate::check_calls() {
   auto again = [&](const std::string& why) { return process_error(pid_, EAGAIN, why); };
   const uint32_t state = word() & PHOS_GATE_STATE;
   if (!link_ || (state != PHOS_GATE_CLOSED && state != PHOS_GATE_HELD)) {
@@ -235,14 +263,21 @@ Result<void> Gate::check_counters() {
   }
   auto missed = program_->missed_runs();
   if (!missed) return missed.error();
-  if (program_->passed() || *missed) {
-    return again(std::to_string(program_->passed() + *missed) + " calls have passed its gate");
+  if (const uint64_t passed = program_->passed() - passed_before_ + *missed - missed_before_) {
+    return again(std::to_string(passed) + " calls have passed its gate");
   }
   auto seen = text_.look(offsets_);
   if (!seen) return seen.error();
   if (seen->armed != seen->places) return again("some probes of its gate are no longer in place");
+  return {};
+}
+
+// What spoils the proof, whatever the threads do now.
+Result<void> Gate::check_counters() {
+  if (auto r = check_calls(); !r) return r;
   if (load(agent_.gate().arrived) - arrived_before_ != program_->sent()) {
-    return again("signals of its gate are on their way, or its handler has been replaced");
+    return process_error(pid_, EAGAIN,
+                         "signals of its gate are on their way, or its handler has been replaced");
   }
   return {};
 }
@@ -253,15 +288,17 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
   if (!agent_code) return agent_code.error();
   const CallCode code = {text_, *agent_code, offsets_};
   std::set<std::pair<int, uint64_t>> shown;
-  for (;;) {
+  for (int late = 0;;) {
     auto threads = list_threads(pid_);
     if (!threads) return threads.error();
+    auto view = AddressSpaceView::open(pid_);
+    if (!view) return view.error();
     std::string why;
     size_t added = 0;
     for (const ThreadInfo& t : *threads) {
       const std::pair<int, uint64_t> key(t.tid, t.start_time);
       if (may_pass(t) || shown.contains(key)) continue;
-      const ThreadPlace place = locate_thread(pid_, t, code, agent_.gate_address());
+      const ThreadPlace place = locate_thread(*view, t, code, agent_.gate_address());
       const std::string name = "thread " + std::to_string(t.tid) + " (" + t.comm + ") ";
       if (place == ThreadPlace::kOutside && blocks(t, signal_)) {
         // For good, or while it starts a thread or is being started.
@@ -276,7 +313,8 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
     // Once more after the last was shown: it may have started another.
     Result<void> counters = check_counters();
     if (why.empty() && added == 0 && counters) return {};
-    if (steady_clock::now() > deadline) {
+    // However long the first pass has taken, the last one has to follow.
+    if (steady_clock::now() > deadline && (added == 0 || ++late == kLatePasses)) {
       if (!counters) return counters;
       return process_error(pid_, EAGAIN, why.empty() ? "it keeps starting threads" : why);
     }
@@ -285,9 +323,12 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
 }
 
 Result<void> Gate::disarm() {
-  if (!link_) return {};
+  unclean_ |= static_cast<bool>(link_);
   link_.reset();
-  return text_.wait_clean(offsets_);
+  if (!unclean_) return {};
+  if (auto r = text_.wait_clean(own_offsets_); !r) return r;
+  unclean_ = false;
+  return {};
 }
 
 Result<void> Gate::release() {

@@ -36,6 +36,7 @@
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/gate/call_bodies.h"
 #include "gpu-tracker/gate/threads.h"
 #include "gpu-tracker/inject/agent.h"
 #include "gpu-tracker/track/library_text.h"
@@ -44,9 +45,18 @@ namespace phos {
 
 class GateProgram;
 
+// What the gate covers.
+enum class GatedFunctions {
+  kAll,
+  // Those that can take away memory which phos copies (may_free_exportable()): the application goes
+  // on with all else. About a sixth of the probes, so that closing takes a fraction of the time.
+  kFrees,
+};
+
 struct GateOptions {
   // How long threads stay parked without renew(): time in which they themselves could run.
   std::chrono::milliseconds lease{10000};
+  GatedFunctions functions = GatedFunctions::kAll;
 };
 
 struct GateStatus {
@@ -66,8 +76,8 @@ class Gate {
   // Closes the gate of process `pid`, in which `agent` is; it must outlive the gate and not be
   // moved. Returns once every probe is in place (50 to 150 ms); threads park when they call. Parked
   // threads of a phosd that died stay parked. EBUSY: the agent has a gate already, or another phosd
-  // has the agent. ENOTSUP, EPERM: the kernel cannot, or this process may not. The caller then
-  // takes the driver's own checkpoint.
+  // has the agent; with kFrees, threads are parked already. ENOTSUP, EPERM: the kernel cannot, or
+  // this process may not. The caller then takes the driver's own checkpoint.
   static Result<std::unique_ptr<Gate>> close(int pid, Agent& agent,
                                              const GateOptions& options = {});
   // Takes over a gate that is closed without probes: after a restore, or of a phosd that died.
@@ -88,6 +98,15 @@ class Gate {
   // outside later on either stays there or parks. threads.h has the argument for each thread.
   Result<void> check_quiet(std::chrono::milliseconds timeout = std::chrono::milliseconds(50));
 
+  // With kFrees: every thread is parked, one of the agent's, or provably outside of the functions
+  // gated, and would park if it called one; so none is inside since before the gate closed. Needs
+  // no lock of the driver's. Threads that run all the time are stopped for microseconds each
+  // (ptrace). EAGAIN: it could not be shown within `timeout`, and who was in the way: a call that
+  // waits for a kernel, for instance. call_bodies.h has the argument for each thread.
+  Result<void> check_outside(std::chrono::milliseconds timeout);
+  // Does what was shown still hold? EAGAIN: no, calls have passed, or the lease has expired.
+  Result<void> check_closed();
+
   // Starts the lease anew. ETIMEDOUT: it had expired, threads have gone on.
   Result<void> renew();
   // From now on the lease does not run: what the threads need is away, and they must not go on
@@ -102,10 +121,18 @@ class Gate {
   Result<void> disarm();
   // Lets parked threads go, at once, and parks no more. Also while the process is frozen.
   Result<void> release();
+  // release(), and waits until every thread that was parked has gone on. ETIMEDOUT: one has not.
+  Result<void> let_pass();
+  // After let_pass(): closes again, at once, by the same handler and probes.
+  void close_again();
   // release(), disarm(), and puts the signal's action back once every thread has left the handler.
   // ETIMEDOUT: one has not (the process is frozen); the handler stays, harmless, and open() may be
   // called again.
   Result<void> open();
+  // After open(): shows that no thread is on its way out of the handler, so that the agent's
+  // library can leave the process with the agent. EAGAIN: it could not be shown, and the library
+  // will stay.
+  Result<void> leave_no_trace();
 
   // Functions that cannot be probed; all harmless.
   const std::vector<std::string>& ungated() const { return ungated_; }
@@ -113,29 +140,39 @@ class Gate {
   int signal() const { return signal_; }
 
  private:
-  Gate(int pid, Agent& agent, LibraryText text);
+  Gate(int pid, Agent& agent, LibraryText text, const GateOptions& options);
 
   Result<void> choose_probes();
   Result<void> install();
   Result<void> arm();
-  void shut(const GateOptions& options);
+  void shut();
   Result<void> change(uint32_t from, uint32_t to);
   uint32_t word() const;
   bool may_pass(const ThreadInfo& thread) const;
   bool is_parked(const ThreadInfo& thread) const;
+  Result<void> show_outside(const CallBodies& bodies, bool may_block,
+                            std::chrono::milliseconds timeout);
+  Result<void> check_calls();
   Result<void> check_counters();
   Result<void> wait_left();
 
   int pid_;
   Agent& agent_;
   LibraryText text_;
+  const GateOptions options_;
   int agent_tid_ = 0;
   int signal_ = 0;
   std::vector<uint64_t> offsets_;
   std::vector<std::string> ungated_;
   std::unique_ptr<GateProgram> program_;
   UniqueFd link_;
-  uint64_t arrived_before_ = 0;
+  // Of them, those where there was no breakpoint of somebody else's (the tracker's) before.
+  std::vector<uint64_t> own_offsets_;
+  CallBodies bodies_;                               // with kFrees
+  uint64_t arrived_before_ = 0;                     // when the gate closed for the first time
+  uint64_t passed_before_ = 0, missed_before_ = 0;  // when it closed the last time
+  bool closed_once_ = false;
+  bool unclean_ = false;  // probes may be left
   bool opened_ = false;
 };
 

@@ -59,63 +59,40 @@ std::optional<uint64_t> count_switches(int pid, int tid) {
   return *voluntary + *forced;
 }
 
-bool is_kernel_worker(int pid, int tid) {
-  const std::string stat = read_line(task_path(pid, tid, "stat"));
-  const size_t end = stat.rfind(')');
-  if (end == stat.npos) return false;
-  unsigned long flags = 0;
-  // state ppid pgrp session tty_nr tpgid flags
-  return sscanf(stat.c_str() + end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 &&
-         flags & kKernelWorker;
-}
-
-// /proc/PID/task/TID/syscall of a thread that sleeps.
-struct Sleep {
-  long number = -1;  // of the system call; -1: none, a page fault for instance
-  uint64_t first_argument = 0, sp = 0, pc = 0;
-};
-
-std::optional<Sleep> parse_sleep(const std::string& line) {
-  Sleep s;
-  unsigned long long a = 0, sp = 0, pc = 0;
-  if (sscanf(line.c_str(), "-1 %llx %llx", &sp, &pc) == 2) {
-    s.sp = sp;
-    s.pc = pc;
-    return s;
+bool parse_sleep(Asleep* s) {
+  unsigned long long first = 0, fifth = 0, sp = 0, pc = 0;
+  if (sscanf(s->line.c_str(), "-1 %llx %llx", &sp, &pc) != 2) {
+    if (sscanf(s->line.c_str(), "%ld %llx %*x %*x %*x %llx %*x %llx %llx", &s->number, &first,
+               &fifth, &sp, &pc) != 5) {
+      return false;  // "running"
+    }
+    s->first_argument = first;
+    s->fifth_argument = fifth;
   }
-  if (sscanf(line.c_str(), "%ld %llx %*x %*x %*x %*x %*x %llx %llx", &s.number, &a, &sp, &pc) !=
-      4) {
-    return std::nullopt;  // "running"
+  s->sp = sp;
+  s->pc = pc;
+  return true;
+}
+
+// A thread that sleeps on another stack than its own, in a signal handler or a coroutine, may have
+// left calls on its own.
+bool is_own_stack(int pid, int tid, uint64_t end, const ProcMapping& mapping) {
+  return end < mapping.end || (tid == pid && mapping.path == "[stack]");
+}
+
+ThreadPlace search_stack(const AddressSpaceView& view, int tid, uint64_t sp, const CallCode& code) {
+  // Ascending and apart, as /proc/PID/maps has them.
+  auto stack = std::upper_bound(view.maps.begin(), view.maps.end(), sp,
+                                [](uint64_t at, const ProcMapping& m) { return at < m.end; });
+  if (stack == view.maps.end() || sp < stack->start) return ThreadPlace::kNotShown;
+  const uint64_t end = find_stack_end(tid, sp, *stack);
+  if (end - sp > kMaxStack || !is_own_stack(view.pid, tid, end, *stack)) {
+    return ThreadPlace::kNotShown;
   }
-  s.first_argument = a;
-  s.sp = sp;
-  s.pc = pc;
-  return s;
-}
-
-// glibc and musl have a thread's descriptor at the upper end of its stack. What lies above may be
-// anything: the kernel merges mappings, and a program's tables of functions may follow.
-uint64_t stack_end(int tid, uint64_t sp, const ProcMapping& mapping) {
-  void* head = nullptr;
-  size_t size = 0;
-  if (syscall(SYS_get_robust_list, tid, &head, &size) != 0) return mapping.end;
-  const auto at = reinterpret_cast<uint64_t>(head) & ~uint64_t{7};
-  return at > sp && at < mapping.end ? at : mapping.end;
-}
-
-ThreadPlace search_stack(int pid, int tid, uint64_t sp, const CallCode& code) {
-  auto maps = read_proc_maps(pid);
-  UniqueFd memory(open(("/proc/" + std::to_string(pid) + "/mem").c_str(), O_RDONLY | O_CLOEXEC));
-  if (!maps || !memory) return ThreadPlace::kNotShown;
-  auto stack = std::find_if(maps->begin(), maps->end(),
-                            [&](const ProcMapping& m) { return sp >= m.start && sp < m.end; });
-  if (stack == maps->end()) return ThreadPlace::kNotShown;
-  const uint64_t end = stack_end(tid, sp, *stack);
-  if (end - sp > kMaxStack) return ThreadPlace::kNotShown;
   std::array<uint64_t, kChunk / sizeof(uint64_t)> words;
   for (uint64_t at = sp & ~uint64_t{7}; at < end;) {
     const size_t wanted = std::min<uint64_t>(kChunk, end - at);
-    const ssize_t n = pread(memory.get(), words.data(), wanted, static_cast<off_t>(at));
+    const ssize_t n = pread(view.memory.get(), words.data(), wanted, static_cast<off_t>(at));
     if (n != static_cast<ssize_t>(wanted)) return ThreadPlace::kNotShown;
     for (size_t i = 0; i < wanted / sizeof(uint64_t); i++) {
       if (code.betrays(words[i])) return ThreadPlace::kInside;
@@ -152,6 +129,38 @@ Result<std::vector<ThreadInfo>> list_threads(int pid) {
   return threads;
 }
 
+bool is_kernel_worker(int pid, int tid) {
+  const std::string stat = read_line(task_path(pid, tid, "stat"));
+  const size_t end = stat.rfind(')');
+  if (end == stat.npos) return false;
+  unsigned long flags = 0;
+  // state ppid pgrp session tty_nr tpgid flags
+  return sscanf(stat.c_str() + end + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) == 1 &&
+         flags & kKernelWorker;
+}
+
+uint64_t find_stack_end(int tid, uint64_t sp, const ProcMapping& mapping) {
+  void* head = nullptr;
+  size_t size = 0;
+  if (syscall(SYS_get_robust_list, tid, &head, &size) != 0) return mapping.end;
+  const auto at = reinterpret_cast<uint64_t>(head) & ~uint64_t{7};
+  return at > sp && at < mapping.end ? at : mapping.end;
+}
+
+std::optional<Asleep> find_asleep(int pid, int tid) {
+  Asleep s;
+  const auto switches = count_switches(pid, tid);
+  s.line = read_line(task_path(pid, tid, "syscall"));
+  if (!switches || !parse_sleep(&s)) return std::nullopt;
+  s.switches = *switches;
+  return s;
+}
+
+bool sleeps_on(int pid, int tid, const Asleep& since) {
+  return read_line(task_path(pid, tid, "syscall")) == since.line &&
+         count_switches(pid, tid) == since.switches;
+}
+
 bool is_driver_thread(const ThreadInfo& thread) {
   if (thread.comm == "cuda-EvtHandlr") return true;
   return thread.comm.size() == 15 && thread.comm.rfind("cuda", 0) == 0 &&
@@ -171,27 +180,35 @@ bool CallCode::betrays(uint64_t word) const {
   return !offset || !std::binary_search(gated.begin(), gated.end(), *offset);
 }
 
-ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
-                          uint64_t gate_word) {
+Result<AddressSpaceView> AddressSpaceView::open(int pid) {
+  auto maps = read_proc_maps(pid);
+  if (!maps) return maps.error();
+  const std::string path = "/proc/" + std::to_string(pid) + "/mem";
+  UniqueFd memory(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!memory) return Error::from_errno(errno == ENOENT ? ESRCH : errno, "opening " + path);
+  return AddressSpaceView{pid, std::move(*maps), std::move(memory)};
+}
+
+bool waits_at(int pid, int tid, uint64_t gate_word) {
+  const auto sleep = find_asleep(pid, tid);
+  return sleep && sleep->number == SYS_futex && sleep->first_argument == gate_word;
+}
+
+ThreadPlace locate_thread(const AddressSpaceView& view, const ThreadInfo& thread,
+                          const CallCode& code, uint64_t gate_word) {
+  const int pid = view.pid;
   if (thread.state == 'Z' || thread.state == 'X') return ThreadPlace::kOutside;
-  const std::string path = task_path(pid, thread.tid, "syscall");
-  const auto switches = count_switches(pid, thread.tid);
-  const std::string before = read_line(path);
-  const auto sleep = parse_sleep(before);
-  if (!sleep) {
-    // Nothing to read: it has ended meanwhile, and the next list will not have it.
-    return ThreadPlace::kNotShown;
-  }
+  const auto sleep = find_asleep(pid, thread.tid);
+  // Or it has ended meanwhile, and the next list will not have it.
+  if (!sleep) return ThreadPlace::kNotShown;
   if (sleep->number == SYS_futex && sleep->first_argument == gate_word) return ThreadPlace::kParked;
   if (code.contains(sleep->pc)) return ThreadPlace::kInside;
   if (sleep->sp == 0) {
     return is_kernel_worker(pid, thread.tid) ? ThreadPlace::kOutside : ThreadPlace::kNotShown;
   }
-  const ThreadPlace place = search_stack(pid, thread.tid, sleep->sp, code);
+  const ThreadPlace place = search_stack(view, thread.tid, sleep->sp, code);
   if (place != ThreadPlace::kOutside) return place;
-  const bool slept_on =
-      read_line(path) == before && switches && count_switches(pid, thread.tid) == switches;
-  return slept_on ? place : ThreadPlace::kNotShown;
+  return sleeps_on(pid, thread.tid, *sleep) ? place : ThreadPlace::kNotShown;
 }
 
 }  // namespace phos

@@ -3,11 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/inject/agent.h"
 #include "gpu-tracker/track/library_text.h"
 
@@ -28,6 +31,26 @@ Result<std::vector<ThreadInfo>> list_threads(int pid);
 // restore thread, "cuda-EvtHandlr" waits for the GPU's events.
 bool is_driver_thread(const ThreadInfo& thread);
 
+// A thread of io_uring or vhost, which never runs the process's code?
+bool is_kernel_worker(int pid, int tid);
+
+// The upper end of the stack in `mapping` on which thread `tid` is at `sp`. glibc and musl have a
+// thread's descriptor there. What lies above may be anything: the kernel merges mappings, and a
+// program's tables of functions may follow.
+uint64_t find_stack_end(int tid, uint64_t sp, const ProcMapping& mapping);
+
+// Where a thread sleeps, in the kernel, and what tells whether it has slept on.
+struct Asleep {
+  long number = -1;  // of the system call; -1: none, a page fault for instance
+  uint64_t first_argument = 0, fifth_argument = 0, sp = 0, pc = 0;
+  std::string line;  // of /proc/PID/task/TID/syscall
+  uint64_t switches = 0;
+};
+// Nothing: it runs, or is about to, or has ended.
+std::optional<Asleep> find_asleep(int pid, int tid);
+// Has it not run since?
+bool sleeps_on(int pid, int tid, const Asleep& since);
+
 // Code that a call into libcuda may be in: the library's, and the agent's, which goes on from an
 // entry point that it has hooked without passing the gate (Agent::call_code).
 struct CallCode {
@@ -40,6 +63,16 @@ struct CallCode {
   // The address of a probe's place is no sign of a call in progress: function pointers have it,
   // and a thread that goes on there is parked.
   bool betrays(uint64_t word) const;
+};
+
+// The process's memory for one pass over its threads: to read the mappings anew for each would take
+// milliseconds a thread. A stack that is not in it yet is not shown.
+struct AddressSpaceView {
+  static Result<AddressSpaceView> open(int pid);
+
+  int pid;
+  std::vector<ProcMapping> maps;
+  UniqueFd memory;
 };
 
 enum class ThreadPlace {
@@ -59,14 +92,17 @@ enum class ThreadPlace {
 //    own text on the stack, above the stack pointer; a signal handler keeps the interrupted program
 //    counter in its frame. The stack is searched, from the stack pointer to where the C library
 //    keeps what it knows of the thread (which the kernel has the address of: the list of robust
-//    futexes is there) or, where that is not above it, to the end of the mapping; for any word that
-//    points into such code, but not at a probe; and the program counter must not point there. A
-//    tail call leaves no address, but then nothing of libcuda is left to be executed.
-//  - Not covered: code that libcuda calls back on the application's thread, and that changes to
-//    another stack by hand (a coroutine) and sleeps there.
+//    futexes is there), the main thread's to the end of its mapping; for any word that points into
+//    such code, but not at a probe; and the program counter must not point there. A tail call
+//    leaves no address, but then nothing of libcuda is left to be executed.
+//  - kNotShown also of a thread that sleeps on a stack which is not its own: that of a signal
+//    handler or a coroutine. What it has left on its own is not known.
 // Stale words in unused parts of live frames make kInside of what is outside: that costs the fast
 // path, never correctness.
-ThreadPlace locate_thread(int pid, const ThreadInfo& thread, const CallCode& code,
-                          uint64_t gate_word);
+ThreadPlace locate_thread(const AddressSpaceView& view, const ThreadInfo& thread,
+                          const CallCode& code, uint64_t gate_word);
+
+// Does the thread wait in futex(2) at the gate's address?
+bool waits_at(int pid, int tid, uint64_t gate_word);
 
 }  // namespace phos

@@ -242,7 +242,7 @@ Result<std::vector<AgentAllocation>> Agent::read_allocations(uint32_t count) {
   return out;
 }
 
-Result<void> Agent::export_batch(std::span<const AgentAllocation> batch,
+Result<void> Agent::export_batch(std::span<const AgentAllocation> batch, ExportGuard guard,
                                  std::vector<AgentExport>* exports) {
   if (auto r = settle(); !r) return r;
   phos_export* records = mailbox_->payload().exports;
@@ -253,6 +253,7 @@ Result<void> Agent::export_batch(std::span<const AgentAllocation> batch,
     e.type = static_cast<uint32_t>(batch[i].export_type);
     memcpy(&records[i], &e, sizeof e);
   }
+  mailbox_->shared().argument = static_cast<uint32_t>(guard);
   if (auto r = run(PHOS_COMMAND_EXPORT, static_cast<uint32_t>(batch.size())); !r) return r;
   bool fds = false;
   for (size_t i = 0; i < batch.size(); i++) {
@@ -261,7 +262,7 @@ Result<void> Agent::export_batch(std::span<const AgentAllocation> batch,
     AgentExport out;
     out.type = batch[i].export_type;
     out.driver_result = e.driver_result;
-    if (e.status > PHOS_EXPORT_FAILED) {
+    if (e.status > PHOS_EXPORT_UNGUARDED || e.status == PHOS_EXPORT_FULL) {
       return process_error(pid_, EPROTO, "phos's agent in it could not export what it was asked");
     }
     out.status = static_cast<ExportStatus>(e.status);
@@ -277,8 +278,8 @@ Result<void> Agent::export_batch(std::span<const AgentAllocation> batch,
   return fds ? run(PHOS_COMMAND_CLOSE, 0) : Result<void>();
 }
 
-Result<std::vector<AgentExport>> Agent::export_memory(
-    std::span<const AgentAllocation> allocations) {
+Result<std::vector<AgentExport>> Agent::export_memory(std::span<const AgentAllocation> allocations,
+                                                      ExportGuard guard) {
   std::vector<AgentExport> exports;
   exports.reserve(allocations.size());
   while (!allocations.empty()) {
@@ -287,7 +288,7 @@ Result<std::vector<AgentExport>> Agent::export_memory(
       if (allocations[count].export_type == ExportType::kFd && ++fds > PHOS_EXPORT_MAX_FDS) break;
       count++;
     }
-    if (auto r = export_batch(allocations.first(count), &exports); !r) {
+    if (auto r = export_batch(allocations.first(count), guard, &exports); !r) {
       // Whatever went wrong, nothing is to stay open over there.
       if (r.error().code() != ESRCH) (void)run(PHOS_COMMAND_CLOSE, 0).ok();
       return r.error();

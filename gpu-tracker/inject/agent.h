@@ -55,6 +55,18 @@ enum class ExportStatus {
   kExported = PHOS_EXPORTED,
   kStale = PHOS_EXPORT_STALE,    // freed, or freed and allocated anew, since it was enumerated
   kFailed = PHOS_EXPORT_FAILED,  // driver_result says why
+  kUnguarded = PHOS_EXPORT_UNGUARDED,  // the gate was open; untouched
+};
+
+// Why no thread of the process frees memory while handles to it are made. The driver (580) does not
+// protect itself against that: the process would end by SIGSEGV in the agent's thread.
+enum class ExportGuard {
+  // Threads that would free are parked at the gate, and none was under way: GuardedExport
+  // (gpu-tracker/gate) sees to it. The agent hands nothing over while the gate is open.
+  kGate = PHOS_GUARD_GATE,
+  // The caller knows: the process is locked by the driver, nobody but the agent runs in it, the
+  // gate is closed and the driver quiet, or, in a test, its threads do nothing.
+  kCaller = PHOS_GUARD_CALLER,
 };
 
 struct AgentExport {
@@ -141,7 +153,8 @@ class Agent {
 
   // Handles to allocations as enumerate() described them, one each, in order. The caller owns
   // them; in the process no descriptor stays open, at most PHOS_EXPORT_MAX_FDS are for a moment.
-  Result<std::vector<AgentExport>> export_memory(std::span<const AgentAllocation> allocations);
+  Result<std::vector<AgentExport>> export_memory(std::span<const AgentAllocation> allocations,
+                                                 ExportGuard guard);
 
   void set_command_timeout(std::chrono::milliseconds timeout) {
     options_.command_timeout = timeout;
@@ -182,9 +195,11 @@ class Agent {
   // signal that the application does not use, or keeps the one that an earlier phosd has set;
   // avoids those in `blocked_signals` (bit: number - 1) if it can, and returns its number.
   // remove_gate() puts back what was there; EBUSY while the gate is closed or a thread is in the
-  // handler. The address is the gate's in the process.
+  // handler. forget_gate(): afterwards no thread is in the handler nor on its way out, the caller
+  // has looked; without it unload() leaves the library. The address is the gate's in the process.
   Result<int> install_gate(uint64_t blocked_signals);
   Result<void> remove_gate();
+  Result<void> forget_gate();
   phos_gate& gate();
   // One gate at a time: EBUSY while another has it.
   Result<void> claim_gate();
@@ -204,8 +219,9 @@ class Agent {
   // Lets the agent sleep on in the process, with nothing open, for the next attach().
   Result<void> detach();
   // Ends the agent: its thread, mailbox and library leave the process; the library stays if the
-  // gate has been used. EBUSY while it holds memory of the application, released or adopted, or
-  // hooks that no contents_loaded() has taken out since, or while the gate's handler is installed.
+  // gate has been used and not forgotten. EBUSY while it holds memory of the application, released
+  // or adopted, or hooks that no contents_loaded() has taken out since, or while the gate's handler
+  // is installed.
   Result<void> unload();
 
  private:
@@ -214,7 +230,7 @@ class Agent {
 
   Result<void> settle();
   Result<void> run(phos_agent_command command, uint32_t count);
-  Result<void> export_batch(std::span<const AgentAllocation> batch,
+  Result<void> export_batch(std::span<const AgentAllocation> batch, ExportGuard guard,
                             std::vector<AgentExport>* exports);
   Result<std::vector<AgentAllocation>> read_allocations(uint32_t count);
   Result<std::vector<ReleasedMemory>> run_released(phos_agent_command command);

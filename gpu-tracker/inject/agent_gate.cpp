@@ -32,6 +32,10 @@ Result<void> Agent::remove_gate() {
   return {};
 }
 
+Result<void> Agent::forget_gate() {
+  return run(PHOS_COMMAND_GATE_FORGET, 0);
+}
+
 Result<void> Agent::claim_gate() {
   if (!mailbox_) return process_error(pid_, EINVAL, "phos has let go of its agent");
   if (gate_claimed_) return process_error(pid_, EBUSY, "its gate is in use");

@@ -2,6 +2,7 @@
 #include "gpu-tracker/track/entry_points.h"
 
 #include <unordered_map>
+#include <unordered_set>
 
 namespace phos {
 namespace {
@@ -231,6 +232,17 @@ cuUserObjectCreate cuUserObjectRelease cuUserObjectRetain cuVDPAUGetDevice cudbg
 cudbgApiDetach cudbgApiInit cudbgGetAPI cudbgGetAPIVersion cudbgMain cudbgReportDriverApiError
 cudbgReportDriverInternalError)";
 
+// Have the effect kFree, and never free memory of cuMemAlloc or cuMemMap. Graphs free only what
+// their own memory nodes have allocated, in a pool (cuda.h, cuGraphAddMemFreeNode), so that
+// launches need not wait while other memory is handed over; host memory; tiles of sparse arrays.
+constexpr std::string_view kFreesOtherNames = R"(
+cuDeviceGraphMemTrim cuGraphAddMemAllocNode cuGraphAddMemFreeNode cuGraphAddNode cuGraphAddNode_v2
+cuGraphClone cuGraphDestroy cuGraphDestroyNode cuGraphExecDestroy cuGraphExecNodeSetParams
+cuGraphExecUpdate cuGraphExecUpdate_v2 cuGraphInstantiate cuGraphInstantiateWithFlags
+cuGraphInstantiateWithParams cuGraphInstantiateWithParams_ptsz cuGraphInstantiate_v2 cuGraphLaunch
+cuGraphLaunch_ptsz cuGraphUpload cuGraphUpload_ptsz cuMemFreeHost cuMemHostUnregister
+cuMemMapArrayAsync cuMemMapArrayAsync_ptsz)";
+
 struct Row {
   unsigned effects;
   CallShape shape;
@@ -253,24 +265,33 @@ const Row kRows[] = {
     {kHarmless, CallShape::kNone, kHarmlessNames},
 };
 
+// Calls `use` with each name.
+template <typename Use>
+void for_each_name(std::string_view names, Use use) {
+  constexpr std::string_view kSpace = " \n";
+  while (names.find_first_not_of(kSpace) != names.npos) {
+    names.remove_prefix(names.find_first_not_of(kSpace));
+    const std::string_view name = names.substr(0, names.find_first_of(kSpace));
+    names.remove_prefix(name.size());
+    use(name);
+  }
+}
+
 struct Table {
   std::unordered_map<std::string_view, EntryPoint> by_name;
+  std::unordered_set<std::string_view> frees_other;
   size_t rows = 0;
 };
 
 Table make_table() {
-  constexpr std::string_view kSpace = " \n";
   Table t;
   for (const Row& row : kRows) {
-    std::string_view rest = row.names;
-    while (rest.find_first_not_of(kSpace) != rest.npos) {
-      rest.remove_prefix(rest.find_first_not_of(kSpace));
-      const std::string_view name = rest.substr(0, rest.find_first_of(kSpace));
-      rest.remove_prefix(name.size());
+    for_each_name(row.names, [&](std::string_view name) {
       t.by_name[name] = {row.effects, row.shape, true};
       t.rows++;
-    }
+    });
   }
+  for_each_name(kFreesOtherNames, [&](std::string_view name) { t.frees_other.insert(name); });
   return t;
 }
 
@@ -284,6 +305,10 @@ const Table& table() {
 EntryPoint find_entry_point(std::string_view name) {
   auto found = table().by_name.find(name);
   return found == table().by_name.end() ? EntryPoint{} : found->second;
+}
+
+bool may_free_exportable(std::string_view name) {
+  return find_entry_point(name).effects & kFree && !table().frees_other.contains(name);
 }
 
 EntryPointCount count_entry_points() {

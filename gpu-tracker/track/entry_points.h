@@ -47,6 +47,11 @@ struct EntryPoint {
 // Thread-safe.
 EntryPoint find_entry_point(std::string_view name);
 
+// May a call take away memory of which a handle can be had, that of cuMemAlloc or of cuMemMap, or
+// the context, mapping, handle or addresses it hangs on? All with the effect kFree, unknown names
+// too, but for those that free other memory only. Thread-safe.
+bool may_free_exportable(std::string_view name);
+
 // How many names the table holds, and how many different ones: equal, or a name has two effects.
 struct EntryPointCount {
   size_t rows = 0, names = 0;

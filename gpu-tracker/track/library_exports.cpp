@@ -38,6 +38,7 @@ Result<ExportedFunction> describe(Elf* elf, int fd, const std::string& path, con
                                   const GElf_Sym& symbol) {
   ExportedFunction f;
   f.name = name;
+  f.size = symbol.st_size;
   if (GELF_ST_TYPE(symbol.st_info) == STT_GNU_IFUNC) return f;
   GElf_Phdr segment;
   if (!find_segment(elf, symbol.st_value, &segment)) {

@@ -14,6 +14,7 @@ namespace phos {
 struct ExportedFunction {
   std::string name;
   uint64_t offset = 0;             // in the file; 0 if it is an ifunc, whose code is elsewhere
+  uint64_t size = 0;               // bytes, as the symbol table has it; 0: not told
   std::array<uint8_t, 16> code{};  // its first bytes, zeros behind the end of the segment
 };
 

@@ -80,6 +80,16 @@ bool LibraryText::maps_offset(uint64_t offset) const {
   });
 }
 
+std::vector<uint64_t> LibraryText::addresses_of(uint64_t offset) const {
+  std::vector<uint64_t> addresses;
+  for (const Range& range : ranges_) {
+    if (offset >= range.offset && offset - range.offset < range.end - range.start) {
+      addresses.push_back(range.start + (offset - range.offset));
+    }
+  }
+  return addresses;
+}
+
 Result<LibraryText::Breakpoints> LibraryText::look(const std::vector<uint64_t>& offsets) const {
   const std::string path = "/proc/" + std::to_string(pid_) + "/mem";
   UniqueFd memory(open(path.c_str(), O_RDONLY | O_CLOEXEC));

@@ -27,6 +27,9 @@ class LibraryText {
   // Is this place in the file mapped executable?
   bool maps_offset(uint64_t offset) const;
 
+  // Its addresses in the process.
+  std::vector<uint64_t> addresses_of(uint64_t offset) const;
+
   // Of the instructions at `offsets` (in the file), wherever they are mapped: how many there are,
   // and how many are breakpoints. ESRCH, EIO: the address space is gone.
   struct Breakpoints {

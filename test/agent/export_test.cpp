@@ -15,7 +15,7 @@ class ExportTest : public AgentTest {
   std::vector<phos::AgentExport> export_all(const std::vector<AgentAllocation>& allocations) {
     auto agent = attach();
     EXPECT_TRUE(agent) << agent.error().message();
-    auto exports = agent->export_memory(allocations);
+    auto exports = agent->export_memory(allocations, phos::ExportGuard::kCaller);
     EXPECT_TRUE(exports) << exports.error().message();
     return std::move(*exports);
   }
@@ -110,6 +110,7 @@ TEST_F(ExportTest, WhatADeadPhosdLeftOpenIsClosedByTheNext) {
       e.type = PHOS_EXPORT_FD;
       (*mailbox)->payload().exports[i] = e;
     }
+    (*mailbox)->shared().argument = PHOS_GUARD_CALLER;
     (*mailbox)->start(PHOS_COMMAND_EXPORT, 3);
     auto idle = (*mailbox)->wait_idle(std::chrono::seconds(5));
     ASSERT_TRUE(idle && *idle);

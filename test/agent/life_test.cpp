@@ -132,7 +132,7 @@ TEST_F(AgentTest, LockedProcessTakesTheAgentAndListsItsMemory) {
     const auto* a = at(*all, address);
     ASSERT_TRUE(a);
     // Handles are not to be had, as a rule: that call waits for the lock. Not always on driver 580.
-    if (agent->export_memory({a, 1})) {
+    if (agent->export_memory({a, 1}, phos::ExportGuard::kCaller)) {
       EXPECT_FALSE(contract::on_simulation());
       ASSERT_EQ(contract::unlock(target_.pid()), CUDA_SUCCESS);
       return;
@@ -256,7 +256,8 @@ TEST_F(FaultyDriver, FailedExportIsToldOfEach) {
   ASSERT_TRUE(agent);
   auto all = agent->enumerate();
   ASSERT_TRUE(all);
-  auto exports = agent->export_memory(of_kind(*all, AllocationKind::kDevice));
+  auto exports =
+      agent->export_memory(of_kind(*all, AllocationKind::kDevice), phos::ExportGuard::kCaller);
   ASSERT_TRUE(exports);
   ASSERT_EQ(exports->size(), 1u);
   EXPECT_EQ((*exports)[0].status, ExportStatus::kFailed);

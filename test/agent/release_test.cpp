@@ -88,7 +88,7 @@ class ReleaseTest : public AgentTest {
   void load(Agent& agent, const std::vector<ReleasedMemory>& released, int seed) {
     std::vector<AgentAllocation> memory;
     for (const ReleasedMemory& m : released) memory.push_back(m.memory);
-    auto exports = agent.export_memory(memory);
+    auto exports = agent.export_memory(memory, phos::ExportGuard::kCaller);
     ASSERT_TRUE(exports) << exports.error().message();
     for (size_t i = 0; i < exports->size(); i++) {
       const auto& e = (*exports)[i];

@@ -68,6 +68,8 @@ class Gate(CriuTest):
         target = self.counter()
         self.park(target, 60000)
         self.dump_ok(target, '--leave-running')
+        # Not even to copy memory ahead.
+        self.assertIn('its threads are parked already', self.log('dump.log'))
         self.assert_stands_still(target)
         self.tool(target, 'adopt', 'open')
         self.assert_runs_on(target)

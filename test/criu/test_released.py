@@ -342,7 +342,7 @@ class DiskFull(ReleasedTest):
                 self.assert_left_alone(target)
                 self.assert_no_phos_images()
 
-    def test_room_for_one_copy_and_no_gate(self):
+    def test_room_for_one_copy_and_no_way_to_park_threads(self):
         # The agent's handler cannot be had: every real-time signal is ignored.
         script = 'for s in $(seq 34 64); do trap "" $s; done; exec "$0" "$@"'
         program = os.path.join(BUILD, 'test', 'counter')
@@ -352,7 +352,7 @@ class DiskFull(ReleasedTest):
         target.wait_tick(3)
         self.small_directory('110m')
         self.dump_ok(target)
-        self.assertIn('goes through the driver', self.log('dump.log'))
+        self.assertIn('is not copied ahead', self.log('dump.log'))
         self.assertEqual(self.show()[0]['allocations'], [])
         self.restore_and_check(target)
 

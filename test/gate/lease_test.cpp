@@ -8,10 +8,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <climits>
 #include <thread>
 
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/gate/guarded_export.h"
 #include "test/gate/fixture.h"
 
 extern char** environ;
@@ -105,6 +107,23 @@ TEST_F(LeaseTest, ThreadsGoOnWhenPhosdIsKilled) {
   expect_works();
 }
 
+TEST_F(LeaseTest, ThreadsThatFreeGoOnWhenPhosdIsKilled) {
+  ASSERT_EQ(target_.ask("start churn 4"), "ok");
+  const auto original = library_text(target_.pid());
+  auto arguments = with_target({"lease=500", "frees", "close", "parked=4", "sleep"});
+  (void)agent_->detach().ok();
+  Tool tool(arguments);
+  ASSERT_TRUE(tool.wait_line("ok parked=4"));
+  const uint64_t before = number("count");
+  const auto start = std::chrono::steady_clock::now();
+  tool.die();
+  EXPECT_TRUE(eventually([&] { return number("count") > before; }));
+  EXPECT_LT(milliseconds_since(start), 1500);
+  EXPECT_TRUE(eventually([&] { return library_text(target_.pid()) == original; }));
+  ASSERT_NO_FATAL_FAILURE(attach_again());
+  expect_works();
+}
+
 TEST_F(LeaseTest, NextPhosdTakesOverWhoIsParked) {
   ASSERT_EQ(target_.ask("start memset 4"), "ok");
   auto arguments = with_target({"close", "parked=4", "sleep"});
@@ -117,6 +136,40 @@ TEST_F(LeaseTest, NextPhosdTakesOverWhoIsParked) {
   EXPECT_EQ(calls_in(milliseconds(20)), 0u);
   ASSERT_TRUE(gate_->check_quiet()) << "parked is parked, whoever did it";
   ASSERT_TRUE(gate_->open());
+  expect_works();
+}
+
+TEST_F(LeaseTest, GateLeftClosedWithNobodyAtItIsNoObstacle) {
+  auto arguments = with_target({"frees", "close", "sleep"});
+  (void)agent_->detach().ok();
+  Tool tool(arguments);
+  ASSERT_TRUE(tool.wait_line("ok close"));
+  tool.die();
+  ASSERT_NO_FATAL_FAILURE(attach_again());
+  auto guard = phos::GuardedExport::start(target_.pid(), *agent_);
+  ASSERT_TRUE(guard) << guard.error().message();
+  auto finished = (*guard)->finish();
+  EXPECT_TRUE(finished) << finished.error().message();
+  ASSERT_EQ(target_.ask("start churn 2"), "ok");
+  expect_works();
+}
+
+// What one phosd has parked for a dump no other may let go when it hands memory over.
+TEST_F(LeaseTest, ThreadsParkedForADumpAreLeftAlone) {
+  ASSERT_EQ(target_.ask("start churn 2"), "ok");
+  auto arguments = with_target({"close", "parked=2", "sleep"});
+  (void)agent_->detach().ok();
+  Tool tool(arguments);
+  ASSERT_TRUE(tool.wait_line("ok parked=2"));
+  tool.die();
+  ASSERT_NO_FATAL_FAILURE(attach_again());
+  auto guard = phos::GuardedExport::start(target_.pid(), *agent_);
+  ASSERT_FALSE(guard);
+  EXPECT_EQ(guard.error().code(), EBUSY) << guard.error().message();
+  EXPECT_EQ(calls_in(milliseconds(20)), 0u);
+  auto gate = Gate::adopt(target_.pid(), *agent_);
+  ASSERT_TRUE(gate) << gate.error().message();
+  EXPECT_TRUE((*gate)->open());
   expect_works();
 }
 

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <deque>
 #include <iostream>
@@ -33,10 +34,47 @@ contract::Kernels g_kernels;
 std::atomic<bool> g_stop{false};
 std::atomic<uint64_t> g_calls{0}, g_failures{0};
 std::atomic<uint64_t> g_foreign{0};
+std::atomic<uint64_t> g_slowest_us{0};  // call that frees
 std::deque<std::thread> g_threads;
+std::atomic<pid_t> g_freeing{0};  // the thread of "free"
+std::atomic<bool> g_handling{false};
+uint64_t g_handler_ms;
 
 using Arguments = std::istringstream;
 using Reply = std::ostream;
+
+// A call that frees memory.
+template <typename Call>
+CUresult timed(Call call) {
+  using std::chrono::steady_clock;
+  const auto start = steady_clock::now();
+  const CUresult r = call();
+  const auto us = static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::microseconds>(steady_clock::now() - start).count());
+  for (uint64_t seen = g_slowest_us; seen < us && !g_slowest_us.compare_exchange_weak(seen, us);) {
+  }
+  return r;
+}
+
+CUresult churn() {
+  CUdeviceptr p;
+  if (CUresult r = cuMemAlloc(&p, kBytes)) return r;
+  return timed([&] { return cuMemFree(p); });
+}
+
+CUresult churn_mappings() {
+  const CUmemAllocationProp prop = contract::device_memory_prop(0, true);
+  const CUmemAccessDesc access = {prop.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+  CUmemGenericAllocationHandle handle;
+  CUdeviceptr p;
+  if (CUresult r = cuMemCreate(&handle, kBytes, &prop, 0)) return r;
+  if (CUresult r = cuMemAddressReserve(&p, kBytes, 0, 0, 0)) return r;
+  if (CUresult r = cuMemMap(p, kBytes, 0, handle, 0)) return r;
+  if (CUresult r = cuMemSetAccess(p, kBytes, &access, 1)) return r;
+  if (CUresult r = timed([&] { return cuMemRelease(handle); })) return r;
+  if (CUresult r = timed([&] { return cuMemUnmap(p, kBytes); })) return r;
+  return timed([&] { return cuMemAddressFree(p, kBytes); });
+}
 
 void run_thread(const std::string& what, unsigned number) {
   cuCtxSetCurrent(g_context);
@@ -48,9 +86,11 @@ void run_thread(const std::string& what, unsigned number) {
       r = cuStreamQuery(nullptr);
       if (r == CUDA_ERROR_NOT_READY) r = CUDA_SUCCESS;
     } else if (what == "churn") {
-      CUdeviceptr p;
-      r = cuMemAlloc(&p, kBytes);
-      if (!r) r = cuMemFree(p);
+      r = churn();
+    } else if (what == "mappings") {
+      r = churn_mappings();
+    } else if (what == "spin") {  // outside of libcuda, and never asleep
+      for (unsigned n = 0; n < 100000; n++) asm volatile("");
     } else if (what == "range") {
       CUdeviceptr base;
       size_t size = 0;
@@ -149,6 +189,56 @@ CUresult sync(Arguments& in, Reply&) {
   return CUDA_SUCCESS;
 }
 
+// free MS: a thread that waits inside cuMemFree for a kernel that takes so long
+CUresult free_behind_kernel(Arguments& in, Reply&) {
+  uint64_t ms = 0;
+  in >> ms;
+  CUdeviceptr p;
+  if (CUresult r = cuMemAlloc(&p, kBytes)) return r;
+  if (CUresult r = g_kernels.spin(ms)) return r;
+  g_freeing = 0;
+  g_threads.emplace_back([p] {
+    std::vector<char> stack(64 << 10);
+    const stack_t own = {stack.data(), 0, stack.size()};
+    sigaltstack(&own, nullptr);
+    cuCtxSetCurrent(g_context);
+    g_freeing = gettid();
+    if (cuMemFree(p)) g_failures++;
+    const stack_t none = {nullptr, SS_DISABLE, 0};
+    sigaltstack(&none, nullptr);
+    g_calls++;
+  });
+  while (!g_freeing) usleep(100);
+  usleep(20000);
+  return CUDA_SUCCESS;
+}
+
+// interrupt own|same MS: the thread of "free" gets a signal, whose handler never sleeps for so
+// long, on a stack of its own or on the same
+CUresult interrupt(Arguments& in, Reply&) {
+  std::string where;
+  in >> where >> g_handler_ms;
+  struct sigaction a = {};
+  a.sa_flags = SA_RESTART | (where == "own" ? SA_ONSTACK : 0);
+  a.sa_handler = [](int) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(g_handler_ms);
+    g_handling = true;
+    while (std::chrono::steady_clock::now() < end) {
+    }
+  };
+  g_handling = false;
+  sigaction(SIGUSR2, &a, nullptr);
+  tgkill(getpid(), g_freeing, SIGUSR2);
+  while (!g_handling) usleep(100);
+  return CUDA_SUCCESS;
+}
+
+// slowest: microseconds of the slowest call that freed memory since it was asked for
+CUresult slowest(Arguments&, Reply& out) {
+  out << g_slowest_us.exchange(0);
+  return CUDA_SUCCESS;
+}
+
 // sleeper: a thread that sleeps outside of libcuda; it has never been inside
 CUresult sleeper(Arguments&, Reply&) {
   g_threads.emplace_back([] {
@@ -226,6 +316,9 @@ const std::map<std::string, CUresult (*)(Arguments&, Reply&)> kCommands = {
     {"memory", memory},
     {"setuid", set_user},
     {"dozing", dozing},
+    {"free", free_behind_kernel},
+    {"interrupt", interrupt},
+    {"slowest", slowest},
 };
 
 CUresult start() {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // gate_tool PID[:TID] ACTION...: the gate by hand. Prints "ok ACTION" after each. Actions:
 //   lease=MS         of the next close (default 10000)
+//   frees            the next close gates only functions that free memory
 //   close, adopt, renew, hold, disarm, release, open
 //   parked=N         waits until N threads are parked
 //   status           prints "STATE PARKED"
@@ -71,6 +72,10 @@ struct Tool {
     const long value = name.size() < action.size() ? atol(action.c_str() + name.size() + 1) : 0;
     if (name == "lease") {
       options.lease = std::chrono::milliseconds(value);
+      return {};
+    }
+    if (name == "frees") {
+      options.functions = phos::GatedFunctions::kFrees;
       return {};
     }
     if (name == "close") return take(Gate::close(pid, agent, options));

@@ -28,7 +28,7 @@ TEST_F(LiveCopySoundness, SavedPagesAreWhatTheLockedProcessHolds) {
   Soundness soundness;
   ASSERT_EQ(soundness.start(), "");
   // A real GPU is slow to open and close; `live --seconds 600` is for it.
-  const uint32_t seeds = contract::on_simulation() ? 25 : 2;
+  const uint32_t seeds = contract::on_simulation() ? 10 : 2;
   for (uint32_t seed = 1; seed <= seeds; seed++) {
     ASSERT_EQ(soundness.run(seed, 40), "") << "seed " << seed;
   }

@@ -197,7 +197,7 @@ class LoaderTest : public contract::WorkerTest {
     for (const Memory& m : memory_) {
       for (const phos::AgentAllocation& a : *seen) {
         if (a.address != m.number()) continue;
-        auto handles = agent_->export_memory({&a, 1});
+        auto handles = agent_->export_memory({&a, 1}, phos::ExportGuard::kCaller);
         EXPECT_TRUE(handles) << handles.error().message();
         out.push_back({index_of(a.address), a, std::move((*handles)[0])});
       }

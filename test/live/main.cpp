@@ -17,6 +17,7 @@
 #include "test/contract/cuda_helpers.h"
 #include "test/contract/worker.h"
 #include "test/live/application.h"
+#include "test/live/churn.h"
 #include "test/live/soundness.h"
 
 namespace {
@@ -52,6 +53,7 @@ int main(int argc, char** argv) {
   constexpr char kTarget[] = "--target=";
   if (argc == 2 && !strncmp(argv[1], kTarget, strlen(kTarget))) {
     const char* mode = argv[1] + strlen(kTarget);
+    if (!strncmp(mode, "churn,", 6)) return live_test::run_churn(atoi(mode + 6));
     return strcmp(mode, "cuda") ? live_test::run_application(mode) : contract::run_worker(mode);
   }
   signal(SIGPIPE, SIG_IGN);

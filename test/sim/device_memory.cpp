@@ -16,10 +16,14 @@ namespace {
 
 CUresult release(CUdeviceptr p, bool (*may_free)(Kind)) {
   wait_for_all();
-  std::lock_guard<std::mutex> hold(memory().mutex);
+  std::unique_lock<std::mutex> hold(memory().mutex);
   Range* r = find_range(p);
-  if (!r || r->base != p || !may_free(r->kind)) return CUDA_ERROR_INVALID_VALUE;
-  free_range(p);
+  if (!r || r->base != p || r->dying || !may_free(r->kind)) return CUDA_ERROR_INVALID_VALUE;
+  const uint64_t id = r->id;
+  r->dying = true;
+  linger(&hold);
+  r = find_range(p);
+  if (r && r->id == id) free_range(p);
   return CUDA_SUCCESS;
 }
 

@@ -76,6 +76,7 @@ CUresult cuIpcGetMemHandle(CUipcMemHandle* out, CUdeviceptr p) {
   std::lock_guard<std::mutex> hold(memory().mutex);
   Range* r = find_range(p);
   if (!r || r->kind != Kind::kDevice) return CUDA_ERROR_INVALID_VALUE;
+  if (r->dying) crash();
   WireHandle h = {};
   h.magic = kMagic;
   h.pid = getpid();

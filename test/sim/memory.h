@@ -60,6 +60,7 @@ struct Range {
   unsigned sync_memops = 1;
   int opens = 0;        // kIpc
   uint64_t ipc_id = 0;  // kIpc: the exporter's id
+  bool dying = false;   // being freed: unfinished.cpp
 };
 
 // A block that several allocations share.
@@ -76,6 +77,7 @@ struct Handle {  // CUmemGenericAllocationHandle
   BackingPtr backing;
   CUmemAllocationProp prop;
   int references;
+  int dying = 0;  // calls under way that take away a mapping or the last reference
 };
 
 struct Memory {
@@ -120,6 +122,12 @@ bool for_each_piece(CUdeviceptr address, uint64_t size,
                     const std::function<void(char*, uint64_t)>& visit);
 // Copies between any two addresses; those that are no CUDA memory are pageable host memory.
 bool copy_bytes(CUdeviceptr to, CUdeviceptr from, uint64_t size);
+
+// unfinished.cpp: freeing takes a moment, in which the driver protects nothing.
+// Lets go of the mutex, waits, takes it again.
+void linger(std::unique_lock<std::mutex>* hold);
+// Ends the process by SIGSEGV, as the driver's own access to freed objects does.
+[[noreturn]] void crash();
 
 CUmemoryPool default_pool(CUdevice device);
 

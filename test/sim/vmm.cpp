@@ -46,7 +46,7 @@ std::vector<Range*> mappings_in(CUdeviceptr p, size_t size) {
   CUdeviceptr at = p;
   while (at < p + size) {
     auto it = memory().ranges.find(at);
-    if (it == memory().ranges.end() || it->second.kind != Kind::kVmm) return {};
+    if (it == memory().ranges.end() || it->second.kind != Kind::kVmm || it->second.dying) return {};
     found.push_back(&it->second);
     at += it->second.size;
   }
@@ -116,9 +116,14 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* out, size_t size,
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
   PHOS_SIM_API(kInit);
-  std::lock_guard<std::mutex> hold(memory().mutex);
+  std::unique_lock<std::mutex> hold(memory().mutex);
   Handle* h = find_handle(handle);
   if (!h) return CUDA_ERROR_INVALID_VALUE;
+  if (h->references == 1) {
+    h->dying++;
+    linger(&hold);
+    h->dying--;
+  }
   h->references--;
   drop_if_unused(handle);
   return CUDA_SUCCESS;
@@ -152,11 +157,17 @@ CUresult cuMemMap(CUdeviceptr p, size_t size, size_t offset, CUmemGenericAllocat
 CUresult cuMemUnmap(CUdeviceptr p, size_t size) {
   PHOS_SIM_API(kInit);
   wait_for_all();
-  std::lock_guard<std::mutex> hold(memory().mutex);
+  std::unique_lock<std::mutex> hold(memory().mutex);
   std::vector<Range*> mappings = mappings_in(p, size);
   if (mappings.empty()) return CUDA_ERROR_INVALID_VALUE;
   for (Range* r : mappings) {
+    r->dying = true;
+    memory().handles[r->handle].dying++;
+  }
+  linger(&hold);
+  for (Range* r : mappings) {
     uint64_t handle = r->handle;
+    memory().handles[handle].dying--;
     free_range(r->base);
     drop_if_unused(handle);
   }
@@ -196,6 +207,7 @@ CUresult cuMemExportToShareableHandle(void* out, CUmemGenericAllocationHandle ha
   if (!out || !h || flags || !(h->prop.requestedHandleTypes & type)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
+  if (h->dying) crash();
   int fd = fcntl(h->backing->fd, F_DUPFD_CLOEXEC, 0);
   if (fd < 0) return CUDA_ERROR_OPERATING_SYSTEM;
   *static_cast<int*>(out) = fd;
@@ -226,7 +238,9 @@ CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* out, void* p)
   std::lock_guard<std::mutex> hold(memory().mutex);
   Range* r = find_range(reinterpret_cast<CUdeviceptr>(p));
   if (!r || r->kind != Kind::kVmm) return CUDA_ERROR_INVALID_VALUE;
-  memory().handles[r->handle].references++;
+  Handle& h = memory().handles[r->handle];
+  if (r->dying || h.dying) crash();
+  h.references++;
   *out = r->handle;
   return CUDA_SUCCESS;
 }

@@ -141,7 +141,7 @@ TEST_F(LedgerFinderTest, ExportingDoesNoHarm) {
   std::erase_if(all,
                 [](const AgentAllocation& a) { return a.export_type == phos::ExportType::kNone; });
   ASSERT_FALSE(all.empty());
-  auto handles = agent_->export_memory(all);
+  auto handles = agent_->export_memory(all, phos::ExportGuard::kCaller);
   ASSERT_TRUE(handles) << handles.error().message();
   EXPECT_TRUE(lists(p));
   expect_did(1, 0);

@@ -70,6 +70,94 @@ TEST(EntryPoints, CanBeProbedInTheDriver) {
   EXPECT_EQ(682 - harmless, 326u);
 }
 
+// Chosen by hand: what can take away memory that cuMemAlloc or cuMemMap has made, or the context,
+// handle or addresses it needs, however rarely it does. Graph launches, which also free, only free
+// what graphs have allocated: those must not wait.
+TEST(EntryPoints, KnowsWhatFreesExportableMemory) {
+  const std::set<std::string> expected = {
+      "cuArrayDestroy",
+      "cuCheckpointProcessCheckpoint",
+      "cuCheckpointProcessLock",
+      "cuCheckpointProcessRestore",
+      "cuCheckpointProcessUnlock",
+      "cuCtxDestroy",
+      "cuCtxDestroy_v2",
+      "cuCtxDetach",
+      "cuCtxDisablePeerAccess",
+      "cuDestroyExternalMemory",
+      "cuDevicePrimaryCtxRelease",
+      "cuDevicePrimaryCtxRelease_v2",
+      "cuDevicePrimaryCtxReset",
+      "cuDevicePrimaryCtxReset_v2",
+      "cuEGLStreamConsumerAcquireFrame",
+      "cuEGLStreamConsumerConnect",
+      "cuEGLStreamConsumerConnectWithFlags",
+      "cuEGLStreamConsumerDisconnect",
+      "cuEGLStreamConsumerReleaseFrame",
+      "cuEGLStreamProducerConnect",
+      "cuEGLStreamProducerDisconnect",
+      "cuEGLStreamProducerPresentFrame",
+      "cuEGLStreamProducerReturnFrame",
+      "cuGLCtxCreate",
+      "cuGLCtxCreate_v2",
+      "cuGLMapBufferObject",
+      "cuGLMapBufferObjectAsync",
+      "cuGLMapBufferObjectAsync_v2",
+      "cuGLMapBufferObjectAsync_v2_ptsz",
+      "cuGLMapBufferObject_v2",
+      "cuGLMapBufferObject_v2_ptds",
+      "cuGLRegisterBufferObject",
+      "cuGLUnmapBufferObject",
+      "cuGLUnmapBufferObjectAsync",
+      "cuGLUnregisterBufferObject",
+      "cuGraphicsEGLRegisterImage",
+      "cuGraphicsGLRegisterBuffer",
+      "cuGraphicsGLRegisterImage",
+      "cuGraphicsMapResources",
+      "cuGraphicsMapResources_ptsz",
+      "cuGraphicsResourceGetMappedEglFrame",
+      "cuGraphicsResourceGetMappedMipmappedArray",
+      "cuGraphicsResourceGetMappedPointer",
+      "cuGraphicsResourceGetMappedPointer_v2",
+      "cuGraphicsSubResourceGetMappedArray",
+      "cuGraphicsUnmapResources",
+      "cuGraphicsUnmapResources_ptsz",
+      "cuGraphicsUnregisterResource",
+      "cuGraphicsVDPAURegisterOutputSurface",
+      "cuGraphicsVDPAURegisterVideoSurface",
+      "cuGreenCtxDestroy",
+      "cuIpcCloseMemHandle",
+      "cuLibraryUnload",
+      "cuMemAddressFree",
+      "cuMemFree",
+      "cuMemFreeAsync",
+      "cuMemFreeAsync_ptsz",
+      "cuMemFree_v2",
+      "cuMemPoolDestroy",
+      "cuMemPoolSetAttribute",
+      "cuMemPoolTrimTo",
+      "cuMemRelease",
+      "cuMemUnmap",
+      "cuMipmappedArrayDestroy",
+      "cuModuleUnload",
+      "cuMulticastUnbind",
+      "cuVDPAUCtxCreate",
+      "cuVDPAUCtxCreate_v2",
+  };
+  std::set<std::string> found;
+  for (const auto& [name, code] : exported()) {
+    if (!may_free_exportable(name)) continue;
+    found.insert(name);
+    EXPECT_TRUE(find_entry_point(name).effects & kFree) << name;
+    EXPECT_EQ(emulated_entry(code), 0u) << name;
+    EXPECT_EQ(code.at(0), 0x55) << name
+                                << " begins with push %rbp, so that it can be told whether a"
+                                << " parked thread has come further";
+  }
+  EXPECT_EQ(found, expected);
+  EXPECT_TRUE(may_free_exportable("cuMemTeleport_v7")) << "unknown";
+}
+
 TEST(EntryPoints, SuspectsUnknownNamesOfEverything) {
   const EntryPoint e = find_entry_point("cuMemTeleport_v7");
   EXPECT_FALSE(e.known);

@@ -12,7 +12,12 @@ sys.path.insert(0, os.path.join(TEST_DIR, 'criu'))
 from harness import BUILD, CriuTest, wait_until  # noqa: E402  (the path is set above)
 
 
-class PreDumpsOfAllMemory(CriuTest):
+# Memory is handed over only while threads that would free it can be parked: uprobe_multi.
+KERNEL = tuple(int(n) for n in os.uname().release.split('.')[:2])
+CAN_PARK = KERNEL >= (6, 6)
+
+
+class GuestTest(CriuTest):
     MIB = 4
 
     def path(self, name):
@@ -33,16 +38,40 @@ class PreDumpsOfAllMemory(CriuTest):
                                '-o', f'{stage}.log', *args)
         self.assertEqual(result.returncode, 0, self.log_tail(f'{stage}.log') + result.stderr)
 
+    def goes_on(self, target, ticks):
+        target.wait_tick(ticks + 3)
+        target.check_output(self)
+
+
+@unittest.skipIf(CAN_PARK, 'this kernel has uprobe_multi links')
+class OlderKernel(GuestTest):
+    def test_pre_dump_names_what_is_missing(self):
+        target = self.counter('--mib', str(self.MIB))
+        result = self.run_tool('phos', 'pre-dump', '-t', str(target.pid), '-D', self.path('1'))
+        self.assertNotEqual(result.returncode, 0)
+        self.assertIn('cannot be handed over while it runs', result.stderr)
+        self.assertIn('Linux 6.6', result.stderr)
+        self.assert_runs_on(target)
+
+    def test_dump_leaves_the_memory_to_the_driver(self):
+        target = self.counter('--mib', str(self.MIB))
+        self.criu_tool('dump', '1', '-t', str(target.pid))
+        wait_until(target.gone, 'the dumped process to be gone')
+        with open(os.path.join(self.path('1'), 'dump.log')) as f:
+            self.assertIn('its GPU memory is not copied ahead', f.read())
+        ticks = target.last_tick()
+        self.criu_tool('restore', '1', '-d')
+        self.goes_on(target, ticks)
+
+
+@unittest.skipUnless(CAN_PARK, 'this kernel has no uprobe_multi links')
+class PreDumpsOfAllMemory(GuestTest):
     def check_chain(self, name, levels):
         process, = self.show(name)['processes']
         self.assertEqual([level['stage'] for level in process['chain']],
                          ['dump'] + ['pre-dump'] * (levels - 1))
         # The counter writes to its big buffer only once.
         self.assertEqual(process['pages'], {'here': 0, 'parent': self.MIB * 16, 'zero': 0})
-
-    def goes_on(self, target, ticks):
-        target.wait_tick(ticks + 3)
-        target.check_output(self)
 
     def test_criu(self):
         target = self.counter('--mib', str(self.MIB))

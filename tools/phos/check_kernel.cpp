@@ -93,13 +93,14 @@ Check check_bpf() {
   return c;
 }
 
-// The one that phosd would use: tried on this process, as phosd does.
+// As phosd would use them, tried on this process: to park threads that are about to free memory
+// while it is handed over, and to count calls.
 Check check_tracker() {
   Check c{"tracker", Verdict::kOk, "activity: uprobe_multi counts calls into libcuda", ""};
   auto able = check_uprobe_multi();
   if (able) return c;
   c.verdict = Verdict::kWarn;
-  c.detail = "content only, memory is scanned for in each round: " + able.error().message();
+  c.detail = "no live copy of GPU memory, so no pre-dump: " + able.error().message();
   c.remedy = able.error().code() == EPERM
                  ? "run as root, with CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN"
                  : "boot Linux 6.6 or newer with CONFIG_UPROBE_EVENTS=y and CONFIG_BPF_SYSCALL=y";

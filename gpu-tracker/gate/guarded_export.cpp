@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/gate/guarded_export.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <thread>
+#include <utility>
+
+#include "gpu-tracker/base/log.h"
+
+namespace phos {
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+// Between two closings that showed nothing: time for calls to end.
+constexpr auto kPause = milliseconds(5);
+constexpr size_t kChunk = PHOS_EXPORT_MAX_FDS;
+
+microseconds since(steady_clock::time_point start) {
+  return std::chrono::duration_cast<microseconds>(steady_clock::now() - start);
+}
+
+}  // namespace
+
+Result<std::unique_ptr<GuardedExport>> GuardedExport::start(int pid, Agent& agent,
+                                                            const GuardOptions& options) {
+  const auto begin = steady_clock::now();
+  std::unique_ptr<GuardedExport> guard(new GuardedExport(agent, options));
+  auto gate = Gate::close(pid, agent, {options.lease, GatedFunctions::kFrees});
+  if (!gate) return gate.error();
+  guard->gate_ = std::move(*gate);
+  guard->closed_ = true;
+  guard->closed_since_ = steady_clock::now();
+  guard->cost_.closings = 1;
+  guard->cost_.start = since(begin);
+  return guard;
+}
+
+GuardedExport::~GuardedExport() {
+  if (auto r = finish(); !r) log(LogLevel::kError, "gate", "%s", r.error().message().c_str());
+}
+
+void GuardedExport::close() {
+  if (closed_) return;
+  closed_since_ = steady_clock::now();
+  gate_->close_again();
+  closed_ = true;
+  cost_.closings++;
+}
+
+Result<void> GuardedExport::let_pass() {
+  if (!closed_) return {};
+  closed_ = false;
+  auto r = gate_->let_pass();
+  cost_.longest_closed = std::max(cost_.longest_closed, since(closed_since_));
+  return r;
+}
+
+// Exports the first of them, as many as time allows.
+Result<void> GuardedExport::export_while_closed(std::span<const AgentAllocation> allocations,
+                                                std::vector<AgentExport>* exports) {
+  const auto end = steady_clock::now() + options_.exports;
+  while (!allocations.empty() && steady_clock::now() < end) {
+    auto still = gate_->check_closed();
+    if (still) still = gate_->renew();
+    if (!still) {
+      obstacle_ = still.error().message();
+      return {};
+    }
+    const size_t count = std::min(kChunk, allocations.size());
+    auto some = agent_.export_memory(allocations.first(count), ExportGuard::kGate);
+    if (!some) return some.error();
+    for (AgentExport& e : *some) {
+      if (e.status == ExportStatus::kUnguarded) {
+        obstacle_ = "the lease of its gate has expired";
+        return {};
+      }
+      exports->push_back(std::move(e));
+    }
+    allocations = allocations.subspan(count);
+  }
+  return {};
+}
+
+Result<std::vector<AgentExport>> GuardedExport::export_memory(
+    std::span<const AgentAllocation> allocations) {
+  std::vector<AgentExport> exports;
+  exports.reserve(allocations.size());
+  auto give_up = steady_clock::now() + options_.patience;
+  while (exports.size() < allocations.size()) {
+    close();
+    const size_t before = exports.size();
+    const auto begin = steady_clock::now();
+    auto shown = gate_->check_outside(options_.proof);
+    cost_.longest_proof = std::max(cost_.longest_proof, since(begin));
+    Result<void> done;
+    if (shown) {
+      done = export_while_closed(allocations.subspan(before), &exports);
+    } else if (shown.error().code() == EAGAIN) {
+      obstacle_ = shown.error().message();
+    } else {
+      done = shown;
+    }
+    if (auto r = let_pass(); done && !r) done = r;
+    if (!done) return done.error();
+    if (exports.size() > before) {
+      give_up = steady_clock::now() + options_.patience;
+      continue;
+    }
+    if (steady_clock::now() > give_up) break;
+    std::this_thread::sleep_for(kPause);
+  }
+  while (exports.size() < allocations.size()) {
+    AgentExport e;
+    e.status = ExportStatus::kUnguarded;
+    e.type = allocations[exports.size()].export_type;
+    exports.push_back(std::move(e));
+  }
+  return exports;
+}
+
+Result<void> GuardedExport::finish() {
+  if (!gate_) return {};
+  const auto begin = steady_clock::now();
+  (void)let_pass().ok();  // open() says whether they have left
+  auto opened = gate_->open();
+  cost_.finish = since(begin);
+  if (!opened) {
+    if (!gate_->disarm()) return opened;
+    log(LogLevel::kWarn, "gate", "%s", opened.error().message().c_str());
+    return {};
+  }
+  if (auto r = gate_->leave_no_trace(); !r) {
+    log(LogLevel::kDebug, "gate", "%s; the agent's library stays in it",
+        r.error().message().c_str());
+  }
+  gate_.reset();
+  return {};
+}
+
+}  // namespace phos
