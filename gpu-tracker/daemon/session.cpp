@@ -275,8 +275,11 @@ Result<void> Session::finish(bool success) {
 }
 
 bool Session::needs_images() const {
-  return std::any_of(held_.begin(), held_.end(),
-                     [](const auto& h) { return h.second.release && h.second.release->is_away(); });
+  return std::any_of(held_.begin(), held_.end(), [](const auto& h) {
+    const auto& [pid, held] = h;
+    return held.release && held.release->is_away() &&
+           !has_ended(pid, held.restore_tid, held.start_time);
+  });
 }
 
 void Session::remove_unfinished_images() {
