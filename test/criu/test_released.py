@@ -347,7 +347,7 @@ class DiskFull(ReleasedTest):
         target.wait_tick(3)
         self.small_directory('110m')
         self.dump_ok(target)
-        self.assertIn('goes through the driver', self.log('dump.log'))
+        self.assertIn('its GPU memory is not copied ahead', self.log('dump.log'))
         self.assertEqual(self.show()[0]['allocations'], [])
         self.restore_and_check(target)
 
