@@ -356,6 +356,7 @@ class DiskFull(ReleasedTest):
         self.small_directory('110m')
         self.dump_ok(target)
         self.assertIn('it ignores every real-time signal', self.log('dump.log'))
+        self.assertIn('its GPU memory is not copied ahead', self.log('dump.log'))
         self.assertEqual(self.show()[0]['allocations'], [])
         self.restore_and_check(target)
 
