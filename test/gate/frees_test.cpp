@@ -242,6 +242,17 @@ TEST_F(FreesTest, ThreadsThatNeverSleepAreShown) {
   expect_works();
 }
 
+// It might have called libcuda on its own stack, before it changed to this one.
+TEST_F(FreesTest, ThreadOnAnotherStackIsNotShown) {
+  ASSERT_EQ(target_.ask("coroutine"), "ok");
+  ASSERT_NO_FATAL_FAILURE(close_gate(kFrees));
+  auto shown = gate_->check_outside(milliseconds(100));
+  ASSERT_FALSE(shown);
+  EXPECT_EQ(shown.error().code(), EAGAIN) << shown.error().message();
+  ASSERT_TRUE(gate_->open());
+  EXPECT_EQ(number("stop"), 0u);
+}
+
 TEST_F(FreesTest, ThreadThatWouldPassIsAnObstacle) {
   const auto memory = exportable();
   ASSERT_EQ(target_.ask("start-blocked"), "ok");
