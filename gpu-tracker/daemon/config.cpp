@@ -124,7 +124,7 @@ constexpr Setting kSettings[] = {
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_number(text, 1, kMaxSessions), &config->max_sessions);
      }},
-    {"max-slowdown", "percent that copying may slow a running process down by (default: 5)",
+    {"max-slowdown", "percent that copying may slow a running process down by (default: 3)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_percentage(text), &config->max_slowdown);
      }},
@@ -134,7 +134,7 @@ constexpr Setting kSettings[] = {
      }},
     {"release",
      "auto: GPU memory is saved by phos alone where that can be; off: by the driver too "
-     "(default: auto)",
+     "(default: off)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_release(text), &config->release);
      }},

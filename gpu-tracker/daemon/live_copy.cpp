@@ -127,39 +127,36 @@ void LiveCopy::leave_to_driver(const AgentAllocation& a) {
   left_to_driver_.push_back(std::move(info));
 }
 
-// The process runs, and may free any of it.
-Result<std::vector<AgentExport>> LiveCopy::export_guarded(
-    const std::vector<AgentAllocation>& fresh) {
+// While it stands the process may run, and free what it likes: nothing is handed over then.
+Result<std::unique_ptr<GuardedExport>> LiveCopy::start_guard() {
   auto guard = GuardedExport::start(target_.pid, *agent_);
-  if (!guard) {
-    return guard.error().wrap("its memory cannot be handed over while it runs, as nothing keeps " +
-                              process(target_.pid) + " from freeing it meanwhile");
+  if (guard) return guard;
+  return guard.error().wrap("its memory cannot be handed over while it runs, as nothing keeps " +
+                            process(target_.pid) + " from freeing it meanwhile");
+}
+
+Result<void> LiveCopy::finish_guard(GuardedExport* guard) {
+  auto finished = guard->finish();
+  if (!finished) {
+    unclean_ = finished.error();
+    return finished;
   }
-  auto handles = (*guard)->export_memory(fresh);
-  auto finished = (*guard)->finish();
-  if (!finished) unclean_ = finished.error();
-  if (!handles) return handles.error();
-  if (!finished) return finished.error();
-  const GuardCost& cost = (*guard)->cost();
+  const GuardCost& cost = guard->cost();
   log(LogLevel::kDebug, "daemon",
-      "%s: %zu handles in %u closings of its gate: closed for the first time in %.1f ms, the "
-      "longest proof %.1f ms, threads parked for at most %.1f ms, opened in %.1f ms",
-      process(target_.pid).c_str(), fresh.size(), cost.closings,
-      static_cast<double>(cost.start.count()) / 1e3,
+      "%s: %u closings of its gate, the first took %.1f ms: the longest proof %.1f ms, threads "
+      "parked for at most %.1f ms, opened in %.1f ms",
+      process(target_.pid).c_str(), cost.closings, static_cast<double>(cost.start.count()) / 1e3,
       static_cast<double>(cost.longest_proof.count()) / 1e3,
       static_cast<double>(cost.longest_closed.count()) / 1e3,
       static_cast<double>(cost.finish.count()) / 1e3);
-  postponed_why_ = (*guard)->obstacle();
-  return handles;
+  return {};
 }
 
 // Memory of which a handle can be had is mapped here; everything else stays with the driver.
-// `guarded`: by the caller; the process cannot free any of it.
-Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, bool guarded) {
-  postponed_bytes_ = 0;
-  if (fresh.empty()) return {};
+// `guard`: null if the caller keeps the process from freeing it.
+Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, GuardedExport* guard) {
   auto handles =
-      guarded ? agent_->export_memory(fresh, ExportGuard::kCaller) : export_guarded(fresh);
+      guard ? guard->export_memory(fresh) : agent_->export_memory(fresh, ExportGuard::kCaller);
   if (!handles) return handles.error();
   for (size_t i = 0; i < fresh.size(); i++) {
     const AgentAllocation& a = fresh[i];
@@ -188,6 +185,7 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, boo
     refused_.insert(a.buffer_id);
     leave_to_driver(a);
   }
+  if (postponed_bytes_ && guard) postponed_why_ = guard->obstacle();
   if (postponed_bytes_) {
     log(LogLevel::kInfo, "daemon", "%s: %s are not copied in this round: %s",
         process(target_.pid).c_str(), megabytes(postponed_bytes_).c_str(), postponed_why_.c_str());
@@ -229,6 +227,20 @@ Result<std::vector<AgentAllocation>> LiveCopy::compare(const std::vector<AgentAl
   return fresh;
 }
 
+// What is there may have changed while the guard was set up, which takes longer than to look again.
+Result<void> LiveCopy::hand_over() {
+  auto guard = start_guard();
+  if (!guard) return guard.error();
+  Result<void> done = (*guard)->open();
+  if (done) {
+    auto seen = finder_.list(*agent_);
+    auto fresh = seen ? compare(*seen) : seen.error();
+    done = fresh ? import_new(*fresh, guard->get()) : Result<void>(fresh.error());
+  }
+  auto finished = finish_guard(guard->get());
+  return done ? finished : done;
+}
+
 Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_token& stop) {
   const auto start = steady_clock::now();
   std::vector<std::future<Result<CopiedBytes>>> parts;
@@ -263,7 +275,10 @@ Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& 
   if (!seen) return seen.error();
   auto fresh = compare(*seen);
   if (!fresh) return fresh.error();
-  if (auto r = import_new(*fresh, false); !r) return r.error();
+  postponed_bytes_ = 0;
+  if (!fresh->empty()) {
+    if (auto r = hand_over(); !r) return r.error();
+  }
   auto report = copy_round(max_slowdown, stop);
   if (report) {
     report->postponed_bytes = postponed_bytes_;
@@ -307,7 +322,8 @@ Result<void> LiveCopy::catch_up() {
   if (!seen) return seen.error();
   auto fresh = compare(*seen);
   if (!fresh) return fresh.error();
-  if (auto r = import_new(*fresh, true); !r) return r;
+  postponed_bytes_ = 0;
+  if (auto r = import_new(*fresh, nullptr); !r) return r;
   caught_up_ = true;
   return {};
 }

@@ -29,6 +29,8 @@
 
 namespace phos {
 
+class GuardedExport;
+
 struct LiveCopyTarget {
   int pid = 0;   // in phosd's pid namespace
   int vpid = 0;  // in its innermost one, for file names
@@ -103,8 +105,10 @@ class LiveCopy {
   Result<std::vector<AgentAllocation>> compare(const std::vector<AgentAllocation>& seen);
   Result<CopiedMemory*> memory_on(const GpuUuid& gpu);
   void leave_to_driver(const AgentAllocation& a);
-  Result<std::vector<AgentExport>> export_guarded(const std::vector<AgentAllocation>& fresh);
-  Result<void> import_new(const std::vector<AgentAllocation>& fresh, bool guarded);
+  Result<std::unique_ptr<GuardedExport>> start_guard();
+  Result<void> finish_guard(GuardedExport* guard);
+  Result<void> import_new(const std::vector<AgentAllocation>& fresh, GuardedExport* guard);
+  Result<void> hand_over();
   Result<RoundReport> copy_round(double max_slowdown, const std::stop_token& stop);
   Result<void> forget_freed();
   void leave_process();

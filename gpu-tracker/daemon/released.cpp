@@ -250,7 +250,10 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   }
   if (auto r = write_process_image(image_dir_.get(), *held->image); !r) return r;
   if (auto r = open_saved(held, *held->image); !r) return r;
-  return held->release->hold();
+  if (auto r = held->release->hold(); !r) return r;
+  // It has taken a while since: a thread that runs may have come to block the gate's signal, and
+  // have passed.
+  return held->release->check_quiet();
 }
 
 // Opened before anything is released, and kept: whatever becomes of the directory, the pages are

@@ -165,11 +165,11 @@ bool StackReader::is_forbidden(uint64_t address, bool parked) const {
   return !parked && bodies_.in_detour(address);
 }
 
-uint64_t StackReader::end_of_stack(const Frame& frame) const {
-  auto after = std::upper_bound(maps_.begin(), maps_.end(), frame.sp,
+const ProcMapping* StackReader::find_mapping(uint64_t address) const {
+  auto after = std::upper_bound(maps_.begin(), maps_.end(), address,
                                 [](uint64_t a, const ProcMapping& m) { return a < m.start; });
-  if (after == maps_.begin() || frame.sp >= (after - 1)->end) return 0;
-  return find_stack_end(frame.tid, frame.sp, *(after - 1));
+  if (after == maps_.begin() || address >= (after - 1)->end) return nullptr;
+  return &*(after - 1);
 }
 
 ThreadPlace StackReader::judge(const Frame& frame) const {
@@ -191,8 +191,11 @@ ThreadPlace StackReader::judge_parked(int tid, uint64_t context) const {
 
 ThreadPlace StackReader::search(const Frame& frame, unsigned depth) const {
   // A stack that is not in the maps belongs to a thread that began after they were read.
-  const uint64_t end = end_of_stack(frame);
-  if (!end || end - frame.sp > kMaxStack) return ThreadPlace::kNotShown;
+  const ProcMapping* mapping = find_mapping(frame.sp);
+  if (!mapping) return ThreadPlace::kNotShown;
+  const uint64_t end = find_stack_end(frame.tid, frame.sp, *mapping);
+  if (end - frame.sp > kMaxStack) return ThreadPlace::kNotShown;
+  bool own_seen = is_own_stack(pid_, frame.tid, end, *mapping);
   std::array<uint64_t, kChunk / sizeof(uint64_t)> words;
   for (uint64_t at = frame.sp & ~uint64_t{7}; at < end;) {
     const size_t wanted = std::min<uint64_t>(kChunk, end - at);
@@ -211,10 +214,11 @@ ThreadPlace StackReader::search(const Frame& frame, unsigned depth) const {
       if (depth == kMaxHandlers) return ThreadPlace::kNotShown;
       const ThreadPlace below = search({0, sp, frame.tid, frame.parked}, depth + 1);
       if (below != ThreadPlace::kOutside) return below;
+      own_seen = true;
     }
     at += wanted;
   }
-  return ThreadPlace::kOutside;
+  return own_seen ? ThreadPlace::kOutside : ThreadPlace::kNotShown;
 }
 
 ThreadPlace StackReader::look(const ThreadInfo& thread) const {

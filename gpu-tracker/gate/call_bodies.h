@@ -65,7 +65,8 @@ class CallBodies {
 //    come from inside of another. It says where its handler has interrupted it (abi/gate.h), and
 //    what is below that on its stack does not matter.
 // Stale words make kInside of what is outside: a thread that then stays where it is makes phos give
-// up. Not seen: calls left by changing to another stack by hand (a coroutine that sleeps).
+// up. So does a thread on a stack that is neither its own nor a handler's (a coroutine): what it
+// has left on its own is not known.
 class StackReader {
  public:
   // Of process `pid` as it is mapped now: for a moment's work. The bodies must outlive it.
@@ -90,7 +91,7 @@ class StackReader {
       : pid_(pid), bodies_(bodies), gate_word_(gate_word) {}
 
   bool is_forbidden(uint64_t address, bool parked) const;
-  uint64_t end_of_stack(const Frame& frame) const;
+  const ProcMapping* find_mapping(uint64_t address) const;
   ThreadPlace judge(const Frame& frame) const;
   ThreadPlace judge_parked(int tid, uint64_t context) const;
   ThreadPlace search(const Frame& frame, unsigned depth) const;

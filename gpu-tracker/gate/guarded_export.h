@@ -49,6 +49,9 @@ class GuardedExport {
   // exported while the process runs; the message says what is missing. The agent must outlive it.
   static Result<std::unique_ptr<GuardedExport>> start(int pid, Agent& agent,
                                                       const GuardOptions& options = {});
+  // Lets go whoever has parked since start(); export_memory() closes the gate when it needs it.
+  Result<void> open() { return let_pass(); }
+
   // As finish(); an error is logged.
   ~GuardedExport();
   GuardedExport(const GuardedExport&) = delete;

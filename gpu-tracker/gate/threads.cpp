@@ -74,12 +74,6 @@ bool parse_sleep(Asleep* s) {
   return true;
 }
 
-// A thread that sleeps on another stack than its own, in a signal handler or a coroutine, may have
-// left calls on its own.
-bool is_own_stack(int pid, int tid, uint64_t end, const ProcMapping& mapping) {
-  return end < mapping.end || (tid == pid && mapping.path == "[stack]");
-}
-
 ThreadPlace search_stack(const AddressSpaceView& view, int tid, uint64_t sp, const CallCode& code) {
   // Ascending and apart, as /proc/PID/maps has them.
   auto stack = std::upper_bound(view.maps.begin(), view.maps.end(), sp,
@@ -145,6 +139,10 @@ uint64_t find_stack_end(int tid, uint64_t sp, const ProcMapping& mapping) {
   if (syscall(SYS_get_robust_list, tid, &head, &size) != 0) return mapping.end;
   const auto at = reinterpret_cast<uint64_t>(head) & ~uint64_t{7};
   return at > sp && at < mapping.end ? at : mapping.end;
+}
+
+bool is_own_stack(int pid, int tid, uint64_t end, const ProcMapping& mapping) {
+  return end < mapping.end || (tid == pid && mapping.path == "[stack]");
 }
 
 std::optional<Asleep> find_asleep(int pid, int tid) {

@@ -39,6 +39,10 @@ bool is_kernel_worker(int pid, int tid);
 // program's tables of functions may follow.
 uint64_t find_stack_end(int tid, uint64_t sp, const ProcMapping& mapping);
 
+// Is what ends there the thread's own stack? On another one, of a signal handler or a coroutine, it
+// may have left calls on its own.
+bool is_own_stack(int pid, int tid, uint64_t end, const ProcMapping& mapping);
+
 // Where a thread sleeps, in the kernel, and what tells whether it has slept on.
 struct Asleep {
   long number = -1;  // of the system call; -1: none, a page fault for instance

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -233,6 +234,25 @@ CUresult interrupt(Arguments& in, Reply&) {
   return CUDA_SUCCESS;
 }
 
+// coroutine: a thread that sleeps on a stack to which it has changed by hand
+CUresult start_coroutine(Arguments&, Reply&) {
+  g_threads.emplace_back([] {
+    static ucontext_t own, other;
+    static std::vector<char> stack(64 << 10);
+    getcontext(&other);
+    other.uc_stack = {stack.data(), 0, stack.size()};
+    other.uc_link = &own;
+    makecontext(
+        &other,
+        [] {
+          while (!g_stop) usleep(20000);
+        },
+        0);
+    swapcontext(&own, &other);
+  });
+  return CUDA_SUCCESS;
+}
+
 // slowest: microseconds of the slowest call that freed memory since it was asked for
 CUresult slowest(Arguments&, Reply& out) {
   out << g_slowest_us.exchange(0);
@@ -319,6 +339,7 @@ const std::map<std::string, CUresult (*)(Arguments&, Reply&)> kCommands = {
     {"free", free_behind_kernel},
     {"interrupt", interrupt},
     {"slowest", slowest},
+    {"coroutine", start_coroutine},
 };
 
 CUresult start() {

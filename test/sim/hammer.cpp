@@ -72,7 +72,7 @@ class Worker {
           come_and_go();
           break;
         case 3:
-          if (random_() % 8 == 0) renew();
+          if (number_ % 3 && random_() % 8 == 0) renew();  // of each device some memory stays
           break;
         default:
           increment();
