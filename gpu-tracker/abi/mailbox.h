@@ -213,7 +213,12 @@ struct phos_mailbox {
   uint32_t padding2;
   uint64_t released_table; /* out: where the agent notes what it has released; 0: nowhere yet */
   uint64_t hooks_page;     /* out: PHOS_HOOKS_PAGE_SIZE bytes of code; 0: none (agent/hooks.h) */
-  uint8_t reserved[3920];
+  /*
+   * Written by phosd with RELEASE, and by nobody else: the dump whose pages are of what is away.
+   * All zeros: nothing has been.
+   */
+  uint8_t released_by[16];
+  uint8_t reserved[3904];
   struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];

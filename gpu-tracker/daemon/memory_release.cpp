@@ -130,9 +130,10 @@ Result<void> MemoryRelease::hold() {
   return gate_->hold();
 }
 
-Result<std::vector<AgentRelease>> MemoryRelease::release(
-    const std::vector<AgentAllocation>& memory) {
+Result<std::vector<AgentRelease>> MemoryRelease::release(const std::vector<AgentAllocation>& memory,
+                                                         const DumpId& dump) {
   agent_->set_command_timeout(kMoveTimeout);
+  agent_->note_released_by(dump);
   away_ = true;
   auto results = agent_->release(memory);
   if (results) {
@@ -199,6 +200,12 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
                                               bool all_of_image) {
   BroughtBack done;
   auto start = steady_clock::now();
+  if (agent_->released_by() != chain.image().dump_id) {
+    return Error(Domain::kFormat, static_cast<int>(ImageError::kMixedDumps),
+                 process(pid_) + ": its GPU memory was taken away by dump " +
+                     format_dump_id(agent_->released_by()) + ", and the images are of dump " +
+                     format_dump_id(chain.image().dump_id) + "; files of two dumps are mixed");
+  }
   agent_->set_command_timeout(kMoveTimeout);
   auto back = agent_->map_back();
   if (!back) return back.error();

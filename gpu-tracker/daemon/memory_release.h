@@ -57,7 +57,9 @@ class MemoryRelease {
   Result<void> hold();
   // After hold(), and with the process unlocked in the driver. Takes the memory away, one result
   // each, in order. An error may leave some of it away: is_away() tells.
-  Result<std::vector<AgentRelease>> release(const std::vector<AgentAllocation>& memory);
+  // `dump`: whose image has the contents.
+  Result<std::vector<AgentRelease>> release(const std::vector<AgentAllocation>& memory,
+                                            const DumpId& dump);
   // No breakpoint of the gate's is left in the process, whose memory may be dumped now.
   Result<void> disarm();
 
@@ -65,8 +67,8 @@ class MemoryRelease {
   bool is_away() const { return away_; }
   // The process is unlocked in the driver. Everything that is away is there again, with the bytes
   // that `chain` has of it, each page proven on the device by its hash. Threads stay parked. May be
-  // called again after a failure. `all_of_image`: also fails if the agent does not know of memory
-  // that the image names as released.
+  // called again after a failure. Refuses the image of another dump. `all_of_image`: also fails if
+  // the agent does not know of memory that the image names as released.
   Result<BroughtBack> bring_back(const PageChain& chain, MemoryLoader& loader, bool all_of_image);
 
   // Lets threads go as soon as they run. Nothing must be away. Also of a frozen process.

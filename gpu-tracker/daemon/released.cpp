@@ -206,7 +206,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
   const auto begin = steady_clock::now();
   if (auto r = driver_.unlock(pid); !r) return r;
   held->locked = false;
-  auto results = held->release->release(held->to_release);
+  auto results = held->release->release(held->to_release, dump_id_);
   std::optional<Error> failed;
   if (!results) {
     failed = results.error();

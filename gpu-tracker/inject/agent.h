@@ -185,6 +185,11 @@ class Agent {
   // application's calls about adopted memory get the answers for VMM memory.
   int missing_hook() const { return missing_hook_; }
 
+  // Which dump has the contents of what is released, for whoever brings it back; 16 bytes that
+  // release() leaves alone, and that stay with the record.
+  void note_released_by(const std::array<uint8_t, 16>& dump_id);
+  std::array<uint8_t, 16> released_by() const;
+
   // What is recorded, by address. Needs no thread to be parked, only a process not locked.
   Result<std::vector<ReleasedMemory>> released();
 

@@ -88,6 +88,16 @@ Result<std::vector<ReleasedMemory>> Agent::map_back(const MapBackOptions& option
   return released;
 }
 
+void Agent::note_released_by(const std::array<uint8_t, 16>& dump_id) {
+  memcpy(mailbox_->payload().released_by, dump_id.data(), dump_id.size());
+}
+
+std::array<uint8_t, 16> Agent::released_by() const {
+  std::array<uint8_t, 16> id;
+  memcpy(id.data(), mailbox_->payload().released_by, id.size());
+  return id;
+}
+
 Result<std::vector<ReleasedMemory>> Agent::released() {
   return run_released(PHOS_COMMAND_RELEASED);
 }

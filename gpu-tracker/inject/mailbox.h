@@ -32,6 +32,7 @@ class Mailbox {
 
   // Shared with a process that is not trusted: read each field once, then check it.
   volatile phos_mailbox& shared() { return *mailbox_; }
+  const phos_mailbox& payload() const { return *mailbox_; }
   phos_mailbox& payload() { return *mailbox_; }  // ranges, exports, allocations: copy, then check
 
   // Where it lies in the process.

@@ -3,6 +3,7 @@
 pages, in a restore and in every way a dump can end."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -512,6 +513,19 @@ class BadImages(ReleasedTest):
             f.write(bytes([byte[0] ^ 1]))
         self.restore_fails(target, process['gpus'][0]['uuid'],
                            released['address'], str(100 * 65536))
+
+    def test_images_of_another_dump(self):
+        # The same process, addresses and sizes, and nothing in CRIU's images tells them apart.
+        target = self.counter()
+        self.images_in('other')
+        self.dump_ok(target, '--leave-running')
+        self.assert_left_alone(target)
+        self.images_in('images')
+        self.dump_ok(target)
+        for name in os.listdir(self.images):
+            if name.startswith('phos-'):
+                shutil.copy(os.path.join(self.directory, 'other', name), self.images)
+        self.restore_fails(target, 'files of two dumps are mixed')
 
     def test_pages_are_missing(self):
         target = self.counter()
