@@ -138,7 +138,7 @@ class Engine:
     """The copy engine on memory of its own."""
 
     def __init__(self, bench):
-        command = [bench.copy_bench, '--serve', '--mib', '8192']
+        command = [bench.copy_bench, '--serve', '--mib', '8192', *bench.options.engine]
         if bench.options.max_slowdown is not None:
             command += ['--slowdown', str(bench.options.max_slowdown / 100)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -220,6 +220,8 @@ def main():
     parser.add_argument('--gib', type=int, default=26, help='of the speed test (%(default)s)')
     parser.add_argument('--pool', default='40G', help='phosd\'s pool (%(default)s)')
     parser.add_argument('--max-slowdown', type=float, help='phosd\'s, percent')
+    parser.add_argument('--engine', default=[], type=str.split, metavar='OPTIONS',
+                        help="more of copy_bench's: --engine='--buffer-mib 2 --slots 4'")
     parser.add_argument('--runs', type=int, default=5)
     parser.add_argument('--window', type=float, default=2.0, help='seconds, at least (%(default)s)')
     parser.add_argument('--whole', action='store_true', help='slowdown by whole pre-dumps, too')

@@ -65,8 +65,7 @@ class Bench:
             os.mkdir(run, 0o700)
             with open(os.path.join(run, 'phosd.conf'), 'w') as f:
                 f.write(f'pool_size = {self.options.pool}\n')
-                if variant == 'driver':
-                    f.write('release = off\n')
+                f.write(f'release = {"off" if variant == "driver" else "auto"}\n')
         return dict(os.environ, PHOS_RUN_DIR=run)
 
     def run(self, argv, variant, log=None):
