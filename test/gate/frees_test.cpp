@@ -259,7 +259,7 @@ TEST_F(FreesTest, ThreadOnAnotherStackIsNotShown) {
 
 TEST_F(FreesTest, ThreadThatWouldPassIsAnObstacle) {
   const auto memory = exportable();
-  ASSERT_EQ(target_.ask("start-blocked memset"), "ok");
+  ASSERT_EQ(target_.ask("start-blocked spin"), "ok");
   ASSERT_NO_FATAL_FAILURE(start_guard());
   const auto exports = export_guarded(memory);
   EXPECT_TRUE(std::all_of(exports.begin(), exports.end(), [](const AgentExport& e) {
