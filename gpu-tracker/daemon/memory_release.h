@@ -60,6 +60,8 @@ class MemoryRelease {
   // `dump`: whose image has the contents.
   Result<std::vector<AgentRelease>> release(const std::vector<AgentAllocation>& memory,
                                             const DumpId& dump);
+  // The process is locked in the driver again: CRIU may stop all of its threads.
+  void resume_held() { gate_->resume_held(); }
   // No breakpoint of the gate's is left in the process, whose memory may be dumped now.
   Result<void> disarm();
 

@@ -222,6 +222,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
   auto locked = lock_or_leave(pid, kRelockMs);
   if (!locked) return locked.error().wrap("locking " + process(pid) + " again");
   held->locked = true;
+  held->release->resume_held();
   if (failed) {
     leave_to_driver(held);
     give_up_release(pid, held, failed->message());

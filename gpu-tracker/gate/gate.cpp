@@ -350,8 +350,7 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
 Result<void> Gate::disarm() {
   unclean_ |= static_cast<bool>(link_);
   link_.reset();
-  // Who comes to libcuda from now on waits for the driver's lock, if it is held, as all others do.
-  held_threads_.let_go();
+  resume_held();
   if (!unclean_) return {};
   if (auto r = text_.wait_clean(own_offsets_); !r) return r;
   unclean_ = false;
@@ -360,7 +359,7 @@ Result<void> Gate::disarm() {
 
 Result<void> Gate::release() {
   if (program_) program_->set_closed(false);
-  held_threads_.let_go();
+  resume_held();
   phos_gate& g = agent_.gate();
   uint32_t now = word();
   while (!__atomic_compare_exchange_n(&g.word, &now,

@@ -14,7 +14,7 @@
 //  - a thread that calls an exported function parks there, holds no lock of libcuda, and has done
 //    nothing yet; or it has the signal blocked, passes, and is counted for good;
 //  - a thread that has the signal blocked and waits for some event is kept stopped (held_threads.h)
-//    from when one of the checks has met it until the gate opens or loses its probes;
+//    from when one of the checks has met it until resume_held(), or the gate opens;
 //  - threads started meanwhile park as well; a forked child is not concerned;
 //  - it opens by itself if nobody renews the lease (phosd died), unless it is held.
 // What it does not see: the functions behind cuGetExportTable, which libcudart calls too. A thread
@@ -122,6 +122,9 @@ class Gate {
   // threads stay parked. For CRIU, before it reads memory: what is not frozen could pass
   // afterwards.
   Result<void> disarm();
+  // Lets threads go on that are kept stopped, for CRIU, which stops them itself and can only if
+  // nobody else does. They could pass; the caller holds the driver's lock, where they then wait.
+  void resume_held() { held_threads_.let_go(); }
   // Lets parked threads go, at once, and parks no more. Also while the process is frozen.
   Result<void> release();
   // release(), and waits until every thread that was parked has gone on. ETIMEDOUT: one has not.

@@ -94,6 +94,13 @@ class DumpAndRestore(ReleasedTest):
         self.restore_and_check(target)
         self.assert_left_alone(target)
 
+    def test_thread_with_all_signals_blocked(self):
+        target = self.counter('--blocked-ms', '3')
+        self.dump_ok(target)
+        self.assertEqual(self.released_bytes(), 16 * MIB)
+        self.restore_and_check(target)
+        self.assert_left_alone(target)
+
     def test_three_times_in_a_row(self):
         target = self.counter()
         for i in range(3):

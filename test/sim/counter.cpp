@@ -5,12 +5,16 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #include "test/sim/test_kernels.h"
@@ -32,6 +36,7 @@ struct Options {
   uint64_t ticks = 0;         // 0: until SIGTERM
   uint64_t spin_ms = 0;       // after tick 3, a kernel of this length on another stream
   int device = 0;
+  unsigned blocked_ms = 0;  // how often a thread wakes up that has all signals blocked; 0: none
 };
 
 bool parse(int argc, char** argv, Options* o) {
@@ -47,6 +52,8 @@ bool parse(int argc, char** argv, Options* o) {
       o->ticks = value;
     else if (!strcmp(argv[i], "--spin-ms"))
       o->spin_ms = value;
+    else if (!strcmp(argv[i], "--blocked-ms"))
+      o->blocked_ms = static_cast<unsigned>(value);
     else if (!strcmp(argv[i], "--device"))
       o->device = static_cast<int>(value);
     else
@@ -158,6 +165,20 @@ class Counter {
   uint32_t expected_ = 0;
 };
 
+// As allocators have one, to give back memory in the background. It runs until the process ends.
+void start_blocked_thread(unsigned interval_ms) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::thread([interval_ms] {
+    static std::mutex mutex;
+    static std::condition_variable never;
+    std::unique_lock<std::mutex> lock(mutex);
+    for (;;) never.wait_for(lock, std::chrono::milliseconds(interval_ms));
+  }).detach();
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -165,7 +186,7 @@ int main(int argc, char** argv) {
   if (!parse(argc, argv, &options)) {
     fprintf(stderr,
             "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n"
-            "               [--spin-ms N] [--device N]\n");
+            "               [--spin-ms N] [--device N] [--blocked-ms N]\n");
     return 2;
   }
   struct sigaction action = {};
@@ -174,6 +195,7 @@ int main(int argc, char** argv) {
   action.sa_handler = [](int) { g_check_now = 1; };
   sigaction(SIGUSR1, &action, nullptr);
 
+  if (options.blocked_ms) start_blocked_thread(options.blocked_ms);
   Counter counter(options);
   if (!counter.start()) return 1;
   while (!g_stop && (!options.ticks || counter.ticks() < options.ticks)) {

@@ -3,7 +3,7 @@
 
     python3 app.py llama|train|storm|idle|allocations [N]
 
-Every 50 ms a line `rate SECONDS UNITS`: CLOCK_MONOTONIC and how many units of work (tokens, steps,
+Every 10 ms a line `rate SECONDS UNITS`: CLOCK_MONOTONIC and how many units of work (tokens, steps,
 launches) are done and finished on the GPU.
   llama  transformers LlamaForCausalLM as wide as Llama-2-13B, N layers (40: all of it, 26 GB), bf16,
          random weights, generating
@@ -28,7 +28,7 @@ class Meter:
     def count(self, units=1):
         self.units += units
         now = time.monotonic()
-        if now - self.last >= 0.05:
+        if now - self.last >= 0.01:
             print(f'rate {now:.6f} {self.units}', flush=True)
             self.last = now
             if not os.path.exists(f'/proc/{self.parent}'):

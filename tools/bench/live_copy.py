@@ -8,12 +8,14 @@ llama, transformers; phosd gets a pool that holds the whole process.
   speed     round 1 of `phos pre-dump --gpu-only` (every page, no parent), until all is in host
             memory, taking turns with plain cuMemcpyDtoHAsync (copy_bench)
   slowdown  units of work a second while the copy engine copies as fast as it can (copy_bench
-            --serve), without a pause, against windows of the same length without, taking turns;
-            then the same with whole pre-dumps one after the other, which mostly write
+            --serve), without a pause, against the windows of the same length before and after it,
+            in which nothing is copied; and such windows among themselves, which is the noise. Then
+            the same with whole pre-dumps one after the other, which mostly write
   attach    how long the agent takes to get into a process and list its allocations (agent_tool)
 """
 import argparse
 import bisect
+import contextlib
 import json
 import os
 import re
@@ -137,8 +139,8 @@ def speed(bench, runs):
 class Engine:
     """The copy engine on memory of its own."""
 
-    def __init__(self, bench):
-        command = [bench.copy_bench, '--serve', '--mib', '8192', *bench.options.engine]
+    def __init__(self, bench, arguments):
+        command = [bench.copy_bench, '--serve', '--mib', '2048', *arguments]
         if bench.options.max_slowdown is not None:
             command += ['--slowdown', str(bench.options.max_slowdown / 100)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -172,35 +174,45 @@ def nothing(seconds):
     return 0
 
 
-def compare(work, runs, seconds, busy, what):
-    """Percent that the workload loses while `busy` copies; in turns with windows as long without."""
-    pairs = []
-    for _ in range(runs):
-        begin = time.monotonic()
-        copied = busy(seconds)
-        middle = time.monotonic()
-        time.sleep(middle - begin)
-        pairs.append(((begin, middle), (middle, time.monotonic()), copied))
+def compare(work, bench, ways):
+    """Percent that the workload loses while each of `ways` copies; its quartiles."""
+    quiet, busy = [], []
+    for _ in range(bench.options.windows):
+        for _, copy in ways:
+            begin = time.monotonic()
+            time.sleep(bench.options.window)
+            middle = time.monotonic()
+            copied = copy(bench.options.window)
+            quiet.append((begin, middle))
+            busy.append((middle, time.monotonic(), copied))
+    begin = time.monotonic()
+    time.sleep(bench.options.window)
+    quiet.append((begin, time.monotonic()))
     time.sleep(0.3)
     points = work.points()
-    loss = [100 * (1 - rate(points, a) / rate(points, b)) for a, b, _ in pairs]
-    volume = statistics.median(c / (a[1] - a[0]) / 1e9 for a, _, c in pairs)
-    print(f'slowdown   {what}: percent {summary(loss)}, copying {volume:.1f} GB/s on average, '
-          f'windows of {statistics.median(b[1] - b[0] for b, _, _ in pairs):.1f} s', flush=True)
+    loss = [100 * (1 - 2 * rate(points, b[:2]) / (rate(points, before) + rate(points, after)))
+            for b, before, after in zip(busy, quiet, quiet[1:])]
+    for i, (what, _) in enumerate(ways):
+        mine = loss[i::len(ways)]
+        low, median, high = statistics.quantiles(mine, n=4)
+        volume = statistics.median(c / (e - b) / 1e9 for b, e, c in busy[i::len(ways)])
+        print(f'slowdown   {what}: percent {median:6.2f} ({low:.2f} - {high:.2f}, {len(mine)} windows'
+              f' of {bench.options.window} s), copying {volume:.1f} GB/s', flush=True)
 
 
-def slowdown(bench, name, args, runs):
+def slowdown(bench, name, args):
     what = ' '.join([name, *args])
-    with Workload(bench.directory, name, *args) as work:
-        with Engine(bench) as engine:
-            compare(work, runs, bench.options.window, nothing, f'{what}, nothing (noise)')
+    with Workload(bench.directory, name, *args) as work, contextlib.ExitStack() as engines:
+        ways = [(f'{what}, nothing (noise)', nothing)]
+        for arguments in bench.options.engine or ['']:
+            engine = engines.enter_context(Engine(bench, arguments.split()))
             engine.copy(0.5)
-            compare(work, runs, bench.options.window, engine.copy, f'{what}, engine')
+            ways.append((f'{what}, engine {arguments}', engine.copy))
+        pid = work.process.pid
         if bench.options.whole:
-            pid = work.process.pid
             bench.pre_dump(pid)
-            compare(work, runs, bench.options.window,
-                    lambda seconds: pre_dumps(bench, pid, seconds), f'{what}, pre-dumps')
+            ways.append((f'{what}, pre-dumps', lambda seconds: pre_dumps(bench, pid, seconds)))
+        compare(work, bench, ways)
 
 
 def attach(bench, runs):
@@ -226,10 +238,11 @@ def main():
     parser.add_argument('--gib', type=int, default=26, help='of the speed test (%(default)s)')
     parser.add_argument('--pool', default='40G', help='phosd\'s pool (%(default)s)')
     parser.add_argument('--max-slowdown', type=float, help='phosd\'s, percent')
-    parser.add_argument('--engine', default=[], type=str.split, metavar='OPTIONS',
-                        help="more of copy_bench's: --engine='--buffer-mib 2 --slots 4'")
+    parser.add_argument('--engine', nargs='+', metavar='OPTIONS',
+                        help="of copy_bench, several: --engine '--pieces 2' '--pieces 8'")
     parser.add_argument('--runs', type=int, default=5)
-    parser.add_argument('--window', type=float, default=2.0, help='seconds, at least (%(default)s)')
+    parser.add_argument('--window', type=float, default=0.5, help='seconds, at least (%(default)s)')
+    parser.add_argument('--windows', type=int, default=20, help='of slowdown (%(default)s)')
     parser.add_argument('--whole', action='store_true', help='slowdown by whole pre-dumps, too')
     parser.add_argument('--only', nargs='+', default=['attach', 'speed', 'llama', 'train', 'storm'])
     options = parser.parse_args()
@@ -243,7 +256,7 @@ def main():
             speed(bench, options.runs)
         for name, args in (('llama', ['13']), ('train', []), ('storm', ['4'])):
             if name in options.only:
-                slowdown(bench, name, args, options.runs)
+                slowdown(bench, name, args)
     finally:
         bench.stop_daemon()
         shutil.rmtree(directory)
