@@ -3,9 +3,10 @@
 """Runs phos's test tiers and says for each test: ok, FAIL or SKIP.
 
 Tiers: unit, tools (GoogleTest programs), sim (the driver contract and the agent on the simulated
-GPU), criu (real dumps and restores by CRIU on the simulated GPU; root), vm (the same in a QEMU
-guest whose kernel tracks writes), gpu (all of these and test/gpu on a real one). A tier that cannot run here is one SKIP with its reason; REQUIRE_GPU=1
-makes a missing GPU a failure. After each tier test/oracle.py checks that nothing was left behind.
+GPU), criu (real dumps and restores by CRIU on the simulated GPU; root), vm (tests of these two in
+QEMU guests with other kernels), gpu (all of these and test/gpu on a real one). A tier that cannot
+run here is one SKIP with its reason; REQUIRE_GPU=1 makes a missing GPU a failure. After each tier
+test/oracle.py checks that nothing was left behind.
 
 Tests find in their environment: PHOS_BUILD (the build directory), PHOS_CRIU (stock criu), PHOS_GPU
 (sim or real), PHOS_TEST_ID (to be passed on to every process they start).

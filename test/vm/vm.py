@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A QEMU guest with Debian's stock kernel, for what the machine's own kernel may lack: tracking of
-written pages (criu pre-dump), fentry, modules. The guest's root is this machine's, over 9p, so it
-runs what was built here; /run and /tmp are its own, but for the current directory.
+"""A QEMU guest with one of Debian's stock kernels, for what the machine's own kernel may lack:
+tracking of written pages (criu pre-dump), fentry, modules, or its age. The guest's root is this
+machine's, over 9p, so it runs what was built here; /run and /tmp are its own, but for the current
+directory.
 
-    python3 test/vm/vm.py [--build B] [--timeout S] COMMAND...    (as root)
+    python3 test/vm/vm.py [--build B] [--suite SUITE] [--timeout S] COMMAND...    (as root)
 
 runs COMMAND in a shell in the guest, in the current directory, and exits with its exit code.
 """
 
 import argparse
-import glob
+import lzma
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
+
+import kernels
+from kernels import Missing
 
 # What a root on 9p needs, and criu's feature check beyond it.
 BOOT_MODULES = ('virtio_pci', '9pnet_virtio', '9p')
@@ -45,6 +50,7 @@ mkdir -p /new/dev/pts /new/dev/shm
 mount -t devpts devpts /new/dev/pts
 mount -t tmpfs shm /new/dev/shm
 mount -t cgroup2 cgroup /new/sys/fs/cgroup 2>/dev/null
+mount -t bpf bpf /new/sys/fs/bpf
 cp /command /new/run/command
 exec switch_root /new /bin/bash /run/command
 '''
@@ -59,55 +65,32 @@ sleep 10
 '''
 
 
-class Missing(Exception):
-    """What the guest needs and cannot be had."""
-
-
 def run(*command, **kwargs):
     return subprocess.run(command, check=True, **kwargs)
 
 
-def kernel(directory):
-    """The unpacked package of Debian's kernel: (vmlinuz, module directory)."""
-    found = glob.glob(f'{directory}/root/boot/vmlinuz-*')
-    if not found:
-        for program in ('apt-cache', 'apt-get', 'dpkg-deb'):
-            if not shutil.which(program):
-                raise Missing(f"no {program}, to get Debian's kernel with")
-        os.makedirs(directory, exist_ok=True)
-        depends = subprocess.run(['apt-cache', 'depends', 'linux-image-amd64'], text=True,
-                                 capture_output=True).stdout
-        names = [line.split()[1] for line in depends.splitlines()
-                 if 'Depends: linux-image-' in line]
-        if not names:
-            raise Missing("no package linux-image-amd64 (needs Debian's package lists)")
-        if subprocess.run(['apt-get', 'download', names[0]], cwd=directory,
-                          capture_output=True).returncode:
-            raise Missing(f'cannot download the package {names[0]}')
-        run('dpkg-deb', '-x', glob.glob(f'{directory}/{names[0]}_*.deb')[0], f'{directory}/root')
-        found = glob.glob(f'{directory}/root/boot/vmlinuz-*')
-    release = os.path.basename(found[0]).removeprefix('vmlinuz-')
-    modules = f'{directory}/root/lib/modules/{release}'
-    if not os.path.exists(f'{modules}/modules.dep'):
-        run('depmod', '-b', f'{directory}/root', release)
-    return found[0], modules, release
-
-
-def module_files(modules, names):
-    """The modules and all that they need, by the kernel's own dependency list."""
+def module_needs(modules):
+    """For each module its file and those that it needs, by the kernel's own list. What is built in
+    is not there."""
     needs = {}
     with open(f'{modules}/modules.dep') as f:
         for line in f:
             file, _, others = line.partition(':')
             name = os.path.basename(file).split('.')[0].replace('-', '_')
             needs[name] = [file] + others.split()
-    files = set()
-    for name in names:
-        files.update(needs.get(name.replace('-', '_'), []))
-    return files
+    return needs
 
 
-def initramfs(directory, modules, release, command):
+def copy_module(source, target):
+    """Uncompressed, since busybox's modprobe need not know xz."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    opener = lzma.open if source.endswith('.xz') else open
+    with opener(source, 'rb') as f, open(target.removesuffix('.xz'), 'wb') as out:
+        shutil.copyfileobj(f, out)
+
+
+def initramfs(directory, kernel, command):
+    release = kernel.release
     tree = f'{directory}/initramfs'
     shutil.rmtree(tree, ignore_errors=True)
     for d in ('bin', 'proc', 'sys', 'dev', f'lib/modules/{release}'):
@@ -119,12 +102,13 @@ def initramfs(directory, modules, release, command):
     for applet in ('sh', 'mount', 'umount', 'mkdir', 'modprobe', 'switch_root', 'sleep', 'cp', 'ip',
                    'echo'):
         os.symlink('busybox', f'{tree}/bin/{applet}')
-    for file in module_files(modules, BOOT_MODULES + CRIU_MODULES):
-        os.makedirs(os.path.dirname(f'{tree}/lib/modules/{release}/{file}'), exist_ok=True)
-        shutil.copy(f'{modules}/{file}', f'{tree}/lib/modules/{release}/{file}')
+    needs = module_needs(kernel.modules)
+    boot, criu = ([name for name in names if name in needs] for names in (BOOT_MODULES, CRIU_MODULES))
+    for file in {file for name in boot + criu for file in needs[name]}:
+        copy_module(f'{kernel.modules}/{file}', f'{tree}/lib/modules/{release}/{file}')
     run('depmod', '-b', tree, release, stderr=subprocess.DEVNULL)
     with open(f'{tree}/init', 'w') as f:
-        f.write(INIT.format(boot=' '.join(BOOT_MODULES), criu=' '.join(CRIU_MODULES),
+        f.write(INIT.format(boot=' '.join(boot), criu=' '.join(criu),
                             directory=shlex.quote(os.getcwd())))
     os.chmod(f'{tree}/init', 0o755)
     with open(f'{tree}/command', 'w') as f:
@@ -136,22 +120,21 @@ def initramfs(directory, modules, release, command):
     return image
 
 
-def run_in_guest(command, build, timeout, out=sys.stdout):
-    """Exit code of `command`; raises Missing or subprocess.TimeoutExpired."""
+def run_in_guest(command, build, timeout, suite='trixie', out=sys.stdout):
+    """Runs it with the kernel of a Debian suite (kernels.SUITES) and returns its exit code; raises
+    Missing or subprocess.TimeoutExpired."""
     for program in ('qemu-system-x86_64', 'cpio', 'depmod'):
         if not shutil.which(program):
             raise Missing(f'{program} is not installed')
-    directory = os.path.abspath(f'{build}/vm')
-    vmlinuz, modules, release = kernel(directory)
-    image = initramfs(directory, modules, release, command)
+    kernel = kernels.kernel(f'{build}/vm', suite)
+    image = initramfs(os.path.abspath(f'{build}/vm'), kernel, command)
     qemu = subprocess.Popen(
         ['qemu-system-x86_64', '-accel', 'tcg,thread=multi', '-cpu', 'max', '-m', '4G', '-smp', '2',
-         '-nographic', '-no-reboot', '-nic', 'none', '-kernel', vmlinuz, '-initrd', image,
+         '-nographic', '-no-reboot', '-nic', 'none', '-kernel', kernel.image, '-initrd', image,
          '-append', 'console=ttyS0 quiet panic=-1 oops=panic',
          '-virtfs', 'local,path=/,mount_tag=host,security_model=none,multidevs=remap'],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors='replace')
-    import threading
     timer = threading.Timer(timeout, qemu.kill)
     timer.start()
     code = None
@@ -176,11 +159,12 @@ def run_in_guest(command, build, timeout, out=sys.stdout):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--build', default='build')
+    parser.add_argument('--suite', default='trixie', choices=kernels.SUITES)
     parser.add_argument('--timeout', type=float, default=240)
     parser.add_argument('command', nargs='+')
     args = parser.parse_args()
     try:
-        return run_in_guest(' '.join(args.command), args.build, args.timeout)
+        return run_in_guest(' '.join(args.command), args.build, args.timeout, args.suite)
     except Missing as e:
         print(f'vm: {e}', file=sys.stderr)
         return 77
