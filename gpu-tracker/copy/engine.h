@@ -92,11 +92,12 @@ struct CopyEngineOptions {
   // Pages hashed by one launch at most: 32 GiB. (On an H200, 26 GiB in launches of 4 GiB take a
   // fifth longer than in as few as possible.) Where others must not be slowed down: 4 GiB, 1 ms.
   uint32_t hash_batch_pages = 524288;
-  // Where others must not be slowed down, a transfer is queued in pieces of this size, and so many
-  // of them at most: whoever has a few bytes to fetch (a loss, a token) waits behind all of them.
-  // On an H200 a training loop lost 5.9 % of its speed to pieces of 32 MiB, 2.1 % to these.
+  // Where others must not be slowed down, a transfer is queued in pieces of this size, so many of
+  // them at most, and takes no more than this share of what the link can carry: when it is full,
+  // all that the GPU fetches from the host for others takes longer (commands, arguments, a token).
   uint32_t piece_bytes = 4 << 20;
-  unsigned pieces = 4;
+  unsigned pieces = 2;
+  double link_share = 0.8;
 };
 
 // One GPU. Operations are called by one thread at a time and return when they are done. After an
@@ -201,6 +202,8 @@ class CopyEngine {
                               PinnedPool::Buffer buffer);
   // Queues a part of a transfer, and waits for earlier ones if too much is queued.
   Result<void> transfer_piece(uint8_t* to, uint64_t from, uint64_t bytes);
+  Result<void> end_piece();
+  Result<void> measure_link(const PinnedPool::Buffer& buffer);
   // What the lane copied, with its hashes.
   Result<CopiedPages> finish_copy(Lane& lane);
   Result<void> start_load(Lane& lane, PagesToLoad work);
@@ -228,7 +231,9 @@ class CopyEngine {
   std::vector<Lane> slots_, batches_;
   std::vector<GpuEvent> pieces_;  // in turns, the ends of the pieces queued
   size_t piece_ = 0;
-  uint64_t queued_ = 0;  // bytes since the last one
+  uint64_t queued_ = 0;                               // bytes since the last one
+  double transfer_ns_per_byte_ = 0;                   // with the link to itself
+  std::chrono::steady_clock::time_point next_piece_;  // not before
   // Kernel time a page, undisturbed: the least seen so far. 0: not known yet.
   double hash_ns_ = 0;
   double hash_kernels_ms_ = 0;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "gpu-tracker/copy/engine.h"
@@ -33,6 +34,12 @@ constexpr double kTurnNs = 300e3;
 
 // The most in a launch when others do: 4 GiB, 1 ms of an H200.
 constexpr size_t kPacedBatch = 65536;
+
+// By the fastest of these the speed of the link is measured, 0.6 ms each.
+constexpr int kLinkTimings = 2;
+
+// What a piece may be late and the next ones make up for.
+constexpr auto kCatchUp = std::chrono::microseconds(500);
 
 // The least that is worth a launch when nobody else needs the GPU.
 constexpr size_t kSmallBatch = 4096;
@@ -180,8 +187,11 @@ Result<void> CopyEngine::run_copy(std::span<const PageRef> pages, const CopySink
         const auto n = std::min<size_t>(pages.size() - next, slot_pages_);
         const auto batch = pages.subspan(next, n);
         if (auto r = check(batch); !r) return r.error().wrap("copying GPU memory");
-        const auto start =
-            pace.max_slowdown() > 0 ? &CopyEngine::start_transfer : &CopyEngine::start_copy;
+        const bool limited = pace.max_slowdown() > 0;
+        if (limited && next == 0 && options_.link_share < 1) {
+          if (auto r = measure_link(*buffer); !r) return r;
+        }
+        const auto start = limited ? &CopyEngine::start_transfer : &CopyEngine::start_copy;
         auto r = (this->*start)(flight.take_off(), next, batch, std::move(*buffer));
         if (!r) return r;
         next += n;
@@ -327,12 +337,41 @@ Result<void> CopyEngine::start_transfer(Lane& lane, size_t first, std::span<cons
   return context_.record(lane.done, transfers_);
 }
 
+// How fast memory that nobody needs comes into a buffer whose contents nobody needs yet.
+Result<void> CopyEngine::measure_link(const PinnedPool::Buffer& buffer) {
+  const Lane& lane = slots_[0];
+  const uint64_t bytes = uint64_t{slot_pages_} * kPageBytes;
+  transfer_ns_per_byte_ = 0;
+  for (int i = 0; i < kLinkTimings; i++) {
+    auto r = context_.record(lane.begin, transfers_);
+    if (r) r = context_.copy_to_host(buffer.data(), lane.staging, bytes, transfers_);
+    if (r) r = context_.record(lane.hashed, transfers_);
+    if (r) r = context_.synchronize(lane.hashed);
+    if (!r) return r;
+    auto ms = context_.elapsed_ms(lane.begin, lane.hashed);
+    if (!ms) return ms.error();
+    const double ns = *ms * 1e6 / static_cast<double>(bytes);
+    if (i == 0 || ns < transfer_ns_per_byte_) transfer_ns_per_byte_ = ns;
+  }
+  return {};
+}
+
+// Returns when the next piece may be queued.
+Result<void> CopyEngine::end_piece() {
+  if (auto r = context_.record(pieces_[piece_], transfers_); !r) return r;
+  const auto time = std::chrono::duration_cast<Clock::duration>(
+      Nanoseconds(static_cast<double>(queued_) * transfer_ns_per_byte_ / options_.link_share));
+  next_piece_ = std::max(next_piece_ + time, Clock::now() - kCatchUp);
+  queued_ = 0;
+  piece_ = (piece_ + 1) % pieces_.size();
+  if (auto r = context_.synchronize(pieces_[piece_]); !r) return r;
+  if (options_.link_share < 1) std::this_thread::sleep_until(next_piece_);
+  return {};
+}
+
 Result<void> CopyEngine::transfer_piece(uint8_t* to, uint64_t from, uint64_t bytes) {
   if (queued_ + bytes > options_.piece_bytes) {
-    if (auto r = context_.record(pieces_[piece_], transfers_); !r) return r;
-    piece_ = (piece_ + 1) % pieces_.size();
-    if (auto r = context_.synchronize(pieces_[piece_]); !r) return r;
-    queued_ = 0;
+    if (auto r = end_piece(); !r) return r;
   }
   queued_ += bytes;
   return context_.copy_to_host(to, from, bytes, transfers_);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // usage: copy_bench [--mib N] [--rounds N] [--pool-mib N] [--slots N] [--slowdown SHARE]
 // [--load NAMES] [--no-load] [--hash-batch PAGES] [--buffer-mib N] [--piece-kib N]
-// [--pieces N] [--serve]
+// [--pieces N] [--link-share SHARE] [--serve]
 //
 // How fast the copy engine is on the first GPU, against what the hardware can do: prints JSON. The
 // kinds of run take turns, so that clocks and neighbours are the same for all:
@@ -59,6 +59,7 @@ struct Options {
   unsigned slots = CopyEngineOptions().slots;
   uint32_t piece_kib = CopyEngineOptions().piece_bytes >> 10;
   unsigned pieces = CopyEngineOptions().pieces;
+  double link_share = CopyEngineOptions().link_share;
   double slowdown = 0.03;
   uint32_t hash_batch = CopyEngineOptions().hash_batch_pages;
   bool serve = false;
@@ -121,6 +122,7 @@ class Bench {
     options.hash_batch_pages = options_.hash_batch;
     options.piece_bytes = options_.piece_kib << 10;
     options.pieces = options_.pieces;
+    options.link_share = options_.link_share;
     const auto begin = Clock::now();
     engine_ = need(CopyEngine::create(*context_, pool, key_, options));
     engine_seconds_ = seconds_since(begin);
@@ -486,6 +488,8 @@ Options parse(int argc, char** argv) {
       o.slots = static_cast<unsigned>(value);
     } else if (name == "--piece-kib") {
       o.piece_kib = static_cast<uint32_t>(value);
+    } else if (name == "--link-share") {
+      o.link_share = value;
     } else if (name == "--pieces") {
       o.pieces = static_cast<unsigned>(value);
     } else if (name == "--buffer-mib") {
