@@ -165,10 +165,15 @@ void MemoryLoad::read() {
 }
 
 Result<void> MemoryLoad::load_gpu(Gpu& gpu) {
+  const auto start = std::chrono::steady_clock::now();
   auto user = engines_.use(gpu.uuid, key_);
   if (!user) return user.error();
   OpenGpu& open = **user;
   auto r = import(*open.context, gpu);
+  {
+    std::lock_guard<std::mutex> hold(mutex_);
+    report_.import_us = std::max(report_.import_us, static_cast<uint64_t>(since(start).count()));
+  }
   if (r) r = load_pages(open, gpu);
   auto let = let_go(*open.context, gpu);
   // With the last user the context goes, and all that it still maps.

@@ -95,10 +95,12 @@ Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::sto
     warm = prefetch->take();
     open = prefetch->take_gpus();
   }
+  const auto taken = since(start);
   MemoryLoad load(chain_, engines_, *key_);
   load.plan(std::move(memory), std::move(warm));
   auto report = load.run(std::move(stop));
   if (!report) return report.error().wrap(what);
+  report->take_us = static_cast<uint64_t>(taken.count());
   report->load_us = static_cast<uint64_t>(since(start).count());
   return report;
 }

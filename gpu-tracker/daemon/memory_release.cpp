@@ -236,7 +236,7 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
   if (!work->empty()) {
     auto report = loader.load(std::move(*work), {});
     if (!report) return report.error().wrap(process(pid_));
-    done.bytes = report->bytes;
+    done.load = *report;
   }
   done.load_time = since(start);
   done.allocations = memory.size();

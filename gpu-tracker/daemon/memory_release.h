@@ -31,7 +31,7 @@ namespace phos {
 struct BroughtBack {
   uint64_t allocations = 0;
   uint64_t adopted = 0;  // of those, VMM memory in place of the driver's own
-  uint64_t bytes = 0;    // loaded, and proven to be what was saved
+  LoadReport load;       // what was loaded, and proven to be what was saved
   std::chrono::microseconds map_time{0}, load_time{0};
 };
 

@@ -112,6 +112,11 @@ class Bench:
             times['first'] = workload.points()[count][0] - start
         times['lines'] = [line for name in ('dump.log', 'restore.log')
                           for line in self.phos_lines(images + '/1/' + name)]
+        if self.options.logs:
+            for name in ('dump.log', 'restore.log'):
+                if os.path.exists(images + '/1/' + name):
+                    shutil.copy(images + '/1/' + name,
+                                os.path.join(self.options.logs, f'{variant}-{name}'))
         shutil.rmtree(images)
         return times
 
@@ -137,6 +142,7 @@ def main():
     parser.add_argument('--pool', default='40G', help='phosd\'s pool (%(default)s)')
     parser.add_argument('--runs', type=int, default=5)
     parser.add_argument('--verbose', action='store_true', help='phosd\'s own account of its time')
+    parser.add_argument('--logs', help="keep criu's last log files of each variant there")
     parser.add_argument('--json', action='store_true')
     parser.add_argument('--workload', nargs='+', default=['llama', '40'], help='of app.py')
     options = parser.parse_args()
