@@ -13,6 +13,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/gate/left_probes.h"
 
 namespace phos {
 namespace {
@@ -78,7 +79,7 @@ Result<void> Session::checkpoint(int pid) {
   }
   Held& held = it->second;
   if (held.release) {
-    if (auto r = held.release->disarm(); !r) return refuse(pid, r.error().message());
+    if (auto r = held.release->check_closed(); !r) return refuse(pid, r.error().message());
   }
   const auto start = steady_clock::now();
   if (held.found != CudaState::kCheckpointed) {
@@ -216,10 +217,28 @@ Result<void> Session::undo_one(int pid, Held* held) {
   return held->release ? held->release->let_go() : Result<void>();
 }
 
+// All tasks are restored by now, and none has run.
+Result<void> Session::remove_left_probes_of_tree(int root) {
+  for (int pid : with_descendants(root)) {
+    if (!without_probes_.insert(pid).second) continue;
+    auto removed = remove_left_probes(pid);
+    if (!removed) {
+      without_probes_.erase(pid);
+      return removed.error();
+    }
+    if (*removed) {
+      log(LogLevel::kDebug, "daemon", "%s: %zu breakpoints of the gate taken out",
+          process(pid).c_str(), *removed);
+    }
+  }
+  return {};
+}
+
 Result<std::optional<FoundProcess>> Session::find_restored(int pid) {
   const std::optional<FoundProcess> none;
   auto status = read_proc_status(pid);
   if (!status) return status.error();
+  if (auto r = remove_left_probes_of_tree(pid); !r) return r.error();
   auto is_it = [&](const ProcessImage& p) { return p.pid == status->vpid; };
   bool in_images = std::any_of(restored_.processes.begin(), restored_.processes.end(), is_it);
   auto tid = driver_.restore_thread_id(pid);

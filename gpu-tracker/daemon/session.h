@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <stop_token>
 #include <string>
 #include <vector>
@@ -102,7 +103,8 @@ class Session {
   // is left for recover() to take away, once the process runs.
   Result<void> undo(int pid, CudaState found);
 
-  // The restore thread of a restored process, if the images hold this process.
+  // The restore thread of a restored process, if the images hold this process. The first call is
+  // for the root of the tree, all of which is frozen.
   Result<std::optional<FoundProcess>> find_restored(int pid);
 
   // A restored task, frozen, its restore thread runs, and the agent's: back to the state recorded
@@ -194,6 +196,7 @@ class Session {
   Result<void> open_saved(Held* held, const ProcessImage& image) const;
   Result<void> bring_memory_back(int pid, Held* held);
   Result<void> load_memory(int pid, Held* held, bool all_of_image);
+  Result<void> remove_left_probes_of_tree(int root);
   Result<void> open_pages(const ProcessImage& image);
   Result<void> restore_memory(int pid, const ProcessImage& image);
 
@@ -229,7 +232,8 @@ class Session {
   std::vector<GpuInfo> gpus_;
   FilesImage files_;
   ImageSet restored_;
-  std::map<int, Saved> saved_;  // by pid in the image
+  std::map<int, Saved> saved_;    // by pid in the image
+  std::set<int> without_probes_;  // of the restored processes
   std::vector<GpuPair> gpu_pairs_;
   uint32_t to_resume_ = 0;
 };
