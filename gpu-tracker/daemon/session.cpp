@@ -337,6 +337,10 @@ bool Session::recover_one(int pid, Held* held) {
   if (status->tracer_pid || thread->tracer_pid || thread->state == 'T' || is_cgroup_frozen(pid)) {
     return false;
   }
+  if (held->restored && !held->leaving) {
+    kill_unrestored(pid, held);
+    return false;
+  }
   auto r = held->leaving ? Result<void>() : undo_one(pid, held);
   if (r && !held->leaving) {
     log(LogLevel::kInfo, "daemon", "%s was left running; back to %s", process(pid).c_str(),

@@ -153,6 +153,7 @@ class Session {
     std::chrono::microseconds gate_time{0}, validate_time{0}, write_time{0}, release_time{0};
     bool noted = false;       // for another phosd, should this one die
     bool taken_over = false;  // from a phosd that died
+    bool restored = false;    // by criu, from the images that are being restored
     bool leaving = false;     // back, but for its gate
   };
   // The pages of a restored process.
@@ -199,6 +200,7 @@ class Session {
   Result<void> remove_left_probes_of_tree(int root);
   Result<void> open_pages(const ProcessImage& image);
   Result<void> restore_memory(int pid, const ProcessImage& image);
+  static void kill_unrestored(int pid, Held* held);
 
   std::optional<PreviousPages> open_previous(int vpid) const;
   bool has_room_for(uint64_t bytes) const;  // in the image directory

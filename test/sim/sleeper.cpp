@@ -2,10 +2,13 @@
 // sleeper: a CUDA program whose threads are outside of the driver when it is dumped, and come back
 // to it when they please. Each has memory of its own and sleeps in a system call until it is sent
 // SIGUSR2; then it checks every byte of its memory, changes it, and prints "sleeper I round N ok".
-// What the memory must hold is computed on the CPU. One line a tick on stdout meanwhile, without
-// any call of the driver; the first wrong answer ends it with status 1.
+// Sent SIGUSR1, it makes a call of the driver's with all signals blocked, as a gate cannot prevent,
+// and prints "sneaked"; SIGHUP makes main fork a child that only waits. What the memory must hold
+// is computed on the CPU. One line a tick on stdout meanwhile, without any call of the driver; the
+// first wrong answer ends it with status 1.
 #include <cuda.h>
 #include <pthread.h>
+#include <unistd.h>
 
 #include <csignal>
 #include <cstdint>
@@ -26,6 +29,8 @@ constexpr unsigned kBlock = 256;
 constexpr uint32_t kElements = (5u << 18) + 12345;
 
 volatile sig_atomic_t g_ready = 0;
+volatile sig_atomic_t g_fork = 0;
+thread_local volatile sig_atomic_t t_sneak = 0;
 
 [[noreturn]] void fail(unsigned thread, const std::string& what) {
   fprintf(stderr, "sleeper: thread %u: %s\n", thread, what.c_str());
@@ -37,7 +42,7 @@ class Sleeper {
  public:
   Sleeper(unsigned number, CUdevice device) : number_(number), device_(device), host_(kElements) {}
 
-  // Blocks SIGUSR2 but while it sleeps, so that none is missed.
+  // Its signals are blocked but while it sleeps, so that none is missed.
   void run() {
     pthread_setname_np(pthread_self(), "sleeper");
     start();
@@ -47,6 +52,10 @@ class Sleeper {
     sigemptyset(&none);
     for (;;) {
       sigsuspend(&none);
+      if (t_sneak) {
+        sneak();
+        continue;
+      }
       check_memory();
       increment();
       check_memory();
@@ -89,6 +98,18 @@ class Sleeper {
           "cuLaunchKernel");
   }
 
+  void sneak() const {
+    sigset_t all, before;
+    int version = 0;
+    t_sneak = 0;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    check(cuDriverGetVersion(&version), "cuDriverGetVersion");
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    printf("sneaked\n");
+    fflush(stdout);
+  }
+
   void check_memory() {
     check(cuMemcpyDtoH(host_.data(), memory_, uint64_t{kElements} * 4), "cuMemcpyDtoH");
     for (uint32_t i = 0; i < kElements; i++) {
@@ -121,9 +142,11 @@ int main(int argc, char** argv) {
   struct sigaction action = {};
   action.sa_handler = [](int) {};
   sigaction(SIGUSR2, &action, nullptr);
+  action.sa_handler = [](int) { t_sneak = 1; };
+  sigaction(SIGUSR1, &action, nullptr);
   sigset_t blocked;
   sigemptyset(&blocked);
-  sigaddset(&blocked, SIGUSR2);
+  for (int signal : {SIGUSR1, SIGUSR2, SIGHUP}) sigaddset(&blocked, signal);
   pthread_sigmask(SIG_BLOCK, &blocked, nullptr);
   CUdevice device;
   if (cuInit(0) || cuDeviceGet(&device, 0)) return 1;
@@ -135,7 +158,19 @@ int main(int argc, char** argv) {
   while (__atomic_load_n(&g_ready, __ATOMIC_ACQUIRE) != static_cast<int>(threads)) {
     nanosleep(&interval, nullptr);
   }
+  action.sa_handler = [](int) { g_fork = 1; };
+  sigaction(SIGHUP, &action, nullptr);
+  sigset_t hangup;
+  sigemptyset(&hangup);
+  sigaddset(&hangup, SIGHUP);
+  pthread_sigmask(SIG_UNBLOCK, &hangup, nullptr);
   for (unsigned tick = 1;; tick++) {
+    if (g_fork) {
+      g_fork = 0;
+      if (fork() == 0) {
+        for (;;) pause();
+      }
+    }
     printf("tick %u ok\n", tick);
     fflush(stdout);
     nanosleep(&interval, nullptr);
