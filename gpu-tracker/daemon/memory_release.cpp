@@ -154,9 +154,11 @@ Result<std::vector<AgentRelease>> MemoryRelease::release(const std::vector<Agent
 Result<void> MemoryRelease::check_closed() {
   auto closed = gate_->check_closed();
   if (closed || closed.error().code() != EAGAIN) return closed;
-  return process_error(pid_, EBUSY,
-                       "a thread may have entered the driver while its memory was away (" +
-                           closed.error().message() + ")");
+  return process_error(
+      pid_, EBUSY,
+      "a thread may have entered the driver while its memory was away, and have got "
+      "wrong answers (" +
+          closed.error().message() + ")");
 }
 
 // What is to be loaded, by the agent's word on what it has mapped and the image's on what was

@@ -320,7 +320,11 @@ Result<void> Session::bring_memory_back(int pid, Held* held) {
     if (!image) return image.error().wrap("the GPU memory of " + process(pid) + " is away");
     if (auto r = open_saved(held, *image); !r) return r;
   }
-  return load_memory(pid, held, false);
+  if (auto r = load_memory(pid, held, false); !r) return r;
+  // Nothing can be done about it any more. A gate that was taken over has no probes.
+  auto passed = held->taken_over ? Result<void>() : held->release->check_closed();
+  if (!passed) log(LogLevel::kError, "daemon", "%s", passed.error().message().c_str());
+  return {};
 }
 
 Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {

@@ -103,6 +103,19 @@ class CriuKilled(SleepersTest):
         self.assert_sleepers_left_alone(target)
 
 
+class PhosdKilled(SleepersTest):
+    """The probes are gone with it, but CRIU has the process until another one has brought it back.
+    """
+
+    def killed_at(self, step, *args):
+        target, criu = self.dump_until(step, *args, start=self.sleepers)
+        self.wake(target)
+        self.kill_phosd()
+        criu.communicate(timeout=60)
+        self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
+        self.assert_sleepers_left_alone(target)
+
+
 class PassesTheGate(SleepersTest):
     """A thread blocks all signals and calls the driver while memory is away."""
 
@@ -194,6 +207,9 @@ def add_tests():
         for step in steps:
             setattr(CriuKilled, f'test_{step}',
                     lambda self, s=step, a=args: self.killed_at(s, *a))
+            if args or step == 'checkpoint':  # frozen
+                setattr(PhosdKilled, f'test_{step}',
+                        lambda self, s=step, a=args: self.killed_at(s, *a))
 
 
 add_tests()
