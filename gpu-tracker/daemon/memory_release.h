@@ -64,6 +64,9 @@ class MemoryRelease {
                                             const DumpId& dump);
   // The process is locked in the driver again: CRIU may stop all of its threads.
   void resume_held() { gate_->resume_held(); }
+  // With memory away and the driver's lock held: stops again, until open(), threads that would pass
+  // the gate and can be stopped. check_closed() tells of the others.
+  void stop_passing() { (void)gate_->check_quiet().ok(); }
   // After hold(): has no thread passed the gate since? EBUSY: one has, or could have.
   Result<void> check_closed();
 

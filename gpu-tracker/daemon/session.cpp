@@ -26,6 +26,13 @@ constexpr std::chrono::milliseconds kRecoverPoll{10}, kRecoverPollMax{1000};
 constexpr std::chrono::milliseconds kDyingTime{1000};
 constexpr std::chrono::milliseconds kTakeOverTime{10000};
 
+// And not by this phosd, for a gate. The tracer is a thread.
+bool is_traced_by_other(const ProcStatus& status) {
+  if (!status.tracer_pid) return false;
+  auto tracer = read_proc_status(status.tracer_pid);
+  return !tracer || tracer->tgid != getpid();
+}
+
 }  // namespace
 
 Session::Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines)
@@ -145,7 +152,19 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   return write_process_image(image_dir_.get(), *held->image);
 }
 
-Result<void> Session::bring_back(int pid, CudaState target) {
+// Of a process that runs, which is about to be unlocked: its threads park, but those that have the
+// gate's signal blocked.
+void Session::stop_passing(int pid, Held* held) {
+  if (!held->release || !held->release->is_away() || held->taken_over) return;
+  auto status = read_proc_status(pid);
+  if (!status || is_traced_by_other(*status)) return;
+  if (auto closed = held->release->check_closed(); !closed) {
+    log(LogLevel::kError, "daemon", "%s", closed.error().message().c_str());
+  }
+  held->release->stop_passing();
+}
+
+Result<void> Session::bring_back(int pid, CudaState target, Held* held) {
   auto state = driver_.state(pid);
   if (!state) return state.error();
   if (*state == CudaState::kCheckpointed && target != CudaState::kCheckpointed) {
@@ -153,6 +172,7 @@ Result<void> Session::bring_back(int pid, CudaState target) {
     state = CudaState::kLocked;
   }
   if (*state == CudaState::kLocked && target == CudaState::kRunning) {
+    if (held) stop_passing(pid, held);
     if (auto r = driver_.unlock(pid); !r) return r;
     state = CudaState::kRunning;
   }
@@ -211,7 +231,7 @@ Result<void> Session::undo(int pid, CudaState found) {
 // All but opening its gate for good, for which the process must run.
 Result<void> Session::undo_one(int pid, Held* held) {
   if (!held->copy_completed) held->copy.reset();
-  if (auto r = bring_back(pid, held->found); !r) return r;
+  if (auto r = bring_back(pid, held->found, held); !r) return r;
   held->locked = false;
   if (auto r = bring_memory_back(pid, held); !r) return r;
   return held->release ? held->release->let_go() : Result<void>();
@@ -270,7 +290,7 @@ Result<uint32_t> Session::resume(int pid) {
     return Error(Domain::kCuda, kCudaErrorIllegalState,
                  what + ": it is " + to_string(*state) + ", not checkpointed");
   }
-  if (auto r = bring_back(pid, image->state); !r) return r.error().wrap(what);
+  if (auto r = bring_back(pid, image->state, nullptr); !r) return r.error().wrap(what);
   log(LogLevel::kInfo, "daemon", "%s: restored by the driver in %.1f ms, now %s",
       process(pid).c_str(), static_cast<double>(since(start).count()) / 1000,
       to_string(image->state));
@@ -334,7 +354,8 @@ bool Session::recover_one(int pid, Held* held) {
   auto thread = read_proc_status(held->restore_tid);
   if (!status || !thread) return true;
   // Frozen: CRIU still has it, or a debugger, or its cgroup. The driver would block on it.
-  if (status->tracer_pid || thread->tracer_pid || thread->state == 'T' || is_cgroup_frozen(pid)) {
+  if (is_traced_by_other(*status) || thread->tracer_pid || thread->state == 'T' ||
+      is_cgroup_frozen(pid)) {
     return false;
   }
   if (held->restored && !held->leaving) {

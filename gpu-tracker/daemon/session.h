@@ -213,7 +213,8 @@ class Session {
 
   Result<ProcessImage> describe(int pid, const Held& held) const;
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
-  Result<void> bring_back(int pid, CudaState target);
+  static void stop_passing(int pid, Held* held);
+  Result<void> bring_back(int pid, CudaState target, Held* held);
   Result<void> wait_to_take_over(int pid, CudaState found);
   Result<void> undo_one(int pid, Held* held);
   bool needs_images() const;  // to bring a process back

@@ -103,6 +103,13 @@ class CriuKilled(SleepersTest):
         self.assert_sleepers_left_alone(target)
 
 
+    def test_beside_a_thread_with_all_signals_blocked(self):
+        target, criu = self.dump_until('checkpoint',
+                                       start=lambda: self.counter('--blocked-ms', '3'))
+        self.kill_criu(criu)
+        self.assert_left_alone(target)
+
+
 class PhosdKilled(SleepersTest):
     """The probes are gone with it, but CRIU has the process until another one has brought it back.
     """
