@@ -375,11 +375,14 @@ int phos_plugin_resume_devices_late(int pid)
 	ret = phosd_find_restored(pid, &process);
 	if (!ret && !process.pid)
 		return -ENOTSUP;
+	/* Threads that the dump has not parked would come to the driver before their memory. */
+	if (!ret)
+		ret = die_with_criu(pid, true);
 	if (!ret)
 		ret = service_threads_resume(&threads, pid, process.restore_tid);
 	if (!ret) {
 		ret = phosd_resume(pid, &remaining);
-		if (service_threads_stop(&threads))
+		if (service_threads_stop(&threads) || die_with_criu(pid, false))
 			ret = -1;
 	}
 	/* `criu restore` without -d stays with the tasks; phosd need not. */

@@ -69,6 +69,24 @@ int restore_thread_resume(struct restore_thread *thread, int tid)
 	return 0;
 }
 
+/* As compel had it, and `more`; without CAP_SYS_ADMIN seccomp cannot be suspended and was not. */
+static int set_options(int tid, long more)
+{
+	const long options = PTRACE_O_TRACESYSGOOD | more;
+
+	if (!ptrace(PTRACE_SETOPTIONS, tid, NULL, (void *)(options | PTRACE_O_SUSPEND_SECCOMP)))
+		return 0;
+	return ptrace(PTRACE_SETOPTIONS, tid, NULL, (void *)options) ? -1 : 0;
+}
+
+int die_with_criu(int pid, bool die)
+{
+	if (tracer_of(pid) != getpid() || !set_options(pid, die ? PTRACE_O_EXITKILL : 0))
+		return 0;
+	phos_err("cannot set ptrace options of process %d: %s", pid, strerror(errno));
+	return -1;
+}
+
 int restore_thread_stop(struct restore_thread *thread)
 {
 	int tid = thread->tid, status;
@@ -88,10 +106,7 @@ int restore_thread_stop(struct restore_thread *thread)
 		phos_err("service thread %d has ended", tid);
 		return -1;
 	}
-	/* As compel had it; without CAP_SYS_ADMIN seccomp cannot be suspended and was not. */
-	if (ptrace(PTRACE_SETOPTIONS, tid, NULL,
-		   (void *)(long)(PTRACE_O_SUSPEND_SECCOMP | PTRACE_O_TRACESYSGOOD)) &&
-	    ptrace(PTRACE_SETOPTIONS, tid, NULL, (void *)(long)PTRACE_O_TRACESYSGOOD)) {
+	if (set_options(tid, 0)) {
 		phos_err("cannot set ptrace options of service thread %d: %s", tid,
 			 strerror(errno));
 		return -1;

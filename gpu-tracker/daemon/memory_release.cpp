@@ -11,6 +11,7 @@
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/daemon/messages.h"
 #include "gpu-tracker/daemon/session_log.h"
+#include "gpu-tracker/gate/left_probes.h"
 
 namespace phos {
 namespace {
@@ -57,6 +58,7 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared
   auto released = made->agent_->released();
   if (!released) return released.error();
   if (any_away(*released)) return process_error(pid, EBUSY, "its memory is away already");
+  if (auto r = check_probes_removable(pid); !r) return r.error();
   auto gate = Gate::close(pid, *made->agent_, {kLease});
   if (!gate) return gate.error();
   made->gate_ = std::move(*gate);
@@ -149,8 +151,14 @@ Result<std::vector<AgentRelease>> MemoryRelease::release(const std::vector<Agent
   return results;
 }
 
-Result<void> MemoryRelease::disarm() {
-  return gate_->disarm();
+Result<void> MemoryRelease::check_closed() {
+  auto closed = gate_->check_closed();
+  if (closed || closed.error().code() != EAGAIN) return closed;
+  return process_error(
+      pid_, EBUSY,
+      "a thread may have entered the driver while its memory was away, and have got "
+      "wrong answers (" +
+          closed.error().message() + ")");
 }
 
 // What is to be loaded, by the agent's word on what it has mapped and the image's on what was

@@ -3,9 +3,11 @@
 // brought back afterwards; with the gate that keeps its threads out of libcuda all the while.
 //
 //   dump:  close - [driver lock, unlock, lock] - check_quiet - hold - [unlock] - release - [lock]
-//          - disarm, once it is frozen
+//          - check_closed, also once it is frozen
 //   back:  [driver restore, unlock] - bring_back - open, once it runs
 //
+// The gate's probes stay all the time, so that threads park also where CRIU dies and the kernel
+// lets them go; a restore takes them out of what CRIU has saved (gate/left_probes.h).
 // What is away the process itself knows (inject/agent.h), so that any later phosd can bring it back
 // with find() and the image. Whatever ends this object, it never lets threads go on without their
 // memory.
@@ -62,8 +64,11 @@ class MemoryRelease {
                                             const DumpId& dump);
   // The process is locked in the driver again: CRIU may stop all of its threads.
   void resume_held() { gate_->resume_held(); }
-  // No breakpoint of the gate's is left in the process, whose memory may be dumped now.
-  Result<void> disarm();
+  // With memory away and the driver's lock held: stops again, until open(), threads that would pass
+  // the gate and can be stopped. check_closed() tells of the others.
+  void stop_passing() { (void)gate_->check_quiet().ok(); }
+  // After hold(): has no thread passed the gate since? EBUSY: one has, or could have.
+  Result<void> check_closed();
 
   // Memory is away, or may be.
   bool is_away() const { return away_; }

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Session: the released path. GPU memory that phos has saved is taken away before the driver's
 // checkpoint, which then has little to move, and brought back afterwards (memory_release.h).
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <csignal>
 #include <future>
 #include <set>
 #include <thread>
@@ -222,7 +226,10 @@ Result<void> Session::release_memory(int pid, Held* held) {
   auto locked = lock_or_leave(pid, kRelockMs);
   if (!locked) return locked.error().wrap("locking " + process(pid) + " again");
   held->locked = true;
+  // Whoever has passed may have found nothing where its memory was.
+  auto closed = held->release->check_closed();
   held->release->resume_held();
+  if (!closed) return refuse(pid, closed.error().message());
   if (failed) {
     leave_to_driver(held);
     give_up_release(pid, held, failed->message());
@@ -240,7 +247,10 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   held->to_release = held->copy->releasable();
   auto image = describe(pid, *held);
   if (!image) return image.error();
-  if (auto r = held->copy->finish(&*image); !r) return r;
+  if (auto r = held->copy->finish(&*image); !r) {
+    held->copy.reset();  // half of it is no help to the driver's path
+    return r;
+  }
   held->image = std::move(*image);
   if (!held->noted) return Error(Domain::kUsage, EIO, "no other phosd would know of it");
   if (held->to_release.empty()) return Error(Domain::kUsage, ENOENT, "there is none to release");
@@ -310,7 +320,11 @@ Result<void> Session::bring_memory_back(int pid, Held* held) {
     if (!image) return image.error().wrap("the GPU memory of " + process(pid) + " is away");
     if (auto r = open_saved(held, *image); !r) return r;
   }
-  return load_memory(pid, held, false);
+  if (auto r = load_memory(pid, held, false); !r) return r;
+  // Nothing can be done about it any more. A gate that was taken over has no probes.
+  auto passed = held->taken_over ? Result<void>() : held->release->check_closed();
+  if (!passed) log(LogLevel::kError, "daemon", "%s", passed.error().message().c_str());
+  return {};
 }
 
 Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
@@ -362,7 +376,11 @@ Result<void> Session::restore_memory(int pid, const ProcessImage& image) {
                      image.phos_version + ")");
   }
   if (auto r = lock->note(image.state, image_dir_.get()); !r) return r;
-  Held held(*tid, image.state, *start_time, std::move(*lock));
+  // Held from here on: whatever fails, recover() sees to it that the process does not stay.
+  auto [it, added] = held_.emplace(pid, Held(*tid, image.state, *start_time, std::move(*lock)));
+  if (!added) return process_error(pid, EBUSY, "it is being restored already");
+  Held& held = it->second;
+  held.restored = true;
   held.release = std::move(*release);
   Saved& saved = saved_.at(image.pid);
   held.chain = std::move(saved.chain);
@@ -370,8 +388,21 @@ Result<void> Session::restore_memory(int pid, const ProcessImage& image) {
   if (auto r = load_memory(pid, &held, true); !r) return r;
   if (auto r = held.release->let_go(); !r) return r;
   held.leaving = true;
-  held_.emplace(pid, std::move(held));
   return {};
+}
+
+// The plugin does that, unless it has died with criu. The images are as they were.
+void Session::kill_unrestored(int pid, Held* held) {
+  const UniqueFd process_fd(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
+  if (!process_fd || has_ended(pid, held->restore_tid, held->start_time)) return;
+  if (!held->failure_reported) {
+    log(LogLevel::kError, "daemon",
+        "%s is killed: its GPU memory could not be restored, and criu has died; the images are "
+        "still good for another restore",
+        process(pid).c_str());
+    held->failure_reported = true;
+  }
+  syscall(SYS_pidfd_send_signal, process_fd.get(), SIGKILL, nullptr, 0);
 }
 
 }  // namespace phos

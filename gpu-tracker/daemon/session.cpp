@@ -13,6 +13,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/gate/left_probes.h"
 
 namespace phos {
 namespace {
@@ -24,6 +25,13 @@ using std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kRecoverPoll{10}, kRecoverPollMax{1000};
 constexpr std::chrono::milliseconds kDyingTime{1000};
 constexpr std::chrono::milliseconds kTakeOverTime{10000};
+
+// And not by this phosd, for a gate. The tracer is a thread.
+bool is_traced_by_other(const ProcStatus& status) {
+  if (!status.tracer_pid) return false;
+  auto tracer = read_proc_status(status.tracer_pid);
+  return !tracer || tracer->tgid != getpid();
+}
 
 }  // namespace
 
@@ -78,7 +86,7 @@ Result<void> Session::checkpoint(int pid) {
   }
   Held& held = it->second;
   if (held.release) {
-    if (auto r = held.release->disarm(); !r) return refuse(pid, r.error().message());
+    if (auto r = held.release->check_closed(); !r) return refuse(pid, r.error().message());
   }
   const auto start = steady_clock::now();
   if (held.found != CudaState::kCheckpointed) {
@@ -144,7 +152,19 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   return write_process_image(image_dir_.get(), *held->image);
 }
 
-Result<void> Session::bring_back(int pid, CudaState target) {
+// Of a process that runs, which is about to be unlocked: its threads park, but those that have the
+// gate's signal blocked.
+void Session::stop_passing(int pid, Held* held) {
+  if (!held->release || !held->release->is_away() || held->taken_over) return;
+  auto status = read_proc_status(pid);
+  if (!status || is_traced_by_other(*status)) return;
+  if (auto closed = held->release->check_closed(); !closed) {
+    log(LogLevel::kError, "daemon", "%s", closed.error().message().c_str());
+  }
+  held->release->stop_passing();
+}
+
+Result<void> Session::bring_back(int pid, CudaState target, Held* held) {
   auto state = driver_.state(pid);
   if (!state) return state.error();
   if (*state == CudaState::kCheckpointed && target != CudaState::kCheckpointed) {
@@ -152,6 +172,7 @@ Result<void> Session::bring_back(int pid, CudaState target) {
     state = CudaState::kLocked;
   }
   if (*state == CudaState::kLocked && target == CudaState::kRunning) {
+    if (held) stop_passing(pid, held);
     if (auto r = driver_.unlock(pid); !r) return r;
     state = CudaState::kRunning;
   }
@@ -210,16 +231,34 @@ Result<void> Session::undo(int pid, CudaState found) {
 // All but opening its gate for good, for which the process must run.
 Result<void> Session::undo_one(int pid, Held* held) {
   if (!held->copy_completed) held->copy.reset();
-  if (auto r = bring_back(pid, held->found); !r) return r;
+  if (auto r = bring_back(pid, held->found, held); !r) return r;
   held->locked = false;
   if (auto r = bring_memory_back(pid, held); !r) return r;
   return held->release ? held->release->let_go() : Result<void>();
+}
+
+// All tasks are restored by now, and none has run.
+Result<void> Session::remove_left_probes_of_tree(int root) {
+  for (int pid : with_descendants(root)) {
+    if (!without_probes_.insert(pid).second) continue;
+    auto removed = remove_left_probes(pid);
+    if (!removed) {
+      without_probes_.erase(pid);
+      return removed.error();
+    }
+    if (*removed) {
+      log(LogLevel::kDebug, "daemon", "%s: %zu breakpoints of the gate taken out",
+          process(pid).c_str(), *removed);
+    }
+  }
+  return {};
 }
 
 Result<std::optional<FoundProcess>> Session::find_restored(int pid) {
   const std::optional<FoundProcess> none;
   auto status = read_proc_status(pid);
   if (!status) return status.error();
+  if (auto r = remove_left_probes_of_tree(pid); !r) return r.error();
   auto is_it = [&](const ProcessImage& p) { return p.pid == status->vpid; };
   bool in_images = std::any_of(restored_.processes.begin(), restored_.processes.end(), is_it);
   auto tid = driver_.restore_thread_id(pid);
@@ -251,7 +290,7 @@ Result<uint32_t> Session::resume(int pid) {
     return Error(Domain::kCuda, kCudaErrorIllegalState,
                  what + ": it is " + to_string(*state) + ", not checkpointed");
   }
-  if (auto r = bring_back(pid, image->state); !r) return r.error().wrap(what);
+  if (auto r = bring_back(pid, image->state, nullptr); !r) return r.error().wrap(what);
   log(LogLevel::kInfo, "daemon", "%s: restored by the driver in %.1f ms, now %s",
       process(pid).c_str(), static_cast<double>(since(start).count()) / 1000,
       to_string(image->state));
@@ -315,7 +354,12 @@ bool Session::recover_one(int pid, Held* held) {
   auto thread = read_proc_status(held->restore_tid);
   if (!status || !thread) return true;
   // Frozen: CRIU still has it, or a debugger, or its cgroup. The driver would block on it.
-  if (status->tracer_pid || thread->tracer_pid || thread->state == 'T' || is_cgroup_frozen(pid)) {
+  if (is_traced_by_other(*status) || thread->tracer_pid || thread->state == 'T' ||
+      is_cgroup_frozen(pid)) {
+    return false;
+  }
+  if (held->restored && !held->leaving) {
+    kill_unrestored(pid, held);
     return false;
   }
   auto r = held->leaving ? Result<void>() : undo_one(pid, held);

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <stop_token>
 #include <string>
 #include <vector>
@@ -102,7 +103,8 @@ class Session {
   // is left for recover() to take away, once the process runs.
   Result<void> undo(int pid, CudaState found);
 
-  // The restore thread of a restored process, if the images hold this process.
+  // The restore thread of a restored process, if the images hold this process. The first call is
+  // for the root of the tree, all of which is frozen.
   Result<std::optional<FoundProcess>> find_restored(int pid);
 
   // A restored task, frozen, its restore thread runs, and the agent's: back to the state recorded
@@ -151,6 +153,7 @@ class Session {
     std::chrono::microseconds gate_time{0}, validate_time{0}, write_time{0}, release_time{0};
     bool noted = false;       // for another phosd, should this one die
     bool taken_over = false;  // from a phosd that died
+    bool restored = false;    // by criu, from the images that are being restored
     bool leaving = false;     // back, but for its gate
   };
   // The pages of a restored process.
@@ -194,8 +197,10 @@ class Session {
   Result<void> open_saved(Held* held, const ProcessImage& image) const;
   Result<void> bring_memory_back(int pid, Held* held);
   Result<void> load_memory(int pid, Held* held, bool all_of_image);
+  Result<void> remove_left_probes_of_tree(int root);
   Result<void> open_pages(const ProcessImage& image);
   Result<void> restore_memory(int pid, const ProcessImage& image);
+  static void kill_unrestored(int pid, Held* held);
 
   std::optional<PreviousPages> open_previous(int vpid) const;
   bool has_room_for(uint64_t bytes) const;  // in the image directory
@@ -208,7 +213,8 @@ class Session {
 
   Result<ProcessImage> describe(int pid, const Held& held) const;
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
-  Result<void> bring_back(int pid, CudaState target);
+  static void stop_passing(int pid, Held* held);
+  Result<void> bring_back(int pid, CudaState target, Held* held);
   Result<void> wait_to_take_over(int pid, CudaState found);
   Result<void> undo_one(int pid, Held* held);
   bool needs_images() const;  // to bring a process back
@@ -229,7 +235,8 @@ class Session {
   std::vector<GpuInfo> gpus_;
   FilesImage files_;
   ImageSet restored_;
-  std::map<int, Saved> saved_;  // by pid in the image
+  std::map<int, Saved> saved_;    // by pid in the image
+  std::set<int> without_probes_;  // of the restored processes
   std::vector<GpuPair> gpu_pairs_;
   uint32_t to_resume_ = 0;
 };

@@ -119,8 +119,7 @@ class Gate {
   Result<void> resume_lease();
 
   // Takes the probes away and returns once the process's code is as it was (50 to 100 ms); parked
-  // threads stay parked. For CRIU, before it reads memory: what is not frozen could pass
-  // afterwards.
+  // threads stay parked. What is not frozen could pass afterwards.
   Result<void> disarm();
   // Lets threads go on that are kept stopped, for CRIU, which stops them itself and can only if
   // nobody else does. They could pass; the caller holds the driver's lock, where they then wait.

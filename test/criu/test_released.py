@@ -401,7 +401,9 @@ STEPS_BACK = {
 }
 
 
-class KilledAt(ReleasedTest):
+class Steps(ReleasedTest):
+    """A dump that is stopped in the middle."""
+
     def sleeping(self, target, who):
         """Threads with that name, of the target or phosd, in a sleep; and which sleep it is."""
         found = set()
@@ -424,13 +426,13 @@ class KilledAt(ReleasedTest):
         time.sleep(0.05)  # longer than any sleep but that of a slow call
         return before & self.sleeping(target, who)
 
-    def dump_until(self, step, *args):
+    def dump_until(self, step, *args, start=None):
         target = criu = None
         for stop in ['driver_restore', 'load'] if step == 'load' else [step]:
             who, call = {**STEPS, **STEPS_BACK}[stop]
             self.fail_in_driver(call + ' slow:2000')
             if not criu:
-                target = self.counter()
+                target = (start or self.counter)()
                 criu = self.dump(target, *args, wait=False)
             wait_until(lambda: criu.poll() is not None or self.is_in_slow_call(target, who), stop)
             self.assertIsNone(criu.poll(), self.log_tail('dump.log'))
@@ -441,6 +443,8 @@ class KilledAt(ReleasedTest):
         criu.kill()
         criu.wait()
 
+
+class KilledAt(Steps):
     def criu_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)
         self.kill_criu(criu)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # The simulated CUDA driver, and a CUDA program to try things on (it runs on a real GPU too).
 
-SIM_SRCS := $(filter-out test/sim/counter.cpp test/sim/hammer.cpp,$(wildcard test/sim/*.cpp))
+SIM_SRCS := $(filter-out $(patsubst %,test/sim/%.cpp,counter hammer sleeper),$(wildcard test/sim/*.cpp))
 
 $(B)/obj/test/sim/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 # Every entry point starts with `push %rbp`, as in NVIDIA's library: the kernel can emulate that
@@ -21,5 +21,7 @@ $(eval $(call program,test/counter,test/sim/counter.cpp,,-L$(B)/sim -lcuda))
 $(B)/test/counter: $(B)/sim/libcuda.so
 $(eval $(call program,test/hammer,test/sim/hammer.cpp,,-L$(B)/sim -lcuda -lpthread))
 $(B)/test/hammer: $(B)/sim/libcuda.so
+$(eval $(call program,test/sleeper,test/sim/sleeper.cpp,,-L$(B)/sim -lcuda -lpthread))
+$(B)/test/sleeper: $(B)/sim/libcuda.so
 
-all: $(B)/sim/libcuda.so.1 $(B)/sim/libcuda.so $(B)/test/counter $(B)/test/hammer
+all: $(B)/sim/libcuda.so.1 $(B)/sim/libcuda.so $(addprefix $(B)/test/,counter hammer sleeper)

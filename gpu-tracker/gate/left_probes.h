@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// The gate's breakpoints in CRIU's images.
+//
+// The gate stays armed from before a dump freezes the process until it is gone or has its memory
+// back: whenever CRIU dies and the kernel lets the threads go, they park. So the copies of
+// libcuda's code that CRIU saves hold breakpoints (int3), behind which there is no uprobe in a
+// restored process. They are taken out before it executes anything.
+#pragma once
+
+#include <cstddef>
+
+#include "gpu-tracker/base/result.h"
+
+namespace phos {
+
+// Puts back, at every place at which a gate may have a probe, the byte that libcuda's file has, if
+// there is a breakpoint instead. For a process that CRIU has restored and not let go yet, also one
+// that does not use CUDA: forked children have copies. Returns how many there were; 0 if the
+// process has no libcuda. An error: some may be left, and it must not run.
+Result<size_t> remove_left_probes(int pid);
+
+// Could it? Writes to libcuda's code in the process what is there already. Kernels can be
+// configured to refuse (CONFIG_PROC_MEM_NO_FORCE); the gate's probes must not get into an image
+// then. May be called while the process runs, and while probes come and go.
+Result<void> check_probes_removable(int pid);
+
+}  // namespace phos
