@@ -133,7 +133,8 @@ Result<void> CopyEngine::set_up_lanes(std::vector<Lane>& lanes, uint32_t pages, 
     lane.host_hashes = reinterpret_cast<PageHash*>(host + table);
     device += lane_bytes(pages);
     host += lane_bytes(pages);
-    for (GpuEvent* event : {&lane.ready, &lane.begin, &lane.hashed, &lane.done}) {
+    for (GpuEvent* event :
+         {&lane.ready, &lane.begin, &lane.hashed, &lane.done, &lane.sending, &lane.sent}) {
       auto created = context_.create_event();
       if (!created) return created.error();
       *event = *created;
@@ -150,7 +151,8 @@ CopyEngine::~CopyEngine() {
   };
   for (auto* lanes : {&slots_, &batches_}) {
     for (Lane& lane : *lanes) {
-      for (GpuEvent event : {lane.ready, lane.begin, lane.hashed, lane.done}) {
+      for (GpuEvent event :
+           {lane.ready, lane.begin, lane.hashed, lane.done, lane.sending, lane.sent}) {
         if (event) note(context_.destroy_event(event));
       }
     }

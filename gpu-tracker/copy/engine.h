@@ -140,8 +140,9 @@ class CopyEngine {
   uint64_t device_bytes() const { return layout_.total; }
   // Time of the hash kernel a page, the least so far; 0: not known yet.
   double hash_ns_per_page() const { return hash_ns_; }
-  // The sum of those kernels' times in the last hash().
+  // The sums of the kernels' times in the last hash() or load(), and of a load's transfers.
   double last_hash_kernels_ms() const { return hash_kernels_ms_; }
+  double last_transfers_ms() const { return transfers_ms_; }
   // No further operation will succeed: make a new context and engine.
   bool broken() const { return broken_; }
 
@@ -156,6 +157,7 @@ class CopyEngine {
     PageEntry* host_table = nullptr;
     PageHash* host_hashes = nullptr;
     GpuEvent ready = nullptr, begin = nullptr, hashed = nullptr, done = nullptr;
+    GpuEvent sending = nullptr, sent = nullptr;  // a load's
     // while in flight
     size_t first = 0;
     uint32_t count = 0;
@@ -236,7 +238,7 @@ class CopyEngine {
   std::chrono::steady_clock::time_point next_piece_;  // not before
   // Kernel time a page, undisturbed: the least seen so far. 0: not known yet.
   double hash_ns_ = 0;
-  double hash_kernels_ms_ = 0;
+  double hash_kernels_ms_ = 0, transfers_ms_ = 0;
   LastTurn last_turn_;
   std::optional<uint64_t> wrong_page_;
   bool broken_ = false;

@@ -220,6 +220,7 @@ Result<CopiedPages> CopyEngine::finish_copy(Lane& lane) {
 
 Result<void> CopyEngine::run_load(const LoadSource& source, std::stop_token stop) {
   Flight flight(slots_);
+  hash_kernels_ms_ = transfers_ms_ = 0;
   for (bool more = true; more || !flight.empty();) {
     if (stop.stop_requested()) return cancelled("loading GPU memory");
     if (more && !flight.full()) {
@@ -250,6 +251,11 @@ Result<void> CopyEngine::run_load(const LoadSource& source, std::stop_token stop
 
 Result<void> CopyEngine::finish_load(Lane& lane) {
   if (auto r = finish_hash(lane); !r) return r;
+  if (lane.buffer) {
+    auto ms = context_.elapsed_ms(lane.sending, lane.sent);
+    if (!ms) return ms.error();
+    transfers_ms_ += *ms;
+  }
   lane.buffer.reset();
   const auto wrong = std::mismatch(lane.expected.begin(), lane.expected.end(), lane.host_hashes);
   if (wrong.first == lane.expected.end()) return {};
@@ -407,9 +413,10 @@ Result<void> CopyEngine::start_load(Lane& lane, PagesToLoad work) {
   if (!lane.buffer) {
     if (r) r = clear(work.pages);
   } else {
+    if (r) r = context_.record(lane.sending, transfers_);
     if (r) r = transfer(lane.buffer, work.pages);
-    if (r) r = context_.record(lane.done, transfers_);
-    if (r) r = context_.wait(kernels_, lane.done);
+    if (r) r = context_.record(lane.sent, transfers_);
+    if (r) r = context_.wait(kernels_, lane.sent);
   }
   if (r) r = launch(lane, hash_kernel_);
   if (r) r = fetch_hashes(lane, kernels_);

@@ -240,6 +240,11 @@ Result<void> MemoryLoad::load_pages(OpenGpu& open, Gpu& gpu) {
     const auto wrong = open.engine->wrong_page();
     return wrong ? explain(gpu, *wrong, r.error()) : r.error();
   }
+  {
+    std::lock_guard<std::mutex> hold(mutex_);
+    report_.transfer_us += static_cast<uint64_t>(1000 * open.engine->last_transfers_ms());
+    report_.hash_us += static_cast<uint64_t>(1000 * open.engine->last_hash_kernels_ms());
+  }
   if (pages == wanted) return {};
   return Error(Domain::kUsage, EBADMSG,
                format_gpu_uuid(gpu.uuid) + ": " + std::to_string(pages) + " of " +

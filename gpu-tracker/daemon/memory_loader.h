@@ -39,7 +39,8 @@ struct LoadReport {
   uint64_t load_us = 0;     // all of load()
   uint64_t take_us = 0;     // of that, the end of the prefetch
   uint64_t import_us = 0;   // of that, opening GPUs and mapping the memory, the slowest GPU's
-  uint64_t read_us = 0;     // of that, from the first read to the end of the last
+  uint64_t transfer_us = 0, hash_us = 0;  // of that, on the GPUs; the sums
+  uint64_t read_us = 0;                   // of that, from the first read to the end of the last
 };
 
 // One thread at a time.

@@ -332,12 +332,15 @@ Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
   if (!back) return back.error();
   log(LogLevel::kInfo, "daemon",
       "%s: %llu allocations mapped back in %.1f ms (%llu of them adopted), %s loaded and verified "
-      "in %.1f ms (%s read ahead, until %.1f ms; memory mapped in %.1f ms)",
+      "in %.1f ms (%s read ahead, until %.1f ms; memory mapped in %.1f ms, transfers %.1f ms, "
+      "hashes %.1f ms)",
       process(pid).c_str(), static_cast<unsigned long long>(back->allocations), ms(back->map_time),
       static_cast<unsigned long long>(back->adopted), megabytes(back->load.bytes).c_str(),
       ms(back->load_time), megabytes(back->load.warm_bytes).c_str(),
       ms(std::chrono::microseconds(back->load.take_us)),
-      ms(std::chrono::microseconds(back->load.import_us)));
+      ms(std::chrono::microseconds(back->load.import_us)),
+      ms(std::chrono::microseconds(back->load.transfer_us)),
+      ms(std::chrono::microseconds(back->load.hash_us)));
   return {};
 }
 
