@@ -168,16 +168,30 @@ Result<void> MemoryLoad::load_gpu(Gpu& gpu) {
   const auto start = std::chrono::steady_clock::now();
   auto user = engines_.use(gpu.uuid, key_);
   if (!user) return user.error();
-  OpenGpu& open = **user;
+  gpu.user = std::move(*user);
+  OpenGpu& open = **gpu.user;
   auto r = import(*open.context, gpu);
   {
     std::lock_guard<std::mutex> hold(mutex_);
     report_.import_us = std::max(report_.import_us, static_cast<uint64_t>(since(start).count()));
   }
   if (r) r = load_pages(open, gpu);
-  auto let = let_go(*open.context, gpu);
+  if (r) return r;
+  (void)let_go(*open.context, gpu).ok();
   // With the last user the context goes, and all that it still maps.
-  return r ? let : r;
+  gpu.user.reset();
+  return r;
+}
+
+Result<void> MemoryLoad::let_go() {
+  Result<void> first;
+  for (auto& gpu : gpus_) {
+    if (!gpu->user) continue;
+    auto r = let_go(*(*gpu->user)->context, *gpu);
+    if (!r && first) first = r;
+    gpu->user.reset();
+  }
+  return first;
 }
 
 Result<void> MemoryLoad::import(GpuContext& context, Gpu& gpu) {

@@ -33,8 +33,10 @@ class MemoryLoad {
   // `memory` has been checked. `warm`: batches that have been read already; those that are not of
   // this memory alone, or of several GPUs, are given back.
   void plan(std::vector<MemoryToLoad> memory, std::vector<LoadBatch> warm);
-  // All of the report but load_us. Once.
+  // All of the report but load_us. Once. Unless it fails, the memory stays imported until let_go().
   Result<LoadReport> run(std::stop_token stop);
+  // An error: the driver does not let go of some. The memory is as it should be all the same.
+  Result<void> let_go();
 
  private:
   // Memory that is imported.
@@ -48,6 +50,7 @@ class MemoryLoad {
     std::deque<LoadBatch> to_read, ready, warm, zeros;
     unsigned reading = 0;
     bool open = false;  // its engine is this load's
+    std::optional<GpuEngines::User> user;
   };
   // Where an allocation of the image goes; null: nowhere.
   struct Place {

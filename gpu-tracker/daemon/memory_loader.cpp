@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <utility>
 
+#include "gpu-tracker/base/log.h"
 #include "gpu-tracker/daemon/load.h"
 #include "gpu-tracker/daemon/messages.h"
 
@@ -51,7 +52,16 @@ MemoryLoader::MemoryLoader(const PageChain& chain, GpuEngines& engines,
                            std::optional<PageHashKey> key)
     : chain_(chain), engines_(engines), key_(std::move(key)) {}
 
-MemoryLoader::~MemoryLoader() = default;
+MemoryLoader::~MemoryLoader() {
+  if (auto r = settle(); !r) {
+    log(LogLevel::kWarn, "daemon", "letting go of loaded memory of process %d: %s",
+        chain_.image().pid, r.error().message().c_str());
+  }
+}
+
+Result<void> MemoryLoader::settle() {
+  return letting_go_.valid() ? letting_go_.get() : Result<void>();
+}
 
 void MemoryLoader::prefetch() {
   if (key_ && !prefetch_) prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_);
@@ -89,6 +99,7 @@ Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::sto
   const std::string what = "loading GPU memory of process " + std::to_string(chain_.image().pid);
   if (auto r = check(memory); !r) return r.error().wrap(what);
   if (memory.empty()) return LoadReport();
+  (void)settle().ok();
   std::vector<LoadBatch> warm;
   std::vector<GpuEngines::User> open;
   if (auto prefetch = std::exchange(prefetch_, nullptr)) {
@@ -96,12 +107,20 @@ Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::sto
     open = prefetch->take_gpus();
   }
   const auto taken = since(start);
-  MemoryLoad load(chain_, engines_, *key_);
-  load.plan(std::move(memory), std::move(warm));
-  auto report = load.run(std::move(stop));
+  auto load = std::make_unique<MemoryLoad>(chain_, engines_, *key_);
+  load->plan(std::move(memory), std::move(warm));
+  auto report = load->run(std::move(stop));
   if (!report) return report.error().wrap(what);
   report->take_us = static_cast<uint64_t>(taken.count());
   report->load_us = static_cast<uint64_t>(since(start).count());
+  // With its last user a GPU is closed, and all host buffers unpinned.
+  letting_go_ =
+      std::async(std::launch::async, [load = std::move(load), open = std::move(open)]() mutable {
+        auto r = load->let_go();
+        load.reset();
+        open.clear();
+        return r;
+      });
   return report;
 }
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <future>
 #include <memory>
 #include <optional>
 #include <stop_token>
@@ -48,7 +49,7 @@ class MemoryLoader {
  public:
   // `chain` and `engines` outlive it. Fails if the image's hash key is no key.
   static Result<std::unique_ptr<MemoryLoader>> create(const PageChain& chain, GpuEngines& engines);
-  // What was prefetched and not loaded is given back.
+  // What was prefetched and not loaded is given back, what was loaded is let go of.
   ~MemoryLoader();
   MemoryLoader(const MemoryLoader&) = delete;
   MemoryLoader& operator=(const MemoryLoader&) = delete;
@@ -59,8 +60,9 @@ class MemoryLoader {
   // and takes longer.
   void prefetch();
 
-  // Imports each memory, loads it, hashes every page on the device against the image, and lets go
-  // of it. All GPUs work side by side. Nobody else may write to the memory meanwhile.
+  // Imports each memory, loads it, and hashes every page on the device against the image. All GPUs
+  // work side by side. Nobody else may write to the memory meanwhile. Then begins to let go of it
+  // in the background: its owner can already go on, and would wait for hundreds of unmappings.
   //
   // Refuses, before anything is touched, memory of another size than recorded and an allocation
   // without all of its pages. EBADMSG (Domain::kFormat): a page is not what was saved; the message
@@ -70,6 +72,10 @@ class MemoryLoader {
   // While another session copies from or loads to the GPU, it is waited for.
   Result<LoadReport> load(std::vector<MemoryToLoad> memory, std::stop_token stop = {});
 
+  // Waits until nothing that was loaded is imported any more. An error is the driver's: it does not
+  // let go of some before the GPU is closed. The memory is as it should be all the same.
+  Result<void> settle();
+
  private:
   MemoryLoader(const PageChain& chain, GpuEngines& engines, std::optional<PageHashKey> key);
   Result<void> check(const std::vector<MemoryToLoad>& memory) const;
@@ -78,6 +84,7 @@ class MemoryLoader {
   GpuEngines& engines_;
   const std::optional<PageHashKey> key_;  // none: no pages are saved
   std::unique_ptr<PagePrefetch> prefetch_;
+  std::future<Result<void>> letting_go_;  // its end waits
 };
 
 }  // namespace phos
