@@ -81,6 +81,7 @@ class MemoryRelease {
 
   void keep_lease(const std::stop_token& stop);
   void end_lease();
+  void leave_no_trace();
   Result<std::vector<MemoryToLoad>> plan(const PageChain& chain,
                                          const std::vector<ReleasedMemory>& back,
                                          bool all_of_image) const;
@@ -99,7 +100,8 @@ class MemoryRelease {
 };
 
 // Lets go of the agent. The last who has it takes it out of the process if `take_out`, and if it
-// does not stand in for some of its memory; else it sleeps on.
+// does not stand in for some of its memory, and no thread may be in its handler; else it sleeps on
+// for the next dump to take it out.
 void let_agent_leave(int pid, std::shared_ptr<Agent>* agent, bool take_out);
 
 }  // namespace phos

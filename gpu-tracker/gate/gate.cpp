@@ -83,8 +83,11 @@ Result<std::unique_ptr<Gate>> Gate::close(int pid, Agent& agent, const GateOptio
 Result<std::unique_ptr<Gate>> Gate::adopt(int pid, Agent& agent) {
   auto text = LibraryText::find(pid);
   if (!text) return text.error();
+  auto agent_tid = agent.thread_id();
+  if (!agent_tid) return agent_tid.error();
   if (auto r = agent.claim_gate(); !r) return r.error();
   std::unique_ptr<Gate> gate(new Gate(pid, agent, std::move(*text), {}));
+  gate->agent_tid_ = *agent_tid;
   gate->signal_ = static_cast<int>(agent.gate().signal);
   return gate;
 }

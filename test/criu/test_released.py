@@ -65,6 +65,7 @@ class ReleasedTest(CriuTest):
         # phosd leaves it a moment after CRIU has let it go.
         wait_until(lambda: not self.has_agent(target), 'the agent to be gone')
         wait_until(lambda: 'phos-mailbox' not in self.maps(target), 'its mailbox to be gone')
+        wait_until(lambda: 'phos-agent' not in self.maps(target), 'its library to be gone')
         self.assert_runs_on(target)
         locks = os.path.join(self.run_dir, 'lock')
         wait_until(lambda: not os.listdir(locks), 'phosd to let go of it')
