@@ -266,6 +266,7 @@ Result<void> Session::lock(unsigned timeout_ms) {
 
 Result<std::vector<FoundProcess>> Session::inspect(int pid) {
   const std::vector<int> tree = with_descendants(pid);
+  inspected_.push_back(pid);
   Group group;
   for (int member : tree) {
     if (held_.count(member) || group.count(member)) continue;

@@ -9,6 +9,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/daemon/outside_users.h"
 #include "gpu-tracker/daemon/session.h"
 #include "gpu-tracker/daemon/session_log.h"
 
@@ -61,6 +62,10 @@ void Session::close_gates(const std::vector<int>& pids) {
     if (held.copy && !held.copy->releasable().empty()) releasable.push_back(pid);
   }
   if (releasable.empty()) return;
+  if (auto r = check_outside_users(); !r) {
+    for (int pid : releasable) give_up_release(pid, &held_.at(pid), r.error().message());
+    return;
+  }
   const auto start = steady_clock::now();
   std::map<int, std::future<Result<std::unique_ptr<MemoryRelease>>>> under_way;
   for (int pid : releasable) {
@@ -83,6 +88,21 @@ void Session::close_gates(const std::vector<int>& pids) {
   if (has_gates()) {
     log(LogLevel::kDebug, "daemon", "gates closed in %.1f ms", ms(since(start)));
   }
+}
+
+// Whoever has registered memory with a network card, say, would go on using it while it is away, or
+// lose it: the driver's path leaves it where it is until all is frozen. Descriptors are inherited,
+// so that all of the tree counts.
+Result<void> Session::check_outside_users() const {
+  std::set<int> all;
+  for (int pid : inspected_) {
+    const std::vector<int> tree = with_descendants(pid);
+    all.insert(tree.begin(), tree.end());
+  }
+  auto user = find_outside_user({all.begin(), all.end()});
+  if (!user) return user.error().wrap("it cannot be told who uses it");
+  if (*user) return Error(Domain::kUsage, EBUSY, **user);
+  return {};
 }
 
 bool Session::has_gates() const {
@@ -252,8 +272,9 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   if (auto r = open_saved(held, *held->image); !r) return r;
   if (auto r = held->release->hold(); !r) return r;
   // It has taken a while since: a thread that runs may have come to block the gate's signal, and
-  // have passed.
-  return held->release->check_quiet();
+  // have passed, or have opened what libcuda knows nothing of.
+  if (auto r = held->release->check_quiet(); !r) return r;
+  return check_outside_users();
 }
 
 // Opened before anything is released, and kept: whatever becomes of the directory, the pages are

@@ -175,6 +175,7 @@ class Session {
 
   void close_gates(const std::vector<int>& pids);
   bool has_gates() const;
+  Result<void> check_outside_users() const;
   void open_gates(const std::vector<int>& pids, const std::string& why);
   std::map<int, Error> not_quiet(const std::vector<int>& pids);
   // False: some process's work did not finish in time; then none is locked.
@@ -221,6 +222,7 @@ class Session {
   GpuEngines* const engines_;
   UniqueFd image_dir_;
   Group held_;
+  std::vector<int> inspected_;  // whose trees are dumped
   DumpId dump_id_{};
   DumpStage stage_ = DumpStage::kDump;
   bool dumping_ = false;
