@@ -58,7 +58,8 @@ CopyEngine::CopyEngine(GpuContext& context, PinnedPool& pool, const PageHashKey&
       slot_pages_(static_cast<uint32_t>(pool.buffer_bytes() / kPageBytes)),
       key_(key),
       slots_(options.slots),
-      batches_(kBatches) {
+      batches_(kBatches),
+      pieces_(options.pieces) {
   layout_.key = 0;
   layout_.lanes = aligned(sizeof(uint32_t) * kLevel2Words);
   const uint64_t lanes =
@@ -95,6 +96,12 @@ Result<void> CopyEngine::set_up() {
     auto created = context_.create_stream();
     if (!created) return created.error();
     *stream = *created;
+  }
+
+  for (GpuEvent& event : pieces_) {
+    auto created = context_.create_event();
+    if (!created) return created.error();
+    event = *created;
   }
 
   auto device = context_.allocate(layout_.total);
@@ -147,6 +154,9 @@ CopyEngine::~CopyEngine() {
         if (event) note(context_.destroy_event(event));
       }
     }
+  }
+  for (GpuEvent event : pieces_) {
+    if (event) note(context_.destroy_event(event));
   }
   for (GpuStream stream : {uploads_, kernels_, transfers_}) {
     if (stream) note(context_.destroy_stream(stream));

@@ -315,12 +315,27 @@ Result<void> CopyEngine::start_transfer(Lane& lane, size_t first, std::span<cons
   uint8_t* to = lane.buffer.data();
   while (!pages.empty()) {
     const Run run = first_run(pages);
-    if (auto r = context_.copy_to_host(to, pages[0].address, run.bytes, transfers_); !r) return r;
+    for (uint64_t done = 0; done < run.bytes;) {
+      const uint64_t bytes = std::min<uint64_t>(run.bytes - done, options_.piece_bytes);
+      if (auto r = transfer_piece(to + done, pages[0].address + done, bytes); !r) return r;
+      done += bytes;
+    }
     memset(to + run.bytes, 0, run.pages * kPageBytes - run.bytes);
     to += run.pages * kPageBytes;
     pages = pages.subspan(run.pages);
   }
   return context_.record(lane.done, transfers_);
+}
+
+Result<void> CopyEngine::transfer_piece(uint8_t* to, uint64_t from, uint64_t bytes) {
+  if (queued_ + bytes > options_.piece_bytes) {
+    if (auto r = context_.record(pieces_[piece_], transfers_); !r) return r;
+    piece_ = (piece_ + 1) % pieces_.size();
+    if (auto r = context_.synchronize(pieces_[piece_]); !r) return r;
+    queued_ = 0;
+  }
+  queued_ += bytes;
+  return context_.copy_to_host(to, from, bytes, transfers_);
 }
 
 Result<void> CopyEngine::transfer(const PinnedPool::Buffer& buffer,

@@ -29,6 +29,10 @@ constexpr auto kLeaveTimeout = milliseconds(1000);
 constexpr auto kPollInterval = std::chrono::microseconds(200);
 constexpr int kParkedLooks = 20;
 constexpr int kLatePasses = 4;
+// So often a thread that would pass is met before it is stopped: most are starting another.
+constexpr unsigned kPatientLooks = 3;
+// What it takes to stop a thread.
+constexpr auto kLeastStop = milliseconds(5);
 
 uint64_t load(const __u64& value) {
   return __atomic_load_n(&value, __ATOMIC_ACQUIRE);
@@ -184,9 +188,7 @@ void Gate::shut() {
   phos_gate& g = agent_.gate();
   if (!closed_once_) arrived_before_ = load(g.arrived);
   closed_once_ = true;
-  passed_before_ = program_->passed();
-  auto missed = program_->missed_runs();
-  missed_before_ = missed ? *missed : 0;
+  forget_passed();
   g.lease_ms = static_cast<uint32_t>(std::clamp<int64_t>(options_.lease.count(), 1, UINT_MAX));
   uint32_t now = word();
   uint32_t closed;
@@ -195,6 +197,21 @@ void Gate::shut() {
   } while (!__atomic_compare_exchange_n(&g.word, &now, closed, false, __ATOMIC_ACQ_REL,
                                         __ATOMIC_ACQUIRE));
   program_->set_closed(true);
+}
+
+void Gate::forget_passed() {
+  passed_before_ = program_->passed();
+  auto missed = program_->missed_runs();
+  missed_before_ = missed ? *missed : 0;
+}
+
+// Stops threads that would pass. If any has been, the caller must look at all threads again: calls
+// that have passed until now no longer count. Who made them is inside, or outside for good.
+bool Gate::hold_passing(const std::vector<ThreadInfo>& threads, steady_clock::time_point deadline) {
+  deadline = std::max(deadline, steady_clock::now() + kLeastStop);
+  if (threads.empty() || !held_threads_.hold(pid_, threads, deadline)) return false;
+  forget_passed();
+  return true;
 }
 
 // Between states, and starts the lease anew.
@@ -250,7 +267,8 @@ Result<GateStatus> Gate::status() {
   auto threads = list_threads(pid_);
   if (!threads) return threads.error();
   for (const ThreadInfo& t : *threads) {
-    if (signal_ && !may_pass(t) && blocks(t, signal_) && !is_parked(t)) {
+    if (signal_ && !may_pass(t) && blocks(t, signal_) && !held_threads_.contains(t) &&
+        !is_parked(t)) {
       s.blocked_threads.push_back(t.tid);
     }
   }
@@ -291,6 +309,7 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
   if (!agent_code) return agent_code.error();
   const CallCode code = {text_, *agent_code, offsets_};
   std::set<std::pair<int, uint64_t>> shown;
+  unsigned looks = 0;
   for (int late = 0;;) {
     auto threads = list_threads(pid_);
     if (!threads) return threads.error();
@@ -298,20 +317,26 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
     if (!view) return view.error();
     std::string why;
     size_t added = 0;
+    std::vector<ThreadInfo> passing;
     for (const ThreadInfo& t : *threads) {
       const std::pair<int, uint64_t> key(t.tid, t.start_time);
       if (may_pass(t) || shown.contains(key)) continue;
       const ThreadPlace place = locate_thread(*view, t, code, agent_.gate_address());
       const std::string name = "thread " + std::to_string(t.tid) + " (" + t.comm + ") ";
-      if (place == ThreadPlace::kOutside && blocks(t, signal_)) {
+      if (place == ThreadPlace::kOutside && blocks(t, signal_) && !held_threads_.contains(t)) {
         // For good, or while it starts a thread or is being started.
         why = name + "has signal " + std::to_string(signal_) + " blocked and would pass the gate";
+        passing.push_back(t);
       } else if (place == ThreadPlace::kParked || place == ThreadPlace::kOutside) {
         shown.insert(key);
         added++;
       } else {
         why = name + "is " + describe(place);
       }
+    }
+    if (++looks > kPatientLooks && hold_passing(passing, deadline)) {
+      shown.clear();
+      continue;
     }
     // Once more after the last was shown: it may have started another.
     Result<void> counters = check_counters();
@@ -328,6 +353,8 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
 Result<void> Gate::disarm() {
   unclean_ |= static_cast<bool>(link_);
   link_.reset();
+  // Who comes to libcuda from now on waits for the driver's lock, if it is held, as all others do.
+  held_threads_.let_go();
   if (!unclean_) return {};
   if (auto r = text_.wait_clean(own_offsets_); !r) return r;
   unclean_ = false;
@@ -336,6 +363,7 @@ Result<void> Gate::disarm() {
 
 Result<void> Gate::release() {
   if (program_) program_->set_closed(false);
+  held_threads_.let_go();
   phos_gate& g = agent_.gate();
   uint32_t now = word();
   while (!__atomic_compare_exchange_n(&g.word, &now,

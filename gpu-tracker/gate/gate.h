@@ -13,6 +13,8 @@
 // What it guarantees while it is closed (ungated() and check_quiet() say what it cannot):
 //  - a thread that calls an exported function parks there, holds no lock of libcuda, and has done
 //    nothing yet; or it has the signal blocked, passes, and is counted for good;
+//  - a thread that has the signal blocked and waits for some event is kept stopped (held_threads.h)
+//    from when one of the checks has met it until the gate opens or loses its probes;
 //  - threads started meanwhile park as well; a forked child is not concerned;
 //  - it opens by itself if nobody renews the lease (phosd died), unless it is held.
 // What it does not see: the functions behind cuGetExportTable, which libcudart calls too. A thread
@@ -37,6 +39,7 @@
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/gate/call_bodies.h"
+#include "gpu-tracker/gate/held_threads.h"
 #include "gpu-tracker/gate/threads.h"
 #include "gpu-tracker/inject/agent.h"
 #include "gpu-tracker/track/library_text.h"
@@ -67,7 +70,7 @@ struct GateStatus {
   uint64_t sent = 0;                 // signals; as many as `arrived` once every thread has parked
   uint64_t arrived = 0;              // since close()
   uint64_t passed = 0;               // calls of threads that could not be parked
-  std::vector<int> blocked_threads;  // have the signal blocked: they would pass
+  std::vector<int> blocked_threads;  // have the signal blocked and are not stopped: they would pass
 };
 
 // Not thread-safe. Errors name the process; ESRCH: it has ended, and then nothing is left to undo.
@@ -153,6 +156,9 @@ class Gate {
   Result<void> show_outside(const CallBodies& bodies, bool may_block,
                             std::chrono::milliseconds timeout);
   Result<void> check_calls();
+  void forget_passed();
+  bool hold_passing(const std::vector<ThreadInfo>& threads,
+                    std::chrono::steady_clock::time_point deadline);
   Result<void> check_counters();
   Result<void> wait_left();
 
@@ -168,7 +174,8 @@ class Gate {
   UniqueFd link_;
   // Of them, those where there was no breakpoint of somebody else's (the tracker's) before.
   std::vector<uint64_t> own_offsets_;
-  CallBodies bodies_;                               // with kFrees
+  CallBodies bodies_;  // with kFrees
+  HeldThreads held_threads_;
   uint64_t arrived_before_ = 0;                     // when the gate closed for the first time
   uint64_t passed_before_ = 0, missed_before_ = 0;  // when it closed the last time
   bool closed_once_ = false;

@@ -40,12 +40,15 @@ Result<void> Gate::show_outside(const CallBodies& bodies, bool may_block, millis
     if (!threads) return threads.error();
     std::string why;
     size_t added = 0;
+    std::vector<ThreadInfo> passing;
     auto judge = [&](const ThreadInfo& t, ThreadPlace place) {
       const std::string name = "thread " + std::to_string(t.tid) + " (" + t.comm + ") ";
-      const bool would_pass = !may_block && !may_pass(t) && blocks(t, signal_);
+      const bool would_pass =
+          !may_block && !may_pass(t) && blocks(t, signal_) && !held_threads_.contains(t);
       if (place == ThreadPlace::kOutside && would_pass) {
         // For good, or while it starts a thread or is being started.
         why = name + "has signal " + std::to_string(signal_) + " blocked and would pass the gate";
+        passing.push_back(t);
       } else if (place == ThreadPlace::kParked || place == ThreadPlace::kOutside) {
         shown.insert({t.tid, t.start_time});
         added++;
@@ -69,6 +72,10 @@ Result<void> Gate::show_outside(const CallBodies& bodies, bool may_block, millis
       const auto places =
           reader->stop_and_look(running, std::max(deadline, steady_clock::now() + kLeastStop));
       for (size_t i = 0; i < running.size(); i++) judge(running[i], places[i]);
+    }
+    if (looks > kPatientLooks && hold_passing(passing, deadline)) {
+      shown.clear();
+      continue;
     }
     // Once more after the last was shown: it may have started another.
     if (why.empty() && added == 0) return {};

@@ -60,13 +60,14 @@ std::optional<uint64_t> count_switches(int pid, int tid) {
 }
 
 bool parse_sleep(Asleep* s) {
-  unsigned long long first = 0, fifth = 0, sp = 0, pc = 0;
+  unsigned long long first = 0, second = 0, fifth = 0, sp = 0, pc = 0;
   if (sscanf(s->line.c_str(), "-1 %llx %llx", &sp, &pc) != 2) {
-    if (sscanf(s->line.c_str(), "%ld %llx %*x %*x %*x %llx %*x %llx %llx", &s->number, &first,
-               &fifth, &sp, &pc) != 5) {
+    if (sscanf(s->line.c_str(), "%ld %llx %llx %*x %*x %llx %*x %llx %llx", &s->number, &first,
+               &second, &fifth, &sp, &pc) != 6) {
       return false;  // "running"
     }
     s->first_argument = first;
+    s->second_argument = second;
     s->fifth_argument = fifth;
   }
   s->sp = sp;

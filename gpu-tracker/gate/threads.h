@@ -46,7 +46,7 @@ bool is_own_stack(int pid, int tid, uint64_t end, const ProcMapping& mapping);
 // Where a thread sleeps, in the kernel, and what tells whether it has slept on.
 struct Asleep {
   long number = -1;  // of the system call; -1: none, a page fault for instance
-  uint64_t first_argument = 0, fifth_argument = 0, sp = 0, pc = 0;
+  uint64_t first_argument = 0, second_argument = 0, fifth_argument = 0, sp = 0, pc = 0;
   std::string line;  // of /proc/PID/task/TID/syscall
   uint64_t switches = 0;
 };

@@ -259,13 +259,26 @@ TEST_F(FreesTest, ThreadOnAnotherStackIsNotShown) {
 
 TEST_F(FreesTest, ThreadThatWouldPassIsAnObstacle) {
   const auto memory = exportable();
-  ASSERT_EQ(target_.ask("start-blocked"), "ok");
+  ASSERT_EQ(target_.ask("start-blocked spin"), "ok");
   ASSERT_NO_FATAL_FAILURE(start_guard());
   const auto exports = export_guarded(memory);
   EXPECT_TRUE(std::all_of(exports.begin(), exports.end(), [](const AgentExport& e) {
     return e.status == ExportStatus::kUnguarded;
   }));
   EXPECT_NE(guard_->obstacle().find("blocked"), std::string::npos) << guard_->obstacle();
+  ASSERT_NO_FATAL_FAILURE(finish_guard());
+  expect_works();
+}
+
+TEST_F(FreesTest, ThreadThatWouldPassIsKeptStoppedWhileItWaits) {
+  const auto memory = exportable();
+  ASSERT_EQ(target_.ask("start-blocked seldom"), "ok");
+  ASSERT_NO_FATAL_FAILURE(start_guard());
+  const auto exports = export_guarded(memory);
+  EXPECT_TRUE(std::none_of(exports.begin(), exports.end(), [](const AgentExport& e) {
+    return e.status == ExportStatus::kUnguarded;
+  })) << guard_->obstacle();
+  EXPECT_GT(calls_in(milliseconds(100)), 0u);
   ASSERT_NO_FATAL_FAILURE(finish_guard());
   expect_works();
 }

@@ -12,10 +12,12 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <iostream>
 #include <map>
+#include <mutex>
 #include <sstream>
 #include <thread>
 #include <vector>
@@ -37,6 +39,8 @@ std::atomic<uint64_t> g_calls{0}, g_failures{0};
 std::atomic<uint64_t> g_foreign{0};
 std::atomic<uint64_t> g_slowest_us{0};  // call that frees
 std::deque<std::thread> g_threads;
+std::mutex g_never;
+std::condition_variable g_nothing;
 std::atomic<pid_t> g_freeing{0};  // the thread of "free"
 std::atomic<bool> g_handling{false};
 uint64_t g_handler_ms;
@@ -99,6 +103,11 @@ void run_thread(const std::string& what, unsigned number) {
       if (!r && (base != g_memory || size != kBytes)) r = CUDA_ERROR_UNKNOWN;
     } else if (what == "registers") {
       if (!registers_survive_call()) g_failures++;
+    } else if (what == "seldom") {  // waits for a condition that nobody makes true
+      std::unique_lock<std::mutex> lock(g_never);
+      g_nothing.wait_for(lock, std::chrono::milliseconds(1));
+      lock.unlock();
+      r = churn();
     } else if (what == "name") {  // takes no lock of the driver's, before its checkpoint or after
       const char* name;
       r = cuGetErrorName(CUDA_SUCCESS, &name);
@@ -118,12 +127,14 @@ CUresult start_threads(Arguments& in, Reply&) {
   return CUDA_SUCCESS;
 }
 
-// start-blocked: a thread that has every signal blocked
-CUresult start_blocked(Arguments&, Reply&) {
+// start-blocked WHAT: a thread that has every signal blocked
+CUresult start_blocked(Arguments& in, Reply&) {
+  std::string what;
+  in >> what;
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  g_threads.emplace_back(run_thread, "memset", static_cast<unsigned>(g_threads.size()));
+  g_threads.emplace_back(run_thread, what, static_cast<unsigned>(g_threads.size()));
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return CUDA_SUCCESS;
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // usage: copy_bench [--mib N] [--rounds N] [--pool-mib N] [--slots N] [--slowdown SHARE]
-// [--load NAMES] [--no-load] [--hash-batch PAGES] [--buffer-mib N] [--serve]
+// [--load NAMES] [--no-load] [--hash-batch PAGES] [--buffer-mib N] [--piece-kib N]
+// [--pieces N] [--serve]
 //
 // How fast the copy engine is on the first GPU, against what the hardware can do: prints JSON. The
 // kinds of run take turns, so that clocks and neighbours are the same for all:
@@ -56,6 +57,8 @@ struct Options {
   int rounds = 7;
   uint64_t pool_mib = 8192;
   unsigned slots = CopyEngineOptions().slots;
+  uint32_t piece_kib = CopyEngineOptions().piece_bytes >> 10;
+  unsigned pieces = CopyEngineOptions().pieces;
   double slowdown = 0.03;
   uint32_t hash_batch = CopyEngineOptions().hash_batch_pages;
   bool serve = false;
@@ -116,6 +119,8 @@ class Bench {
     CopyEngineOptions options;
     options.slots = options_.slots;
     options.hash_batch_pages = options_.hash_batch;
+    options.piece_bytes = options_.piece_kib << 10;
+    options.pieces = options_.pieces;
     const auto begin = Clock::now();
     engine_ = need(CopyEngine::create(*context_, pool, key_, options));
     engine_seconds_ = seconds_since(begin);
@@ -479,6 +484,10 @@ Options parse(int argc, char** argv) {
       o.pool_mib = static_cast<uint64_t>(value);
     } else if (name == "--slots") {
       o.slots = static_cast<unsigned>(value);
+    } else if (name == "--piece-kib") {
+      o.piece_kib = static_cast<uint32_t>(value);
+    } else if (name == "--pieces") {
+      o.pieces = static_cast<unsigned>(value);
     } else if (name == "--buffer-mib") {
       o.buffer_mib = static_cast<uint64_t>(value);
     } else if (name == "--hash-batch") {
@@ -489,7 +498,7 @@ Options parse(int argc, char** argv) {
       die("unknown option " + name);
     }
   }
-  if (!o.mib || o.mib % 32 || o.rounds < 1 || !o.slots)
+  if (!o.mib || o.mib % 32 || o.rounds < 1 || !o.slots || !o.pieces)
     die("sizes must be multiples of 32 MiB, counts positive");
   return o;
 }

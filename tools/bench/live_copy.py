@@ -167,6 +167,11 @@ def pre_dumps(bench, pid, seconds):
     return copied
 
 
+def nothing(seconds):
+    time.sleep(seconds)
+    return 0
+
+
 def compare(work, runs, seconds, busy, what):
     """Percent that the workload loses while `busy` copies; in turns with windows as long without."""
     pairs = []
@@ -188,6 +193,7 @@ def slowdown(bench, name, args, runs):
     what = ' '.join([name, *args])
     with Workload(bench.directory, name, *args) as work:
         with Engine(bench) as engine:
+            compare(work, runs, bench.options.window, nothing, f'{what}, nothing (noise)')
             engine.copy(0.5)
             compare(work, runs, bench.options.window, engine.copy, f'{what}, engine')
         if bench.options.whole:
