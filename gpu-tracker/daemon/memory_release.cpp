@@ -53,12 +53,15 @@ MemoryRelease::MemoryRelease(int pid, std::shared_ptr<Agent> agent)
   if (auto start = read_start_time(pid)) start_time_ = *start;
 }
 
-Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared_ptr<Agent> agent) {
+Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared_ptr<Agent> agent,
+                                                            const GatePins& pins) {
   std::unique_ptr<MemoryRelease> made(new MemoryRelease(pid, std::move(agent)));
   auto released = made->agent_->released();
   if (!released) return released.error();
   if (any_away(*released)) return process_error(pid, EBUSY, "its memory is away already");
-  auto gate = Gate::close(pid, *made->agent_, {kLease});
+  auto pin = pins.place_for(pid);
+  if (!pin) return pin.error();
+  auto gate = Gate::close(pid, *made->agent_, {kLease, GatedFunctions::kAll, *pin});
   if (!gate) return gate.error();
   made->gate_ = std::move(*gate);
   made->take_out_ = made->agent_->was_loaded();
@@ -70,7 +73,8 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared
   return made;
 }
 
-Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_tid) {
+Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_tid,
+                                                           const GatePins& pins) {
   auto agent = Agent::find(pid, restore_tid);
   if (!agent) return agent.error();
   if (!*agent) return std::unique_ptr<MemoryRelease>();
@@ -80,7 +84,7 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_
   if (!released) return released.error();
   found->away_ = any_away(*released);
   if (!found->away_ && !found->agent_->gate().signal) return std::unique_ptr<MemoryRelease>();
-  auto gate = Gate::adopt(pid, *found->agent_);
+  auto gate = Gate::adopt(pid, *found->agent_, pins.find(pid));
   if (!gate) return gate.error();
   found->gate_ = std::move(*gate);
   return found;
@@ -118,6 +122,11 @@ void MemoryRelease::end_lease() {
 Result<void> MemoryRelease::check_quiet() {
   std::lock_guard<std::mutex> hold(gate_mutex_);
   if (auto r = gate_->check_quiet(); !r) return r;
+  if (gate_->stops_threads()) {
+    return process_error(pid_, EBUSY,
+                         "a thread of it has the gate's signal blocked, and would go on into the "
+                         "driver if phosd were killed");
+  }
   // A thread that is freeing memory which the agent stands in for is parked in the middle of that.
   auto standing_in = agent_->contents_loaded();
   if (standing_in) return {};

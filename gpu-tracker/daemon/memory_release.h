@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/daemon/gate_pins.h"
 #include "gpu-tracker/daemon/memory_loader.h"
 #include "gpu-tracker/gate/gate.h"
 #include "gpu-tracker/image/chain.h"
@@ -39,12 +40,15 @@ struct BroughtBack {
 class MemoryRelease {
  public:
   // Parks the threads of process `pid`, in which `agent` is, as they come to libcuda. An error: it
-  // cannot be, and the process is as it was. Keeps the gate's lease until hold().
-  static Result<std::unique_ptr<MemoryRelease>> close(int pid, std::shared_ptr<Agent> agent);
+  // cannot be, and the process is as it was. Keeps the gate's lease until hold(). `pins`: where the
+  // gate is kept closed from then on, should this process be killed.
+  static Result<std::unique_ptr<MemoryRelease>> close(int pid, std::shared_ptr<Agent> agent,
+                                                      const GatePins& pins);
 
   // A process in which an earlier phosd, or the phosd that dumped it, has left its memory away or
   // its gate closed. Null: neither. `pid` may be frozen, if its agent's thread can run.
-  static Result<std::unique_ptr<MemoryRelease>> find(int pid, int restore_tid);
+  static Result<std::unique_ptr<MemoryRelease>> find(int pid, int restore_tid,
+                                                     const GatePins& pins);
 
   // Opens the gate if no memory is away.
   ~MemoryRelease();
@@ -52,6 +56,7 @@ class MemoryRelease {
   MemoryRelease& operator=(const MemoryRelease&) = delete;
 
   // With the driver's lock held, the second time since close(). EAGAIN: unlock, and try again.
+  // EBUSY: a thread that has the gate's signal blocked would go on if this process were killed.
   Result<void> check_quiet();
   // No thread goes on any more until open(). ETIMEDOUT: some have, meanwhile.
   Result<void> hold();

@@ -70,11 +70,11 @@ void Session::close_gates(const std::vector<int>& pids) {
   std::map<int, std::future<Result<std::unique_ptr<MemoryRelease>>>> under_way;
   for (int pid : releasable) {
     const Held& held = held_.at(pid);
-    under_way[pid] = std::async(
-        std::launch::async, [pid, agent = held.copy->agent(), session_log = SessionLog::current()] {
-          SessionLog::Scope scope(session_log);
-          return MemoryRelease::close(pid, agent);
-        });
+    under_way[pid] = std::async(std::launch::async, [this, pid, agent = held.copy->agent(),
+                                                     session_log = SessionLog::current()] {
+      SessionLog::Scope scope(session_log);
+      return MemoryRelease::close(pid, agent, pins_);
+    });
   }
   for (auto& [pid, closing] : under_way) {
     Held& held = held_.at(pid);
@@ -318,7 +318,7 @@ bool Session::note_released(int pid, Held* held, const std::vector<AgentRelease>
 // The driver has restored the process, and unlocked it. Its threads stay parked until it runs.
 Result<void> Session::bring_memory_back(int pid, Held* held) {
   if (!held->release && held->taken_over) {
-    auto found = MemoryRelease::find(pid, held->restore_tid);
+    auto found = MemoryRelease::find(pid, held->restore_tid, pins_);
     if (!found) return found.error();
     held->release = std::move(*found);
   }
@@ -370,7 +370,7 @@ Result<void> Session::restore_memory(int pid, const ProcessImage& image) {
   if (!start_time) return start_time.error();
   auto lock = ProcessLock::take(lock_dir_, pid, *start_time);
   if (!lock) return lock.error();
-  auto release = MemoryRelease::find(pid, *tid);
+  auto release = MemoryRelease::find(pid, *tid, pins_);
   if (!release) return release.error();
   if (!*release) {
     return Error(Domain::kFormat, ENOENT,

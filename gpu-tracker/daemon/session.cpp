@@ -28,7 +28,10 @@ constexpr std::chrono::milliseconds kTakeOverTime{10000};
 }  // namespace
 
 Session::Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines)
-    : driver_(driver), lock_dir_(std::move(lock_dir)), engines_(engines) {}
+    : driver_(driver),
+      lock_dir_(std::move(lock_dir)),
+      pins_(lock_dir_ + "/.."),
+      engines_(engines) {}
 
 Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage) {
   image_dir_ = std::move(image_dir);

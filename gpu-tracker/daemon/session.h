@@ -18,6 +18,7 @@
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/daemon/gate_pins.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
 #include "gpu-tracker/daemon/live_copy.h"
 #include "gpu-tracker/daemon/memory_loader.h"
@@ -51,7 +52,8 @@ using CopyProgress = std::function<bool(int pid, unsigned number, const RoundRep
 // block in the driver for as long as the target does not answer.
 class Session {
  public:
-  // All outlive the session. `lock_dir`: where one lock file a process keeps two dumps apart.
+  // All outlive the session. `lock_dir`: where one lock file a process keeps two dumps apart; in
+  // phosd's run directory.
   // `engines`: null if GPU memory is left to the driver.
   Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines = nullptr);
 
@@ -219,6 +221,7 @@ class Session {
 
   GpuDriver& driver_;
   const std::string lock_dir_;
+  const GatePins pins_;
   GpuEngines* const engines_;
   UniqueFd image_dir_;
   Group held_;

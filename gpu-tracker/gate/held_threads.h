@@ -31,6 +31,7 @@ class HeldThreads {
             std::chrono::steady_clock::time_point deadline);
   bool contains(const ThreadInfo& thread) const;
   void let_go();
+  bool empty() const { return held_.empty(); }
 
  private:
   std::vector<std::jthread> tracers_;
