@@ -241,7 +241,7 @@ Result<void> Session::lock(unsigned timeout_ms) {
   const auto deadline = steady_clock::now() + milliseconds(timeout_ms);
   for (int pid : wanted) {
     Held& held = held_.at(pid);
-    auto noted = held.lock.note(held.found, image_dir_.get());
+    auto noted = held.lock.note(held.found, image_dir_.get(), format_dump_id(dump_id_));
     held.noted = noted.ok();
     if (!noted) log(LogLevel::kWarn, "daemon", "%s", noted.error().message().c_str());
   }

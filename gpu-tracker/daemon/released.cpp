@@ -326,6 +326,9 @@ Result<void> Session::bring_memory_back(int pid, Held* held) {
   if (!held->loader) {
     auto status = read_proc_status(pid);
     if (!status) return status.error();
+    if (auto r = open_noted_dir(); !r) {
+      return r.error().wrap("the GPU memory of " + process(pid) + " is away");
+    }
     auto image = read_process_image(image_dir_.get(), status->vpid);
     if (!image) return image.error().wrap("the GPU memory of " + process(pid) + " is away");
     if (auto r = open_saved(held, *image); !r) return r;

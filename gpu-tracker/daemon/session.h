@@ -66,6 +66,8 @@ class Session {
 
   // A dump into `image_dir` whose phosd died; to be followed by undo() of what it held.
   void begin_take_over(UniqueFd image_dir) { image_dir_ = std::move(image_dir); }
+  // The same; the directory is opened by its path when it is needed.
+  void begin_take_over(const std::string& image_dir) { noted_dir_ = image_dir; }
   // Holds a process that a phosd which died has left; recover() brings it back, if it has not
   // ended. EBUSY: somebody else does.
   Result<void> take_over(const LeftProcess& left);
@@ -216,6 +218,9 @@ class Session {
   Result<void> undo_one(int pid, Held* held);
   bool needs_images() const;  // to bring a process back
   void remove_unfinished_images();
+  void note_went_on(int pid);
+  void remove_left_images();
+  Result<void> open_noted_dir();
   // True when done with it.
   bool recover_one(int pid, Held* held);
 
@@ -224,6 +229,10 @@ class Session {
   const GatePins pins_;
   GpuEngines* const engines_;
   UniqueFd image_dir_;
+  std::string noted_dir_;  // not opened yet
+  std::string left_dump_;  // of a phosd that died; nothing of it is restored by it
+  bool failed_ = false;    // as finish() was told
+  bool went_on_ = false;   // a process that was taken over runs again
   Group held_;
   std::vector<int> inspected_;  // whose trees are dumped
   DumpId dump_id_{};

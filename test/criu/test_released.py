@@ -453,6 +453,8 @@ class KilledAt(ReleasedTest):
         # With --leave-running the images are complete, whoever brings the process back.
         self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
         self.assert_left_alone(target)
+        if not args:
+            self.wait_no_phos_images()
 
     def test_images_removed_while_memory_is_away(self):
         target, criu = self.dump_until('checkpoint')
@@ -460,6 +462,11 @@ class KilledAt(ReleasedTest):
             os.unlink(os.path.join(self.images, name))
         self.kill_criu(criu)
         self.assert_left_alone(target)
+
+    def wait_no_phos_images(self):
+        """They go once the process is left."""
+        wait_until(lambda: not any(n.startswith('phos-') for n in os.listdir(self.images)),
+                   'the images of the failed dump to be gone')
 
     def both_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)
@@ -470,6 +477,8 @@ class KilledAt(ReleasedTest):
         # Any command will do.
         self.ok('daemon', 'status')
         self.assert_left_alone(target)
+        if not args:
+            self.wait_no_phos_images()
 
     def target_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)
