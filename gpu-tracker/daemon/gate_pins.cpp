@@ -71,7 +71,7 @@ std::string GatePins::find(int pid) const {
   auto start_time = read_start_time(pid);
   if (!start_time) return "";
   for (const std::string& directory : directories_) {
-    const std::string path = directory + "/" + name_of(pid, *start_time);
+    std::string path = directory + "/" + name_of(pid, *start_time);
     // Only root can have made a file there: its directory is nobody else's (make_run_dir).
     if (is_bpffs(directory) && make_run_dir(directory) && access(path.c_str(), F_OK) == 0) {
       return path;

@@ -98,6 +98,7 @@ Result<std::unique_ptr<GateProgram>> GateProgram::adopt(pid_t pid, int link_fd) 
   std::unique_ptr<GateProgram> p(new GateProgram);
   p->pid_ = pid;
   p->program_fd_ = program.get();
+  p->adopted_.reserve(1 + maps.size());
   p->adopted_.push_back(std::move(program));
   for (size_t i = 0; i < std::min<size_t>(info.nr_map_ids, maps.size()); i++) {
     UniqueFd map(bpf_map_get_fd_by_id(maps[i]));
