@@ -54,6 +54,8 @@ struct phos_gate_state {
   __u32 padding;
   __u64 sent;   /* signals */
   __u64 passed; /* calls of threads that could not be stopped: the signal blocked, or not sent */
+  /* Of phos_gate.arrived, as `sent` began: for the phosd that takes over. BPF leaves it alone. */
+  __u64 arrived_before;
 };
 
 #ifndef __bpf__
@@ -63,7 +65,7 @@ struct phos_gate_state {
 #define PHOS_GATE_ASSERT _Static_assert
 #endif
 PHOS_GATE_ASSERT(sizeof(struct phos_gate) == 32, "shared with the agent");
-PHOS_GATE_ASSERT(sizeof(struct phos_gate_state) == 32, "shared with BPF");
+PHOS_GATE_ASSERT(sizeof(struct phos_gate_state) == 40, "shared with BPF");
 #undef PHOS_GATE_ASSERT
 #endif
 

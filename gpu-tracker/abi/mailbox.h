@@ -218,7 +218,9 @@ struct phos_mailbox {
    * All zeros: nothing has been.
    */
   uint8_t released_by[16];
-  uint8_t reserved[3904];
+  /* Written by phosd: the agent was to leave, and could not yet; whoever finds it may make it. */
+  uint32_t leaving;
+  uint8_t reserved[3900];
   struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];

@@ -332,8 +332,7 @@ void bring_back_left(Node& node, const LeftProcess& left) {
     }
     if (!is_still_left(node, left)) return;
     Session session(**driver, lock_dir(node), *engines);
-    session.begin_take_over(
-        UniqueFd(open(left.image_dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)));
+    session.begin_take_over(left.image_dir);
     auto taken = session.take_over(left);
     if (taken) session.recover();
   });

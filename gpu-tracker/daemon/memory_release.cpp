@@ -23,6 +23,7 @@ using std::chrono::steady_clock;
 constexpr milliseconds kLease{10000}, kRenewal{2000};
 // The driver frees and maps tens of gigabytes in milliseconds, in hundreds of pieces in tens.
 constexpr milliseconds kMoveTimeout{60000};
+constexpr milliseconds kLeaveTime{1000};
 
 std::string name_of(const AgentAllocation& a) {
   char text[80];
@@ -53,13 +54,16 @@ MemoryRelease::MemoryRelease(int pid, std::shared_ptr<Agent> agent)
   if (auto start = read_start_time(pid)) start_time_ = *start;
 }
 
-Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared_ptr<Agent> agent) {
+Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared_ptr<Agent> agent,
+                                                            const GatePins& pins) {
   std::unique_ptr<MemoryRelease> made(new MemoryRelease(pid, std::move(agent)));
   auto released = made->agent_->released();
   if (!released) return released.error();
   if (any_away(*released)) return process_error(pid, EBUSY, "its memory is away already");
   if (auto r = check_probes_removable(pid); !r) return r.error();
-  auto gate = Gate::close(pid, *made->agent_, {kLease});
+  auto pin = pins.place_for(pid);
+  if (!pin) return pin.error();
+  auto gate = Gate::close(pid, *made->agent_, {kLease, GatedFunctions::kAll, *pin});
   if (!gate) return gate.error();
   made->gate_ = std::move(*gate);
   made->take_out_ = made->agent_->was_loaded();
@@ -71,7 +75,8 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared
   return made;
 }
 
-Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_tid) {
+Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_tid,
+                                                           const GatePins& pins) {
   auto agent = Agent::find(pid, restore_tid);
   if (!agent) return agent.error();
   if (!*agent) return std::unique_ptr<MemoryRelease>();
@@ -81,7 +86,7 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_
   if (!released) return released.error();
   found->away_ = any_away(*released);
   if (!found->away_ && !found->agent_->gate().signal) return std::unique_ptr<MemoryRelease>();
-  auto gate = Gate::adopt(pid, *found->agent_);
+  auto gate = Gate::adopt(pid, *found->agent_, pins.find(pid));
   if (!gate) return gate.error();
   found->gate_ = std::move(*gate);
   return found;
@@ -266,15 +271,32 @@ Result<void> MemoryRelease::open() {
   if (away_) return process_error(pid_, EBUSY, "its memory is away");
   end_lease();
   if (auto r = gate_->open(); !r) return r;
+  leave_no_trace();
   gate_.reset();
   open_ = true;
   let_agent_leave(pid_, &agent_, take_out_);
   return {};
 }
 
+// Threads have just been let go, and each needs a processor to get out of the handler.
+void MemoryRelease::leave_no_trace() {
+  const auto deadline = steady_clock::now() + kLeaveTime;
+  for (;;) {
+    auto left = gate_->leave_no_trace();
+    if (left) return;
+    if (left.error().code() == EAGAIN && steady_clock::now() < deadline) continue;
+    log(LogLevel::kDebug, "daemon", "%s; phos's agent sleeps on in it until the next dump",
+        left.error().message().c_str());
+    return;
+  }
+}
+
+// Without its thread the library could not be taken out any more, if one may still be in there.
 void let_agent_leave(int pid, std::shared_ptr<Agent>* agent, bool take_out) {
   const bool last = *agent && agent->use_count() == 1 && take_out;
-  auto left = last ? (*agent)->unload() : Result<void>();
+  Result<void> left;
+  if (last && !(*agent)->gate_was_used()) left = (*agent)->unload();
+  if (last) (void)(*agent)->detach(true).ok();
   agent->reset();
   if (left || left.error().code() == EBUSY || left.error().code() == ESRCH) return;
   log(LogLevel::kWarn, "daemon", "%s: phos's agent sleeps on in it: %s", process(pid).c_str(),

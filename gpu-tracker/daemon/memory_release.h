@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/daemon/gate_pins.h"
 #include "gpu-tracker/daemon/memory_loader.h"
 #include "gpu-tracker/gate/gate.h"
 #include "gpu-tracker/image/chain.h"
@@ -41,12 +42,15 @@ struct BroughtBack {
 class MemoryRelease {
  public:
   // Parks the threads of process `pid`, in which `agent` is, as they come to libcuda. An error: it
-  // cannot be, and the process is as it was. Keeps the gate's lease until hold().
-  static Result<std::unique_ptr<MemoryRelease>> close(int pid, std::shared_ptr<Agent> agent);
+  // cannot be, and the process is as it was. Keeps the gate's lease until hold(). `pins`: where the
+  // gate is kept closed from then on, should this process be killed.
+  static Result<std::unique_ptr<MemoryRelease>> close(int pid, std::shared_ptr<Agent> agent,
+                                                      const GatePins& pins);
 
   // A process in which an earlier phosd, or the phosd that dumped it, has left its memory away or
   // its gate closed. Null: neither. `pid` may be frozen, if its agent's thread can run.
-  static Result<std::unique_ptr<MemoryRelease>> find(int pid, int restore_tid);
+  static Result<std::unique_ptr<MemoryRelease>> find(int pid, int restore_tid,
+                                                     const GatePins& pins);
 
   // Opens the gate if no memory is away.
   ~MemoryRelease();
@@ -88,6 +92,7 @@ class MemoryRelease {
 
   void keep_lease(const std::stop_token& stop);
   void end_lease();
+  void leave_no_trace();
   Result<std::vector<MemoryToLoad>> plan(const PageChain& chain,
                                          const std::vector<ReleasedMemory>& back,
                                          bool all_of_image) const;
@@ -106,7 +111,8 @@ class MemoryRelease {
 };
 
 // Lets go of the agent. The last who has it takes it out of the process if `take_out`, and if it
-// does not stand in for some of its memory; else it sleeps on.
+// does not stand in for some of its memory, and no thread may be in its handler; else it sleeps on
+// for the next dump to take it out.
 void let_agent_leave(int pid, std::shared_ptr<Agent>* agent, bool take_out);
 
 }  // namespace phos

@@ -241,7 +241,7 @@ Result<void> Session::lock(unsigned timeout_ms) {
   const auto deadline = steady_clock::now() + milliseconds(timeout_ms);
   for (int pid : wanted) {
     Held& held = held_.at(pid);
-    auto noted = held.lock.note(held.found, image_dir_.get());
+    auto noted = held.lock.note(held.found, image_dir_.get(), format_dump_id(dump_id_));
     held.noted = noted.ok();
     if (!noted) log(LogLevel::kWarn, "daemon", "%s", noted.error().message().c_str());
   }
@@ -266,6 +266,7 @@ Result<void> Session::lock(unsigned timeout_ms) {
 
 Result<std::vector<FoundProcess>> Session::inspect(int pid) {
   const std::vector<int> tree = with_descendants(pid);
+  inspected_.push_back(pid);
   Group group;
   for (int member : tree) {
     if (held_.count(member) || group.count(member)) continue;

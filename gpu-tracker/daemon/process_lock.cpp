@@ -16,6 +16,11 @@
 #include "gpu-tracker/daemon/messages.h"
 
 namespace phos {
+namespace {
+
+constexpr char kDeleted[] = " (deleted)";  // of the kernel, in links of /proc
+
+}  // namespace
 
 Result<ProcessLock> ProcessLock::take(const std::string& directory, int pid, uint64_t start_time) {
   ProcessLock lock;
@@ -36,18 +41,37 @@ Result<ProcessLock> ProcessLock::take(const std::string& directory, int pid, uin
   return lock;
 }
 
-Result<void> ProcessLock::note(CudaState found, int image_dir) {
+Result<void> ProcessLock::note(CudaState found, int image_dir, const std::string& dump) {
   char path[PATH_MAX];
   const std::string link = "/proc/self/fd/" + std::to_string(image_dir);
   const ssize_t n = readlink(link.c_str(), path, sizeof path);
   if (n < 0) return Error::from_errno(errno, "asking for the path of the image directory");
   const std::string text = std::to_string(static_cast<int>(found)) + "\n" +
-                           std::string(path, static_cast<size_t>(n)) + "\n";
+                           std::string(path, static_cast<size_t>(n)) + "\n" + dump + "\n";
   if (pwrite(fd_.get(), text.data(), text.size(), 0) != static_cast<ssize_t>(text.size()) ||
       ftruncate(fd_.get(), static_cast<off_t>(text.size())) < 0) {
     return Error::from_errno(errno, "writing " + path_);
   }
+  // Removed, or of another mount namespace than ours.
+  const std::string noted(path, static_cast<size_t>(n));
+  struct stat open_one, by_path;
+  auto again = open_noted_directory(noted);
+  if (!again) return again.error();
+  if (fstat(image_dir, &open_one) < 0 || fstat(again->get(), &by_path) < 0 ||
+      open_one.st_dev != by_path.st_dev || open_one.st_ino != by_path.st_ino) {
+    return Error(Domain::kErrno, ENOENT,
+                 "another phosd would not find the image directory: " + noted + " is another one");
+  }
   return {};
+}
+
+Result<UniqueFd> open_noted_directory(const std::string& path) {
+  if (path.ends_with(kDeleted)) {
+    return Error(Domain::kErrno, ENOENT, "the image directory " + path + " has been removed");
+  }
+  UniqueFd fd(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!fd) return Error::from_errno(errno, "opening the image directory " + path);
+  return fd;
 }
 
 std::vector<LeftProcess> read_left_processes(const std::string& directory) {
@@ -64,6 +88,7 @@ std::vector<LeftProcess> read_left_processes(const std::string& directory) {
     p.found = static_cast<CudaState>(found);
     in.ignore();
     if (!std::getline(in, p.image_dir)) continue;
+    std::getline(in, p.dump);
     left.push_back(std::move(p));
   }
   return left;

@@ -19,7 +19,12 @@ struct LeftProcess {
   uint64_t start_time = 0;
   CudaState found = CudaState::kRunning;  // to be brought back to
   std::string image_dir;                  // where its memory is, if it is away; as phosd saw it
+  std::string dump;                       // which was being made there; empty: a restore
 };
+// Opens the directory of images that a phosd which died has noted. Refuses one that was removed:
+// what is there by that name now is another.
+Result<UniqueFd> open_noted_directory(const std::string& path);
+
 // Those with a file in `directory`, held by somebody now or not. Files that say nothing are left
 // out: of those processes nothing had been changed yet.
 std::vector<LeftProcess> read_left_processes(const std::string& directory);
@@ -31,8 +36,9 @@ class ProcessLock {
   static Result<ProcessLock> take(const std::string& directory, int pid, uint64_t start_time);
 
   // From now on the process may be changed: brought back to `found`, with `image_dir` (an open
-  // directory).
-  Result<void> note(CudaState found, int image_dir);
+  // directory). `dump`: which is made there, if one is. ENOENT: noted, but the directory is not to
+  // be found again by its path.
+  Result<void> note(CudaState found, int image_dir, const std::string& dump = {});
 
   ProcessLock() = default;
   ProcessLock(ProcessLock&&) = default;

@@ -13,6 +13,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/daemon/messages.h"
+#include "gpu-tracker/daemon/outside_users.h"
 #include "gpu-tracker/daemon/session.h"
 #include "gpu-tracker/daemon/session_log.h"
 
@@ -65,15 +66,19 @@ void Session::close_gates(const std::vector<int>& pids) {
     if (held.copy && !held.copy->releasable().empty()) releasable.push_back(pid);
   }
   if (releasable.empty()) return;
+  if (auto r = check_outside_users(); !r) {
+    for (int pid : releasable) give_up_release(pid, &held_.at(pid), r.error().message());
+    return;
+  }
   const auto start = steady_clock::now();
   std::map<int, std::future<Result<std::unique_ptr<MemoryRelease>>>> under_way;
   for (int pid : releasable) {
     const Held& held = held_.at(pid);
-    under_way[pid] = std::async(
-        std::launch::async, [pid, agent = held.copy->agent(), session_log = SessionLog::current()] {
-          SessionLog::Scope scope(session_log);
-          return MemoryRelease::close(pid, agent);
-        });
+    under_way[pid] = std::async(std::launch::async, [this, pid, agent = held.copy->agent(),
+                                                     session_log = SessionLog::current()] {
+      SessionLog::Scope scope(session_log);
+      return MemoryRelease::close(pid, agent, pins_);
+    });
   }
   for (auto& [pid, closing] : under_way) {
     Held& held = held_.at(pid);
@@ -87,6 +92,21 @@ void Session::close_gates(const std::vector<int>& pids) {
   if (has_gates()) {
     log(LogLevel::kDebug, "daemon", "gates closed in %.1f ms", ms(since(start)));
   }
+}
+
+// Whoever has registered memory with a network card, say, would go on using it while it is away, or
+// lose it: the driver's path leaves it where it is until all is frozen. Descriptors are inherited,
+// so that all of the tree counts.
+Result<void> Session::check_outside_users() const {
+  std::set<int> all;
+  for (int pid : inspected_) {
+    const std::vector<int> tree = with_descendants(pid);
+    all.insert(tree.begin(), tree.end());
+  }
+  auto user = find_outside_user({all.begin(), all.end()});
+  if (!user) return user.error().wrap("it cannot be told who uses it");
+  if (*user) return Error(Domain::kUsage, EBUSY, **user);
+  return {};
 }
 
 bool Session::has_gates() const {
@@ -263,8 +283,9 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   if (auto r = open_saved(held, *held->image); !r) return r;
   if (auto r = held->release->hold(); !r) return r;
   // It has taken a while since: a thread that runs may have come to block the gate's signal, and
-  // have passed.
-  return held->release->check_quiet();
+  // have passed, or have opened what libcuda knows nothing of.
+  if (auto r = held->release->check_quiet(); !r) return r;
+  return check_outside_users();
 }
 
 // Opened before anything is released, and kept: whatever becomes of the directory, the pages are
@@ -308,7 +329,7 @@ bool Session::note_released(int pid, Held* held, const std::vector<AgentRelease>
 // The driver has restored the process, and unlocked it. Its threads stay parked until it runs.
 Result<void> Session::bring_memory_back(int pid, Held* held) {
   if (!held->release && held->taken_over) {
-    auto found = MemoryRelease::find(pid, held->restore_tid);
+    auto found = MemoryRelease::find(pid, held->restore_tid, pins_);
     if (!found) return found.error();
     held->release = std::move(*found);
   }
@@ -316,6 +337,9 @@ Result<void> Session::bring_memory_back(int pid, Held* held) {
   if (!held->loader) {
     auto status = read_proc_status(pid);
     if (!status) return status.error();
+    if (auto r = open_noted_dir(); !r) {
+      return r.error().wrap("the GPU memory of " + process(pid) + " is away");
+    }
     auto image = read_process_image(image_dir_.get(), status->vpid);
     if (!image) return image.error().wrap("the GPU memory of " + process(pid) + " is away");
     if (auto r = open_saved(held, *image); !r) return r;
@@ -369,7 +393,7 @@ Result<void> Session::restore_memory(int pid, const ProcessImage& image) {
   if (!start_time) return start_time.error();
   auto lock = ProcessLock::take(lock_dir_, pid, *start_time);
   if (!lock) return lock.error();
-  auto release = MemoryRelease::find(pid, *tid);
+  auto release = MemoryRelease::find(pid, *tid, pins_);
   if (!release) return release.error();
   if (!*release) {
     return Error(Domain::kFormat, ENOENT,

@@ -13,6 +13,7 @@
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/daemon/connection.h"
+#include "gpu-tracker/daemon/gate_pins.h"
 #include "gpu-tracker/daemon/messages.h"
 #include "gpu-tracker/daemon/wire.h"
 
@@ -97,6 +98,7 @@ void Server::start(const std::string& name, std::function<bool()> work) {
 }
 
 void Server::bring_back_left_processes() {
+  GatePins(node_.config().run_dir).remove_stale();
   for (const LeftProcess& left : read_left_processes(node_.config().run_dir + "/lock")) {
     start(process(left.pid), [this, left] {
       bring_back_left(node_, left);

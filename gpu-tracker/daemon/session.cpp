@@ -25,6 +25,7 @@ using std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kRecoverPoll{10}, kRecoverPollMax{1000};
 constexpr std::chrono::milliseconds kDyingTime{1000};
 constexpr std::chrono::milliseconds kTakeOverTime{10000};
+constexpr char kInventory[] = "inventory.img";  // CRIU's
 
 // And not by this phosd, for a gate. The tracer is a thread.
 bool is_traced_by_other(const ProcStatus& status) {
@@ -36,7 +37,10 @@ bool is_traced_by_other(const ProcStatus& status) {
 }  // namespace
 
 Session::Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines)
-    : driver_(driver), lock_dir_(std::move(lock_dir)), engines_(engines) {}
+    : driver_(driver),
+      lock_dir_(std::move(lock_dir)),
+      pins_(lock_dir_ + "/.."),
+      engines_(engines) {}
 
 Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage) {
   image_dir_ = std::move(image_dir);
@@ -193,6 +197,7 @@ Result<void> Session::take_over(const LeftProcess& left) {
   if (!tid || !start_time || *start_time != left.start_time) return {};
   Held held(*tid, left.found, *start_time, std::move(*lock));
   held.taken_over = true;
+  left_dump_ = left.dump;
   held_.emplace(left.pid, std::move(held));
   return {};
 }
@@ -203,7 +208,11 @@ Result<void> Session::wait_to_take_over(int pid, CudaState found) {
   for (;;) {
     auto start_time = read_start_time(pid);
     if (!start_time) return {};  // it has ended
-    auto r = take_over({pid, *start_time, found, {}});
+    LeftProcess left{pid, *start_time, found, {}, {}};
+    for (const LeftProcess& noted : read_left_processes(lock_dir_)) {
+      if (noted.pid == pid && noted.start_time == *start_time) left.dump = noted.dump;
+    }
+    auto r = take_over(left);
     if (r || r.error().code() != EBUSY || steady_clock::now() > deadline) return r;
     std::this_thread::sleep_for(kRecoverPoll);
   }
@@ -223,6 +232,7 @@ Result<void> Session::undo(int pid, CudaState found) {
     log(LogLevel::kInfo, "daemon", "%s: back to %s", process(pid).c_str(),
         r ? to_string(held.found) : "nothing: it has ended");
     held.leaving = r && held.release;
+    if (r && held.taken_over) note_went_on(pid);
   }
   if (!held.leaving) held_.erase(it);
   return {};
@@ -309,6 +319,7 @@ Result<void> Session::finish(bool success) {
     if (auto r = finish_pre_dump(); !r) return r;
   }
   finished_ = success;
+  failed_ = !success;
   if (dumping_ && !success && !needs_images()) return remove_images(image_dir_.get(), dump_id_);
   return {};
 }
@@ -324,6 +335,42 @@ bool Session::needs_images() const {
 void Session::remove_unfinished_images() {
   if (!dumping_ || finished_) return;
   if (auto r = remove_images(image_dir_.get(), dump_id_); !r) {
+    log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
+  }
+}
+
+Result<void> Session::open_noted_dir() {
+  if (image_dir_ || noted_dir_.empty()) return {};
+  auto directory = open_noted_directory(noted_dir_);
+  if (!directory) return directory.error();
+  log(LogLevel::kInfo, "daemon", "images are taken from %s", noted_dir_.c_str());
+  image_dir_ = std::move(*directory);
+  return {};
+}
+
+// Its lock is still ours: nobody else writes images of it. Those that the dead phosd had not
+// finished do not even say what dump they are of.
+void Session::note_went_on(int pid) {
+  went_on_ = true;
+  auto status = read_proc_status(pid);
+  if (left_dump_.empty() || !status || !open_noted_dir()) return;
+  if (auto r = phos::remove_unfinished_images(image_dir_.get(), status->vpid); !r) {
+    log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
+  }
+}
+
+// A dump that its phosd did not live to see the end of, and whose processes run on. It has failed
+// if its criu says so, or has died before it wrote the inventory, which it does last; until then
+// the pages of any of its processes may be needed.
+void Session::remove_left_images() {
+  if (left_dump_.empty() || !went_on_ || finished_) return;
+  for (const LeftProcess& other : read_left_processes(lock_dir_)) {
+    if (other.dump == left_dump_) return;
+  }
+  const auto id = parse_dump_id(left_dump_);
+  if (!id || !open_noted_dir()) return;
+  if (!failed_ && faccessat(image_dir_.get(), kInventory, F_OK, 0) == 0) return;
+  if (auto r = remove_images(image_dir_.get(), *id); !r) {
     log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
   }
 }
@@ -367,6 +414,7 @@ bool Session::recover_one(int pid, Held* held) {
     log(LogLevel::kInfo, "daemon", "%s was left running; back to %s", process(pid).c_str(),
         to_string(held->found));
     held->leaving = true;
+    if (held->taken_over) note_went_on(pid);
   }
   if (r && held->release) r = held->release->open();
   if (r) return true;
@@ -401,6 +449,7 @@ void Session::recover() {
     if (failing) pause = std::min(pause * 2, kRecoverPollMax);
   }
   if (needed) remove_unfinished_images();
+  remove_left_images();
 }
 
 }  // namespace phos

@@ -19,6 +19,7 @@
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/daemon/gate_pins.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
 #include "gpu-tracker/daemon/live_copy.h"
 #include "gpu-tracker/daemon/memory_loader.h"
@@ -52,7 +53,8 @@ using CopyProgress = std::function<bool(int pid, unsigned number, const RoundRep
 // block in the driver for as long as the target does not answer.
 class Session {
  public:
-  // All outlive the session. `lock_dir`: where one lock file a process keeps two dumps apart.
+  // All outlive the session. `lock_dir`: where one lock file a process keeps two dumps apart; in
+  // phosd's run directory.
   // `engines`: null if GPU memory is left to the driver.
   Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines = nullptr);
 
@@ -65,6 +67,8 @@ class Session {
 
   // A dump into `image_dir` whose phosd died; to be followed by undo() of what it held.
   void begin_take_over(UniqueFd image_dir) { image_dir_ = std::move(image_dir); }
+  // The same; the directory is opened by its path when it is needed.
+  void begin_take_over(const std::string& image_dir) { noted_dir_ = image_dir; }
   // Holds a process that a phosd which died has left; recover() brings it back, if it has not
   // ended. EBUSY: somebody else does.
   Result<void> take_over(const LeftProcess& left);
@@ -178,6 +182,7 @@ class Session {
 
   void close_gates(const std::vector<int>& pids);
   bool has_gates() const;
+  Result<void> check_outside_users() const;
   void open_gates(const std::vector<int>& pids, const std::string& why);
   std::map<int, Error> not_quiet(const std::vector<int>& pids);
   // False: some process's work did not finish in time; then none is locked.
@@ -219,14 +224,23 @@ class Session {
   Result<void> undo_one(int pid, Held* held);
   bool needs_images() const;  // to bring a process back
   void remove_unfinished_images();
+  void note_went_on(int pid);
+  void remove_left_images();
+  Result<void> open_noted_dir();
   // True when done with it.
   bool recover_one(int pid, Held* held);
 
   GpuDriver& driver_;
   const std::string lock_dir_;
+  const GatePins pins_;
   GpuEngines* const engines_;
   UniqueFd image_dir_;
+  std::string noted_dir_;  // not opened yet
+  std::string left_dump_;  // of a phosd that died; nothing of it is restored by it
+  bool failed_ = false;    // as finish() was told
+  bool went_on_ = false;   // a process that was taken over runs again
   Group held_;
+  std::vector<int> inspected_;  // whose trees are dumped
   DumpId dump_id_{};
   DumpStage stage_ = DumpStage::kDump;
   bool dumping_ = false;

@@ -84,12 +84,16 @@ Result<std::unique_ptr<Gate>> Gate::close(int pid, Agent& agent, const GateOptio
   return gate;
 }
 
-Result<std::unique_ptr<Gate>> Gate::adopt(int pid, Agent& agent) {
+Result<std::unique_ptr<Gate>> Gate::adopt(int pid, Agent& agent, const std::string& pin) {
   auto text = LibraryText::find(pid);
   if (!text) return text.error();
+  auto agent_tid = agent.thread_id();
+  if (!agent_tid) return agent_tid.error();
   if (auto r = agent.claim_gate(); !r) return r.error();
   std::unique_ptr<Gate> gate(new Gate(pid, agent, std::move(*text), {}));
+  gate->agent_tid_ = *agent_tid;
   gate->signal_ = static_cast<int>(agent.gate().signal);
+  if (!pin.empty()) gate->adopt_pinned(pin);
   return gate;
 }
 
@@ -184,6 +188,7 @@ uint32_t Gate::word() const {
 void Gate::shut() {
   phos_gate& g = agent_.gate();
   if (!closed_once_) arrived_before_ = load(g.arrived);
+  if (!closed_once_) program_->set_arrived_before(arrived_before_);
   closed_once_ = true;
   forget_passed();
   g.lease_ms = static_cast<uint32_t>(std::clamp<int64_t>(options_.lease.count(), 1, UINT_MAX));
@@ -234,6 +239,7 @@ Result<void> Gate::renew() {
 }
 
 Result<void> Gate::hold() {
+  if (auto r = pin(); !r) return r;
   return change(PHOS_GATE_CLOSED, PHOS_GATE_HELD);
 }
 
@@ -348,11 +354,12 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
 }
 
 Result<void> Gate::disarm() {
+  if (auto r = unpin(); !r) return r;
   unclean_ |= static_cast<bool>(link_);
   link_.reset();
   resume_held();
   if (!unclean_) return {};
-  if (auto r = text_.wait_clean(own_offsets_); !r) return r;
+  if (auto r = text_.wait_clean(own_offsets_); !r && !shared_) return r;
   unclean_ = false;
   return {};
 }

@@ -60,6 +60,8 @@ struct GateOptions {
   // How long threads stay parked without renew(): time in which they themselves could run.
   std::chrono::milliseconds lease{10000};
   GatedFunctions functions = GatedFunctions::kAll;
+  // A file in a BPF file system for hold() to pin the probes at; empty: they end with this process.
+  std::string pin = {};
 };
 
 struct GateStatus {
@@ -83,8 +85,9 @@ class Gate {
   // this process may not. The caller then takes the driver's own checkpoint.
   static Result<std::unique_ptr<Gate>> close(int pid, Agent& agent,
                                              const GateOptions& options = {});
-  // Takes over a gate that is closed without probes: after a restore, or of a phosd that died.
-  static Result<std::unique_ptr<Gate>> adopt(int pid, Agent& agent);
+  // Takes over a gate that is closed without probes, after a restore or of a phosd that died, or
+  // with those that it has pinned at `pin` (not empty).
+  static Result<std::unique_ptr<Gate>> adopt(int pid, Agent& agent, const std::string& pin = {});
 
   // As open(); an error is logged.
   ~Gate();
@@ -114,7 +117,8 @@ class Gate {
   Result<void> renew();
   // From now on the lease does not run: what the threads need is away, and they must not go on
   // without it. A process whose phosd dies then stays parked until another one adopts it or it is
-  // killed. ETIMEDOUT as renew(); nothing else lies between the two outcomes.
+  // killed, and threads that come later park as well if the probes are pinned. ETIMEDOUT as
+  // renew(); an error of pinning leaves the gate closed, and its lease running.
   Result<void> hold();
   Result<void> resume_lease();
 
@@ -150,6 +154,9 @@ class Gate {
   Result<void> choose_probes();
   Result<void> install();
   Result<void> arm();
+  Result<void> pin();
+  Result<void> unpin();
+  void adopt_pinned(const std::string& pin);
   void shut();
   Result<void> change(uint32_t from, uint32_t to);
   uint32_t word() const;
@@ -182,6 +189,8 @@ class Gate {
   uint64_t passed_before_ = 0, missed_before_ = 0;  // when it closed the last time
   bool closed_once_ = false;
   bool unclean_ = false;  // probes may be left
+  std::string pinned_;    // where they are
+  bool shared_ = false;   // of own_offsets_, some may be somebody else's
   bool opened_ = false;
 };
 

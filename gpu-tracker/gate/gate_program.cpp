@@ -7,7 +7,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
+#include <utility>
 
 #include "gpu-tracker/gate/gate_object.h"
 #include "gpu-tracker/track/uprobe_multi.h"
@@ -66,12 +69,55 @@ Result<std::unique_ptr<GateProgram>> GateProgram::load(pid_t pid, int signal) {
   }
   p->program_fd_ = bpf_program__fd(program);
   p->exempt_fd_ = bpf_map__fd(exempt);
-  void* shared =
-      mmap(nullptr, state_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, bpf_map__fd(state), 0);
-  if (shared == MAP_FAILED) return bpf_error(errno, "mapping the gate's state");
-  p->state_ = static_cast<phos_gate_state*>(shared);
+  if (auto r = p->map_state(bpf_map__fd(state)); !r) return r.error();
   p->state_->signal = static_cast<uint32_t>(signal);
   p->state_->process = static_cast<uint32_t>(pid);
+  return p;
+}
+
+Result<void> GateProgram::map_state(int map_fd) {
+  void* shared = mmap(nullptr, state_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, map_fd, 0);
+  if (shared == MAP_FAILED) return bpf_error(errno, "mapping the gate's state");
+  state_ = static_cast<phos_gate_state*>(shared);
+  return {};
+}
+
+Result<std::unique_ptr<GateProgram>> GateProgram::adopt(pid_t pid, int link_fd) {
+  const std::string what = "asking about a gate of process " + std::to_string(pid);
+  bpf_link_info link = {};
+  uint32_t size = sizeof link;
+  if (bpf_obj_get_info_by_fd(link_fd, &link, &size) < 0) return bpf_error(errno, what);
+  UniqueFd program(bpf_prog_get_fd_by_id(link.prog_id));
+  if (!program) return bpf_error(errno, what);
+  std::array<uint32_t, 8> maps = {};
+  bpf_prog_info info = {};
+  size = sizeof info;
+  info.nr_map_ids = maps.size();
+  info.map_ids = reinterpret_cast<uint64_t>(maps.data());
+  if (bpf_obj_get_info_by_fd(program.get(), &info, &size) < 0) return bpf_error(errno, what);
+  std::unique_ptr<GateProgram> p(new GateProgram);
+  p->pid_ = pid;
+  p->program_fd_ = program.get();
+  p->adopted_.reserve(1 + maps.size());
+  p->adopted_.push_back(std::move(program));
+  for (size_t i = 0; i < std::min<size_t>(info.nr_map_ids, maps.size()); i++) {
+    UniqueFd map(bpf_map_get_fd_by_id(maps[i]));
+    bpf_map_info about = {};
+    size = sizeof about;
+    if (!map || bpf_obj_get_info_by_fd(map.get(), &about, &size) < 0) return bpf_error(errno, what);
+    const std::string name = about.name;
+    if (name == "exempt") p->exempt_fd_ = map.get();
+    // Of another version of phos it has another size.
+    if (name == "state" && about.value_size == sizeof(phos_gate_state) && !p->state_) {
+      if (auto r = p->map_state(map.get()); !r) return r.error();
+    }
+    p->adopted_.push_back(std::move(map));
+  }
+  if (p->exempt_fd_ < 0 || !p->state_ || p->state_->process != static_cast<uint32_t>(pid)) {
+    return Error(Domain::kErrno, EPROTO,
+                 "what keeps the gate of process " + std::to_string(pid) +
+                     " closed was not made by this version of phos");
+  }
   return p;
 }
 

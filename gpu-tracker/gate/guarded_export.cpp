@@ -134,7 +134,7 @@ Result<void> GuardedExport::finish() {
     return {};
   }
   if (auto r = gate_->leave_no_trace(); !r) {
-    log(LogLevel::kDebug, "gate", "%s; the agent's library stays in it",
+    log(LogLevel::kDebug, "gate", "%s; phos's agent stays in it until the next dump",
         r.error().message().c_str());
   }
   gate_.reset();

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <memory>
 #include <optional>
 
@@ -98,6 +99,16 @@ std::string format_dump_id(const DumpId& id) {
     text += kDigits[byte & 15];
   }
   return text;
+}
+
+std::optional<DumpId> parse_dump_id(const std::string& text) {
+  DumpId id;
+  if (text.size() != 2 * id.size()) return std::nullopt;
+  for (size_t i = 0; i < id.size(); i++) {
+    const char* const digits = text.data() + 2 * i;
+    if (std::from_chars(digits, digits + 2, id[i], 16).ptr != digits + 2) return std::nullopt;
+  }
+  return id;
 }
 
 const char* to_string(DumpStage stage) {
@@ -240,6 +251,20 @@ Result<void> remove_images(int dir_fd, const DumpId& id) {
     }
   }
   if (auto synced = sync_directory(dir_fd); !synced) note(synced.error());
+  return result;
+}
+
+Result<void> remove_unfinished_images(int dir_fd, int pid) {
+  auto names = list_names(dir_fd);
+  if (!names) return names.error();
+  Result<void> result;
+  for (const std::string& name : *names) {
+    if (!name.ends_with(".tmp")) continue;
+    const std::string finished = name.substr(0, name.size() - 4);
+    if (parse_page_file_name(finished).pid != pid && pid_in_name(finished) != pid) continue;
+    auto removed = remove_file(dir_fd, name);
+    if (!removed && result) result = removed;
+  }
   return result;
 }
 

@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,8 @@ namespace phos {
 
 // 16 random bytes, the same in every file of one dump.
 using DumpId = std::array<uint8_t, 16>;
-std::string format_dump_id(const DumpId& id);  // 32 hexadecimal digits
+std::string format_dump_id(const DumpId& id);                  // 32 hexadecimal digits
+std::optional<DumpId> parse_dump_id(const std::string& text);  // nothing: it is none
 
 // Codes of Domain::kFormat.
 enum class ImageError {
@@ -185,6 +187,8 @@ Result<bool> has_images(int dir_fd);
 // Undoes a failed dump: removes the files that carry `id` and leaves everything else, also what
 // cannot be read as an image.
 Result<void> remove_images(int dir_fd, const DumpId& id);
+// What whoever wrote images of this process (as numbered there) was killed over.
+Result<void> remove_unfinished_images(int dir_fd, int pid);
 // Start of a dump: removes every file that has the name of a phos image, whatever is in it.
 Result<void> remove_all_images(int dir_fd);
 

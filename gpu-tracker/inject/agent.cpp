@@ -117,7 +117,8 @@ Result<Agent> Agent::attach(int pid, int restore_tid, const AgentOptions& option
   auto mailbox = load_agent(pid, restore_tid, options);
   if (!mailbox) return mailbox.error();
   Agent agent(pid, restore_tid, options, std::move(*mailbox));
-  agent.was_loaded_ = !there;
+  agent.was_loaded_ = !there || agent.mailbox_->shared().leaving;
+  agent.mailbox_->shared().leaving = 0;
   // A phosd that died may have left descriptors open.
   if (auto r = agent.run(PHOS_COMMAND_CLOSE, 0); !r) return r.error();
   return agent;
@@ -142,7 +143,8 @@ Agent::Agent(Agent&& other) noexcept
       mailbox_(std::move(other.mailbox_)),
       cost_(other.cost_),
       was_loaded_(other.was_loaded_),
-      missing_hook_(other.missing_hook_) {
+      missing_hook_(other.missing_hook_),
+      gate_used_(other.gate_used_) {
   other.mailbox_.reset();
 }
 
@@ -298,8 +300,9 @@ Result<std::vector<AgentExport>> Agent::export_memory(std::span<const AgentAlloc
   return exports;
 }
 
-Result<void> Agent::detach() {
+Result<void> Agent::detach(bool leaving) {
   if (!mailbox_) return {};
+  if (leaving) mailbox_->shared().leaving = 1;
   Result<void> result;
   if (mailbox_->idle()) {
     mailbox_->drop_payload();

@@ -209,6 +209,8 @@ class Agent {
   // One gate at a time: EBUSY while another has it.
   Result<void> claim_gate();
   void unclaim_gate() { gate_claimed_ = false; }
+  // A gate was claimed, and not forgotten since: threads may be in the handler's code.
+  bool gate_was_used() const { return gate_used_; }
   uint64_t gate_address() const;
   // Code that calls into libcuda may be in beside the library's own: the agent's, which answers for
   // adopted memory, and its hooks, which go on into the library past the entry points.
@@ -218,11 +220,13 @@ class Agent {
   // The agent's own thread, as this process numbers it.
   Result<int> thread_id() const;
 
-  // Did attach() bring it into the process, rather than find it there?
+  // Did attach() bring it into the process, rather than find it there? One that an earlier phosd
+  // has brought and could not take out counts as brought.
   bool was_loaded() const { return was_loaded_; }
 
-  // Lets the agent sleep on in the process, with nothing open, for the next attach().
-  Result<void> detach();
+  // Lets the agent sleep on in the process, with nothing open, for the next attach(). `leaving`:
+  // that one is to take it out.
+  Result<void> detach(bool leaving = false);
   // Ends the agent: its thread, mailbox and library leave the process; the library stays if the
   // gate has been used and not forgotten. EBUSY while it holds memory of the application, released
   // or adopted, or hooks that no contents_loaded() has taken out since, or while the gate's handler
@@ -248,6 +252,7 @@ class Agent {
   bool was_loaded_ = false;
   int missing_hook_ = 0;
   bool gate_claimed_ = false;
+  bool gate_used_ = false;
 };
 
 // Address ranges of process `pid` in which device memory can lie: inaccessible private memory, and

@@ -33,13 +33,15 @@ Result<void> Agent::remove_gate() {
 }
 
 Result<void> Agent::forget_gate() {
-  return run(PHOS_COMMAND_GATE_FORGET, 0);
+  auto r = run(PHOS_COMMAND_GATE_FORGET, 0);
+  if (r) gate_used_ = false;
+  return r;
 }
 
 Result<void> Agent::claim_gate() {
   if (!mailbox_) return process_error(pid_, EINVAL, "phos has let go of its agent");
   if (gate_claimed_) return process_error(pid_, EBUSY, "its gate is in use");
-  gate_claimed_ = true;
+  gate_claimed_ = gate_used_ = true;
   return {};
 }
 

@@ -16,6 +16,7 @@
 #include <fstream>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 
@@ -144,13 +145,16 @@ class Loader {
   }
 
   // A path that was not used for dlopen() before: it knows libraries by path first, and one whose
-  // constructor could not make a mailbox stays where it is. "./" changes the text only.
+  // constructor could not make a mailbox stays where it is, as does one whose gate a thread might
+  // still be leaving. Their number, as "/" and "./", changes the text only.
   std::string library_path(int fd) const {
-    std::string path = "/proc/self/fd/";
+    std::set<std::string> staying;
     auto maps = read_proc_maps(pid_);
     for (const ProcMapping& m : maps ? *maps : std::vector<ProcMapping>()) {
-      if (m.path.rfind(kAgentFds, 0) == 0) path += "./";
+      if (m.path.rfind(kAgentFds, 0) == 0) staying.insert(m.path);
     }
+    std::string path = "/proc/self/fd/";
+    for (size_t n = staying.size(); n; n /= 2) path += n % 2 ? "./" : "/";
     return path + std::to_string(fd);
   }
 

@@ -65,9 +65,14 @@ class ReleasedTest(CriuTest):
         # phosd leaves it a moment after CRIU has let it go.
         wait_until(lambda: not self.has_agent(target), 'the agent to be gone')
         wait_until(lambda: 'phos-mailbox' not in self.maps(target), 'its mailbox to be gone')
+        wait_until(lambda: 'phos-agent' not in self.maps(target), 'its library to be gone')
         self.assert_runs_on(target)
         locks = os.path.join(self.run_dir, 'lock')
         wait_until(lambda: not os.listdir(locks), 'phosd to let go of it')
+        pins = '/sys/fs/bpf/phos'
+        wait_until(lambda: not os.path.isdir(pins) or
+                   not any(n.startswith(f'gate-{target.pid}-') for n in os.listdir(pins)),
+                   'its probes to be removed')
 
     def restore_and_check(self, target, **kwargs):
         wait_until(target.gone, 'the dumped process to be gone')
@@ -459,6 +464,8 @@ class KilledAt(Steps):
         # With --leave-running the images are complete, whoever brings the process back.
         self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
         self.assert_left_alone(target)
+        if not args:
+            self.wait_no_phos_images()
 
     def test_images_removed_while_memory_is_away(self):
         target, criu = self.dump_until('checkpoint')
@@ -466,6 +473,11 @@ class KilledAt(Steps):
             os.unlink(os.path.join(self.images, name))
         self.kill_criu(criu)
         self.assert_left_alone(target)
+
+    def wait_no_phos_images(self):
+        """They go once the process is left."""
+        wait_until(lambda: not any(n.startswith('phos-') for n in os.listdir(self.images)),
+                   'the images of the failed dump to be gone')
 
     def both_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)
@@ -476,6 +488,8 @@ class KilledAt(Steps):
         # Any command will do.
         self.ok('daemon', 'status')
         self.assert_left_alone(target)
+        if not args:
+            self.wait_no_phos_images()
 
     def target_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)

@@ -2,8 +2,10 @@
 // Nobody stays parked for good: the lease, and what stops it.
 #include <dirent.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <spawn.h>
+#include <sys/mount.h>
 #include <sys/ptrace.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -13,6 +15,7 @@
 #include <thread>
 
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/daemon/gate_pins.h"
 #include "gpu-tracker/gate/guarded_export.h"
 #include "test/gate/fixture.h"
 
@@ -192,6 +195,104 @@ TEST_F(LeaseTest, RenewalKeepsThreadsParked) {
   EXPECT_FALSE(gate_->check_quiet(milliseconds(0)));
   ASSERT_TRUE(gate_->open());
   expect_works();
+}
+
+// A thread that was elsewhere when phosd was killed: its memory is still away.
+TEST_F(LeaseTest, PinnedProbesOutliveWhoeverHeldTheGate) {
+  phos::GatePins pins(testing::TempDir());
+  auto pin = pins.place_for(target_.pid());
+  if (!pin) GTEST_SKIP() << pin.error().message();
+  ASSERT_EQ(target_.ask("start memset 2"), "ok");
+  const auto original = library_text(target_.pid());
+  auto arguments =
+      with_target({"lease=200", "pin=" + *pin, "close", "parked=2", "renew", "hold", "sleep"});
+  (void)agent_->detach().ok();
+  Tool tool(arguments);
+  ASSERT_TRUE(tool.wait_line("ok hold"));
+  EXPECT_EQ(pins.find(target_.pid()), *pin);
+  tool.die();
+  ASSERT_EQ(target_.ask("start memset 3"), "ok");
+  EXPECT_EQ(calls_in(milliseconds(500)), 0u) << "no lease, and no way past it";
+  pins.remove_stale();
+  EXPECT_EQ(pins.find(target_.pid()), *pin) << "the process lives";
+
+  ASSERT_NO_FATAL_FAILURE(attach_again());
+  auto gate = Gate::adopt(target_.pid(), *agent_, *pin);
+  ASSERT_TRUE(gate) << gate.error().message();
+  gate_ = std::move(*gate);
+  ASSERT_TRUE(wait_parked(5));
+  EXPECT_EQ(status().state, State::kHeld);
+  EXPECT_EQ(status().sent, 5u) << "counted on";
+  EXPECT_EQ(status().arrived, 5u);
+  ASSERT_EQ(target_.ask("start memset 1"), "ok");
+  EXPECT_TRUE(wait_parked(6));
+  // The one who takes over may be killed as well.
+  auto opened = gate_->open();
+  ASSERT_TRUE(opened) << opened.error().message();
+  EXPECT_EQ(pins.find(target_.pid()), "");
+  EXPECT_EQ(library_text(target_.pid()), original);
+  auto left = gate_->leave_no_trace();
+  EXPECT_TRUE(left) << left.error().message();
+  expect_works();
+}
+
+TEST_F(LeaseTest, PinsOfProcessesThatHaveEndedAreRemoved) {
+  phos::GatePins pins(testing::TempDir());
+  auto pin = pins.place_for(target_.pid());
+  if (!pin) GTEST_SKIP() << pin.error().message();
+  auto arguments = with_target({"pin=" + *pin, "close", "hold", "sleep"});
+  (void)agent_->detach().ok();
+  Tool tool(arguments);
+  ASSERT_TRUE(tool.wait_line("ok hold"));
+  tool.die();
+  kill(target_.pid(), SIGKILL);
+  ASSERT_TRUE(target_.wait_death(5000));
+  ASSERT_EQ(access(pin->c_str(), F_OK), 0);
+  pins.remove_stale();
+  EXPECT_NE(access(pin->c_str(), F_OK), 0);
+}
+
+TEST_F(LeaseTest, ProbesThatCannotBePinnedAreNotHeld) {
+  GateOptions options;
+  options.pin = testing::TempDir() + "no-bpf-file-system";
+  ASSERT_NO_FATAL_FAILURE(close_gate(options));
+  EXPECT_FALSE(gate_->hold());
+  EXPECT_EQ(status().state, State::kClosed) << "the lease runs";
+  ASSERT_TRUE(gate_->open());
+}
+
+// phosd's own file system, where the system has none; or none at all.
+TEST_F(LeaseTest, PlaceForPinsIsMadeOrRefused) {
+  char run_dir[] = "/tmp/phos-pins-XXXXXX";
+  ASSERT_NE(mkdtemp(run_dir), nullptr);
+  const std::string own = std::string(run_dir) + "/bpf";
+  const phos::GatePins pins(run_dir, "/no-such-directory");
+  auto place = pins.place_for(target_.pid());
+  if (place) {
+    EXPECT_EQ(place->rfind(own + "/gate-" + std::to_string(target_.pid()) + "-", 0), 0u) << *place;
+    ASSERT_NO_FATAL_FAILURE(close_gate({milliseconds(10000), {}, *place}));
+    auto held = gate_->hold();
+    EXPECT_TRUE(held) << held.error().message();
+    EXPECT_EQ(pins.find(target_.pid()), *place);
+    ASSERT_TRUE(gate_->open());
+    EXPECT_EQ(pins.find(target_.pid()), "");
+    EXPECT_EQ(umount(own.c_str()), 0) << "nothing is left in it";
+  } else {
+    EXPECT_EQ(place.error().code(), ENOTSUP);
+  }
+  const pid_t child = fork();
+  if (child == 0) {
+    if (unshare(CLONE_NEWNS) < 0) _exit(0);
+    auto refused = pins.place_for(getpid());
+    const bool told = !refused && refused.error().code() == ENOTSUP &&
+                      refused.error().message().find("mount -t bpf") != std::string::npos;
+    _exit(told ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  rmdir(own.c_str());
+  rmdir(run_dir);
 }
 
 TEST_F(LeaseTest, HeldThreadsStay) {

@@ -2,6 +2,8 @@
 // gate_tool PID[:TID] ACTION...: the gate by hand. Prints "ok ACTION" after each. Actions:
 //   lease=MS         of the next close (default 10000)
 //   frees            the next close gates only functions that free memory
+//   pin=FILE         in a BPF file system: where the next close pins its probes when it is held, or
+//                    where adopt finds them
 //   close, adopt, renew, hold, disarm, release, open
 //   parked=N         waits until N threads are parked
 //   status           prints "STATE PARKED"
@@ -78,8 +80,12 @@ struct Tool {
       options.functions = phos::GatedFunctions::kFrees;
       return {};
     }
+    if (name == "pin") {
+      options.pin = action.substr(strlen("pin="));
+      return {};
+    }
     if (name == "close") return take(Gate::close(pid, agent, options));
-    if (name == "adopt") return take(Gate::adopt(pid, agent));
+    if (name == "adopt") return take(Gate::adopt(pid, agent, options.pin));
     if (!gate) return phos::Error(phos::Domain::kUsage, EINVAL, "no gate yet");
     const std::map<std::string, std::function<Result<void>()>> kActions = {
         {"renew", [&] { return gate->renew(); }},

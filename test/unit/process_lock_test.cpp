@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// What the next phosd reads of a process that was left, and where it finds its images.
+#include "gpu-tracker/daemon/process_lock.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <filesystem>
+
+namespace phos {
+namespace {
+
+class ProcessLockTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    root_ = testing::TempDir() + "process-lock-" + std::to_string(getpid());
+    std::filesystem::create_directories(root_ + "/lock");
+    std::filesystem::create_directories(images());
+  }
+  void TearDown() override { std::filesystem::remove_all(root_); }
+
+  std::string images() const { return root_ + "/images"; }
+  UniqueFd open_images() const {
+    return UniqueFd(open(images().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  }
+  std::vector<LeftProcess> left() const { return read_left_processes(root_ + "/lock"); }
+
+  std::string root_;
+};
+
+TEST_F(ProcessLockTest, SaysWhatWasHeldAndWhere) {
+  auto lock = ProcessLock::take(root_ + "/lock", 77, 1234);
+  ASSERT_TRUE(lock);
+  EXPECT_TRUE(left().empty()) << "nothing had been changed yet";
+  const UniqueFd directory = open_images();
+  ASSERT_TRUE(lock->note(CudaState::kRunning, directory.get(), "dump"));
+  ASSERT_EQ(left().size(), 1u);
+  EXPECT_EQ(left()[0].pid, 77);
+  EXPECT_EQ(left()[0].start_time, 1234u);
+  EXPECT_EQ(left()[0].image_dir, images());
+  EXPECT_EQ(left()[0].dump, "dump");
+  ASSERT_TRUE(lock->note(CudaState::kLocked, directory.get()));
+  ASSERT_EQ(left().size(), 1u);
+  EXPECT_EQ(left()[0].found, CudaState::kLocked);
+  EXPECT_EQ(left()[0].dump, "") << "a restore";
+  EXPECT_TRUE(open_noted_directory(left()[0].image_dir));
+}
+
+TEST_F(ProcessLockTest, DirectoryThatWasRemovedIsRefused) {
+  auto lock = ProcessLock::take(root_ + "/lock", 77, 1234);
+  ASSERT_TRUE(lock);
+  const UniqueFd directory = open_images();
+  std::filesystem::remove(images());
+  // Whoever makes one of that name has not our images in it.
+  std::filesystem::create_directories(images() + " (deleted)");
+  auto noted = lock->note(CudaState::kRunning, directory.get(), "dump");
+  ASSERT_FALSE(noted);
+  EXPECT_EQ(noted.error().code(), ENOENT);
+  ASSERT_EQ(left().size(), 1u) << "it is held all the same";
+  auto opened = open_noted_directory(left()[0].image_dir);
+  ASSERT_FALSE(opened);
+  EXPECT_NE(opened.error().message().find(images() + " (deleted)"), std::string::npos)
+      << opened.error().message();
+}
+
+TEST_F(ProcessLockTest, DirectoryMustBeFoundAgainByItsPath) {
+  auto lock = ProcessLock::take(root_ + "/lock", 77, 1234);
+  ASSERT_TRUE(lock);
+  auto gone = open_noted_directory(root_ + "/elsewhere");
+  ASSERT_FALSE(gone);
+  EXPECT_NE(gone.error().message().find(root_ + "/elsewhere"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace phos
