@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <exception>
+#include <fstream>
 #include <stop_token>
 #include <thread>
 #include <utility>
@@ -24,6 +25,16 @@ constexpr int kLookForTracerMs = 20;
 
 std::string lock_dir(const Node& node) {
   return node.config().run_dir + "/lock";
+}
+
+// Is it a criu that was told to let the processes go on? Only a hint: one that is told so by its
+// RPC does not show it.
+bool leaves_running(int criu) {
+  std::ifstream in("/proc/" + std::to_string(criu) + "/cmdline");
+  for (std::string argument; std::getline(in, argument, '\0');) {
+    if (argument == "-R" || argument == "--leave-running") return true;
+  }
+  return false;
 }
 
 // Until it returns, again and again: no memory, for one, may be for now only.
@@ -306,6 +317,7 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
   const auto stage =
       hello.stage == PHOS__WIRE__STAGE__PRE_DUMP ? DumpStage::kPreDump : DumpStage::kDump;
   if (auto r = session_->begin_dump(std::move(image_dir), stage); !r) return r;
+  if (leaves_running(peer_.pid)) session_->expect_to_go_on();
   entry_->log.set_checkpoint(format_dump_id(session_->dump_id()));
   return {};
 }

@@ -107,6 +107,7 @@ Result<void> Session::checkpoint(int pid) {
   const auto took = since(start);
   log(LogLevel::kInfo, "daemon", "%s: GPU memory moved to host memory in %.1f ms",
       process(pid).c_str(), took.count() / 1000.0);
+  if (will_go_on_ && held.loader) held.loader->prefetch();
   return write_image(pid, &held, took);
 }
 

@@ -73,6 +73,9 @@ class Session {
   // ended. EBUSY: somebody else does.
   Result<void> take_over(const LeftProcess& left);
 
+  // The processes will probably go on when the dump is done: what they will need is read ahead.
+  void expect_to_go_on() { will_go_on_ = true; }
+
   // The task and its descendants run. Refuses, before anything is locked, what could not be
   // restored; holds the others. Returns all CUDA processes of that tree which the session holds.
   Result<std::vector<FoundProcess>> inspect(int pid);
@@ -245,6 +248,7 @@ class Session {
   DumpStage stage_ = DumpStage::kDump;
   bool dumping_ = false;
   bool release_wanted_ = false;
+  bool will_go_on_ = false;
   bool finished_ = false;
   std::vector<GpuInfo> gpus_;
   FilesImage files_;

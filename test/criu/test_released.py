@@ -259,6 +259,14 @@ class GoesOn(ReleasedTest):
             self.assertIn('loaded and verified', self.log('dump.log'))
             self.assert_left_alone(target)
 
+    def test_leave_running_reads_ahead(self):
+        # What it will need was read while CRIU saved the rest, for which there is time here.
+        self.fail_in_driver('cuCheckpointProcessRestore 1 slow:1000')
+        target = self.counter()
+        self.dump_ok(target, '--leave-running')
+        self.assertRegex(self.log('dump.log'), r'loaded and verified.* \(16 MiB read ahead')
+        self.assert_left_alone(target)
+
     def test_leave_stopped(self):
         target = self.counter()
         self.dump_ok(target, '--leave-stopped')

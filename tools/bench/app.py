@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """A workload for the benchmarks: works until it is killed and prints how far it is.
 
-    python3 app.py llama|train|storm|idle|allocations [N]
+    python3 app.py llama|train|storm|idle|resident|allocations [N]
 
 Every 10 ms a line `rate SECONDS UNITS`: CLOCK_MONOTONIC and how many units of work (tokens, steps,
 launches) are done and finished on the GPU.
@@ -10,6 +10,8 @@ launches) are done and finished on the GPU.
   train  a training loop of a 4-layer MLP, AdamW
   storm  tiny kernels, launched as fast as Python can
   idle   does nothing
+  resident  N GiB in pieces of 256 MiB, of which it rewrites 0.5 % all the time. The first 16 GiB are
+         random, the others zeros: a dump has to look at them, but needs no room for them
   allocations  does nothing, with N of 2 MiB
 It ends when its parent does. N of the others: GiB of further memory, filled with random bytes and not written any more.
 """
@@ -82,6 +84,20 @@ def idle(meter):
         meter.count()
 
 
+def resident(meter):
+    pieces = int(float(sys.argv[2]) * 4)
+    memory = [torch.randint(0, 1 << 62, (1 << 25,), device='cuda') if i < 64 else
+              torch.zeros(1 << 25, dtype=torch.int64, device='cuda') for i in range(pieces)]
+    size = int(pieces * (1 << 25) * 0.005)
+    changing = [m[:(1 << 25) // 2] for m in memory[:-(-size // (1 << 24))]]
+    changing[-1] = changing[-1][:size - (len(changing) - 1) * (1 << 24)]
+    while True:
+        for part in changing:
+            part.add_(1)
+        torch.cuda.synchronize()
+        meter.count()
+
+
 def allocations(meter):
     driver = ctypes.CDLL('libcuda.so.1')
     context = ctypes.c_void_p()
@@ -102,11 +118,12 @@ def main():
     import torch
     torch.manual_seed(1)
     extra = []
-    if len(sys.argv) > 2 and sys.argv[1] != 'llama':
+    if len(sys.argv) > 2 and sys.argv[1] not in ('llama', 'resident'):
         for _ in range(int(float(sys.argv[2]) * 4)):
             extra.append(torch.randint(0, 1 << 62, (1 << 25,), device='cuda'))  # 256 MiB each
     torch.zeros(1, device='cuda').item()
-    work = {'llama': llama, 'train': train, 'storm': storm, 'idle': idle}[sys.argv[1]]
+    work = {'llama': llama, 'train': train, 'storm': storm, 'idle': idle,
+            'resident': resident}[sys.argv[1]]
     work(Meter())
 
 

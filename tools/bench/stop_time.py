@@ -14,6 +14,8 @@ Needs a real GPU, root and PyTorch; transformers for llama.
 
   stopped   from the workload's last unit of work before the dump until criu has ended (the process
             is gone, and its images complete) or, snapshot, until the next unit of work
+  gpu       of that, what phos needs for the GPUs: from closing the gate until the driver's
+            checkpoint is done and phos's images are written (`phos show`)
   first     from the start of `criu restore -d` until the next unit of work
 """
 import argparse
@@ -100,6 +102,7 @@ class Bench:
         points = workload.points()
         times['stopped'] = max((t1 - t0 for (t0, _), (t1, _) in zip(points, points[1:])
                                 if t1 > before), default=0)
+        times['gpu'], parts = self.gpu_time(images + '/1', variant)
         if variant != 'snapshot':
             times['stopped'] = ended - points[-1][0]
             wait_for(lambda: gone(pid), 'the process to be gone')
@@ -110,7 +113,7 @@ class Bench:
             times['restore'] = time.monotonic() - start
             wait_for(lambda: len(workload.points()) > count, 'work after the restore')
             times['first'] = workload.points()[count][0] - start
-        times['lines'] = [line for name in ('dump.log', 'restore.log')
+        times['lines'] = parts + [line for name in ('dump.log', 'restore.log')
                           for line in self.phos_lines(images + '/1/' + name)]
         if self.options.logs:
             for name in ('dump.log', 'restore.log'):
@@ -119,6 +122,18 @@ class Bench:
                                 os.path.join(self.options.logs, f'{variant}-{name}'))
         shutil.rmtree(images)
         return times
+
+    def gpu_time(self, images, variant):
+        if variant == 'nvidia':
+            return 0, []
+        process, = json.loads(self.run([self.phos, 'show', '--json', images], variant))['processes']
+        timings = process['timings']
+        paths = {}
+        for a in process['allocations']:
+            paths[a['path']] = paths.get(a['path'], 0) + a['size'] / (1 << 20)
+        return timings['stopped_us'] / 1e6 if 'stopped_us' in timings else 0, [
+            ', '.join(f'{k[:-3]} {v / 1e3:.1f} ms' for k, v in timings.items()) + '; ' +
+            ', '.join(f'{size:.0f} MiB {path}' for path, size in paths.items())]
 
     @staticmethod
     def phos_lines(path):
