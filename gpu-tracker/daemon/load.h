@@ -33,7 +33,8 @@ class MemoryLoad {
   // `memory` has been checked. `warm`: batches that have been read already; those that are not of
   // this memory alone, or of several GPUs, are given back.
   void plan(std::vector<MemoryToLoad> memory, std::vector<LoadBatch> warm);
-  // All of the report but load_us. Once. Unless it fails, the memory stays imported until let_go().
+  // All of the report but load_us. Once. The memory of some GPUs, if not of all, stays imported
+  // until let_go().
   Result<LoadReport> run(std::stop_token stop);
   // An error: the driver does not let go of some. The memory is as it should be all the same.
   Result<void> let_go();

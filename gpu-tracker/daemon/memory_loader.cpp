@@ -110,7 +110,12 @@ Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::sto
   auto load = std::make_unique<MemoryLoad>(chain_, engines_, *key_);
   load->plan(std::move(memory), std::move(warm));
   auto report = load->run(std::move(stop));
-  if (!report) return report.error().wrap(what);
+  if (!report) {
+    // Some GPUs may have been done by then. What is mapped there stays, even without their
+    // contexts.
+    (void)load->let_go().ok();
+    return report.error().wrap(what);
+  }
   report->take_us = static_cast<uint64_t>(taken.count());
   report->load_us = static_cast<uint64_t>(since(start).count());
   // With its last user a GPU is closed, and all host buffers unpinned.

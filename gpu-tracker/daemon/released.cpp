@@ -241,6 +241,8 @@ Result<void> Session::release_memory(int pid, Held* held) {
   }
   if (failed) {
     if (auto r = bring_memory_back(pid, held); !r) return r;
+    // The driver is about to checkpoint it.
+    if (auto r = held->loader ? held->loader->settle() : Result<void>(); !r) return r;
   }
   const bool as_noted = results && note_released(pid, held, *results);
   auto locked = lock_or_leave(pid, kRelockMs);

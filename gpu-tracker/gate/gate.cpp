@@ -93,7 +93,11 @@ Result<std::unique_ptr<Gate>> Gate::adopt(int pid, Agent& agent, const std::stri
   std::unique_ptr<Gate> gate(new Gate(pid, agent, std::move(*text), {}));
   gate->agent_tid_ = *agent_tid;
   gate->signal_ = static_cast<int>(agent.gate().signal);
-  if (!pin.empty()) gate->adopt_pinned(pin);
+  if (pin.empty()) {
+    gate->expect_probes();
+  } else {
+    gate->adopt_pinned(pin);
+  }
   return gate;
 }
 

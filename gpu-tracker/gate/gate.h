@@ -157,6 +157,7 @@ class Gate {
   Result<void> pin();
   Result<void> unpin();
   void adopt_pinned(const std::string& pin);
+  void expect_probes();
   void shut();
   Result<void> change(uint32_t from, uint32_t to);
   uint32_t word() const;

@@ -63,4 +63,14 @@ void Gate::adopt_pinned(const std::string& pin) {
   if (!known) log(LogLevel::kWarn, "gate", "%s", known.error().message().c_str());
 }
 
+// Those of a phosd that is just dying: they send their signal until the kernel has removed them.
+void Gate::expect_probes() {
+  if (auto r = choose_probes(); !r) return;
+  // From now on there are only fewer.
+  auto seen = text_.look(offsets_);
+  if (!seen || seen->armed == 0) return;
+  own_offsets_ = offsets_;
+  shared_ = unclean_ = true;
+}
+
 }  // namespace phos

@@ -30,7 +30,12 @@ constexpr std::array kWaits = {
     SYS_accept4,    SYS_recvmmsg, SYS_epoll_pwait2, SYS_io_getevents,    SYS_restart_syscall,
 };
 
-// The ones that have stopped at the deadline.
+void detach(const Threads& stopped) {
+  for (const ThreadInfo& t : stopped) ptrace(PTRACE_DETACH, t.tid, nullptr, nullptr);
+}
+
+// The ones that have stopped. None if one of them has not by the deadline: it will, and only our
+// end lets go of it then.
 Threads stop(int pid, Threads threads, steady_clock::time_point deadline) {
   Threads stopped;
   // No options: what ends us must not end the process.
@@ -54,9 +59,11 @@ Threads stop(int pid, Threads threads, steady_clock::time_point deadline) {
       }
       return true;
     });
-    std::this_thread::sleep_for(kStopPoll);
+    if (!threads.empty()) std::this_thread::sleep_for(kStopPoll);
   }
-  return stopped;
+  if (threads.empty()) return stopped;
+  detach(stopped);
+  return {};
 }
 
 }  // namespace
@@ -81,15 +88,20 @@ bool HeldThreads::hold(int pid, std::span<const ThreadInfo> threads,
   auto result = stopped.get_future();
   // What a thread of ours traces the kernel lets go when it ends, whatever state it is in.
   tracers_.emplace_back([=, promise = std::move(stopped)](const std::stop_token& end) mutable {
-    promise.set_value(stop(pid, wanted, deadline));
+    const Threads held = stop(pid, wanted, deadline);
+    promise.set_value(held);
+    if (held.empty()) return;
     std::mutex mutex;
     std::unique_lock<std::mutex> lock(mutex);
     std::condition_variable_any never;
     never.wait(lock, end, [] { return false; });
+    // Who joins us may count on it; the kernel does it a moment later.
+    detach(held);
   });
-  const size_t before = held_.size();
-  for (const ThreadInfo& t : result.get()) held_.insert({t.tid, t.start_time});
-  return held_.size() > before;
+  const Threads held = result.get();
+  if (held.empty()) tracers_.pop_back();
+  for (const ThreadInfo& t : held) held_.insert({t.tid, t.start_time});
+  return !held.empty();
 }
 
 bool HeldThreads::contains(const ThreadInfo& thread) const {

@@ -23,13 +23,15 @@ class HeldThreads {
   HeldThreads& operator=(const HeldThreads&) = delete;
 
   // Stops those of process `pid` that wait for something to happen, and returns once they have
-  // stopped, or at the deadline. Not a thread that does anything else, waits for a lock or is
-  // somewhere in the kernel for a moment: it may have locks of the C library's that calls made by
-  // the agent need. Nor one that somebody else traces. As under a debugger, calls like
-  // epoll_wait(2) of a thread stopped may end with EINTR. Returns whether it has stopped any.
+  // stopped; if one has not by the deadline, none is stopped. Not a thread that does anything else,
+  // waits for a lock or is somewhere in the kernel for a moment: it may have locks of the C
+  // library's that calls made by the agent need. Nor one that somebody else traces. As under a
+  // debugger, calls like epoll_wait(2) of a thread stopped may end with EINTR. Returns whether it
+  // has stopped any.
   bool hold(int pid, std::span<const ThreadInfo> threads,
             std::chrono::steady_clock::time_point deadline);
   bool contains(const ThreadInfo& thread) const;
+  // When it returns, others may trace them.
   void let_go();
 
  private:

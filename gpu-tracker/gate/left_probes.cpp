@@ -43,33 +43,46 @@ bool write_byte(int memory, uint64_t address, uint8_t byte) {
   return pwrite(memory, &byte, 1, static_cast<off_t>(address)) == 1;
 }
 
-}  // namespace
-
-Result<size_t> remove_left_probes(int pid) {
-  auto text = LibraryText::find(pid);
-  // No gate closes where there is none, or two different ones.
-  if (!text && text.error().domain() == Domain::kUsage) return size_t{0};
-  if (!text) return text.error();
-  auto functions = read_exported_functions(text->file());
+Result<size_t> remove_from(int pid, int memory, const LibraryText& text) {
+  auto functions = read_exported_functions(text.file());
+  // No library, or one for other machines: no gate closes there.
+  if (!functions && functions.error().domain() == Domain::kFormat) return size_t{0};
   if (!functions) return functions.error();
-  auto memory = open_memory(pid);
-  if (!memory) return memory.error();
   size_t removed = 0;
   for (const ExportedFunction& f : *functions) {
     // Where Gate puts them, and the counters of calls. Elsewhere the byte is part of something
     // else: of a jump of the agent's, for instance.
     const auto at = f.offset ? emulated_entry(f.code) : std::nullopt;
     if (!at) continue;
-    for (const uint64_t address : text->addresses_of(f.offset + *at)) {
+    for (const uint64_t address : text.addresses_of(f.offset + *at)) {
       uint8_t byte = 0;
-      if (!read_byte(memory->get(), address, &byte)) {
+      if (!read_byte(memory, address, &byte)) {
         return Error::from_errno(errno ? errno : EIO,
                                  "reading libcuda's code in process " + std::to_string(pid));
       }
       if (byte != kBreakpoint || f.code[*at] == kBreakpoint) continue;
-      if (!write_byte(memory->get(), address, f.code[*at])) return cannot_write(pid);
+      if (!write_byte(memory, address, f.code[*at])) return cannot_write(pid);
       removed++;
     }
+  }
+  return removed;
+}
+
+}  // namespace
+
+Result<size_t> remove_left_probes(int pid) {
+  auto libraries = LibraryText::find_all(pid);
+  // It has ended, and is still listed.
+  if (!libraries && libraries.error().code() == ESRCH) return size_t{0};
+  if (!libraries) return libraries.error();
+  if (libraries->empty()) return size_t{0};
+  auto memory = open_memory(pid);
+  if (!memory) return memory.error();
+  size_t removed = 0;
+  for (const LibraryText& text : *libraries) {
+    auto n = remove_from(pid, memory->get(), text);
+    if (!n) return n.error();
+    removed += *n;
   }
   return removed;
 }

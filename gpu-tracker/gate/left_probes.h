@@ -15,7 +15,8 @@ namespace phos {
 
 // Puts back, at every place at which a gate may have a probe, the byte that libcuda's file has, if
 // there is a breakpoint instead. For a process that CRIU has restored and not let go yet, also one
-// that does not use CUDA: forked children have copies. Returns how many there were; 0 if the
+// that does not use CUDA: forked children have copies. Of every libcuda in it: the gate closes only
+// where there is one, but a second may have come since. Returns how many there were; 0 if the
 // process has no libcuda. An error: some may be left, and it must not run.
 Result<size_t> remove_left_probes(int pid);
 

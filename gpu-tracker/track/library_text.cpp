@@ -28,13 +28,23 @@ std::string process(int pid) {
 }  // namespace
 
 Result<LibraryText> LibraryText::find(int pid) {
-  LibraryText text(pid);
+  auto all = find_all(pid);
+  if (!all) return all.error();
+  if (all->size() > 1) {
+    return Error(Domain::kUsage, ENOTSUP, process(pid) + " uses two different libcuda.so");
+  }
+  if (all->empty()) {
+    return Error(Domain::kUsage, ENOENT, process(pid) + " has no libcuda.so mapped");
+  }
+  return std::move(all->front());
+}
+
+Result<std::vector<LibraryText>> LibraryText::find_all(int pid) {
+  std::vector<LibraryText> all;
   auto start_time = read_start_time(pid);
   if (!start_time) return start_time.error();
-  text.start_time_ = *start_time;
   auto maps = read_proc_maps(pid);
   if (!maps) return maps.error();
-  struct stat first = {};
   for (const ProcMapping& m : *maps) {
     const std::string name = m.path.substr(m.path.rfind('/') + 1);
     if (m.perms[2] != 'x' || name.rfind("libcuda.so", 0) != 0) continue;
@@ -47,18 +57,19 @@ Result<LibraryText> LibraryText::find(int pid) {
       if (code != EPERM && code != EACCES) return e;
       return Error(e.domain(), code, e.message() + "; watching a process needs root");
     }
-    if (text.file_.empty()) {
-      text.file_ = file;
-      first = st;
-    } else if (st.st_dev != first.st_dev || st.st_ino != first.st_ino) {
-      return Error(Domain::kUsage, ENOTSUP, process(pid) + " uses two different libcuda.so");
+    auto text = std::find_if(all.begin(), all.end(), [&](const LibraryText& t) {
+      return t.device_ == st.st_dev && t.inode_ == st.st_ino;
+    });
+    if (text == all.end()) {
+      text = all.insert(text, LibraryText(pid));
+      text->start_time_ = *start_time;
+      text->file_ = file;
+      text->device_ = st.st_dev;
+      text->inode_ = st.st_ino;
     }
-    text.ranges_.push_back({m.start, m.end, m.offset});
+    text->ranges_.push_back({m.start, m.end, m.offset});
   }
-  if (text.file_.empty()) {
-    return Error(Domain::kUsage, ENOENT, process(pid) + " has no libcuda.so mapped");
-  }
-  return text;
+  return all;
 }
 
 bool LibraryText::contains(uint64_t address) const {

@@ -15,6 +15,8 @@ class LibraryText {
  public:
   // Of process `pid` as it is now. ENOENT: no libcuda.so is mapped; ENOTSUP: two different ones.
   static Result<LibraryText> find(int pid);
+  // However many different ones there are.
+  static Result<std::vector<LibraryText>> find_all(int pid);
 
   // A path under which the library's file can be opened, also where the process's root or the path
   // has changed since.
@@ -56,6 +58,7 @@ class LibraryText {
   int pid_;
   uint64_t start_time_ = 0;
   std::string file_;
+  uint64_t device_ = 0, inode_ = 0;
   std::vector<Range> ranges_;
 };
 

@@ -457,6 +457,33 @@ class Steps(ReleasedTest):
         criu.wait()
 
 
+class BroughtBackForTheDriver(Steps):
+    def test_nobody_maps_it_in_the_drivers_checkpoint(self):
+        """phosd is slow to let go of memory that it has loaded, since not all could be released."""
+        self.fail_in_driver('cuMemAddressReserve * 2', 'cuMemAlloc 3 2',
+                            'cuIpcCloseMemHandle * slow:1000',
+                            'cuCheckpointProcessCheckpoint 1 slow:1000')
+        target = self.counter()
+        before = len(self.phosd_pids())
+        self.assertEqual(before, 0)
+        criu = self.dump(target, wait=False)
+        wait_until(lambda: criu.poll() is not None or 'hook 11' in self.log_tail('dump.log'),
+                   'the checkpoint')
+        wait_until(lambda: criu.poll() is not None or self.is_in_slow_call(target, 'cuda'),
+                   'the driver to be at it')
+        self.assertIsNone(criu.poll(), self.log_tail('dump.log'))
+        with open(f'/proc/{self.phosd_pids()[0]}/maps') as f:
+            maps = f.read()
+        with open(f'/proc/{target.pid}/maps') as f:
+            own = f.read()
+        criu.communicate(timeout=60)
+        self.assertIn('would be lost', self.log('dump.log'))
+        shared = {line.split()[4] for line in own.split('\n') if 'phos-sim-vram' in line}
+        self.assertTrue(shared)
+        self.assertEqual([line for line in maps.split('\n')
+                          if 'phos-sim-vram' in line and line.split()[4] in shared], [])
+
+
 class KilledAt(Steps):
     def criu_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)

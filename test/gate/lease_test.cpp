@@ -236,6 +236,33 @@ TEST_F(LeaseTest, PinnedProbesOutliveWhoeverHeldTheGate) {
   expect_works();
 }
 
+// Their signal would end the process without the handler. A pin stands in for a dying phosd.
+TEST_F(LeaseTest, WhoOpensWaitsForProbesThatAreGoing) {
+  phos::GatePins pins(testing::TempDir());
+  auto pin = pins.place_for(target_.pid());
+  if (!pin) GTEST_SKIP() << pin.error().message();
+  ASSERT_EQ(target_.ask("start memset 2"), "ok");
+  const auto original = library_text(target_.pid());
+  auto arguments = with_target({"pin=" + *pin, "close", "parked=2", "hold", "sleep"});
+  (void)agent_->detach().ok();
+  Tool tool(arguments);
+  ASSERT_TRUE(tool.wait_line("ok hold"));
+  tool.die();
+  ASSERT_NO_FATAL_FAILURE(attach_again());
+  auto gate = Gate::adopt(target_.pid(), *agent_);
+  ASSERT_TRUE(gate) << gate.error().message();
+  std::thread kernel([&] {
+    std::this_thread::sleep_for(milliseconds(300));
+    EXPECT_EQ(unlink(pin->c_str()), 0);
+  });
+  auto opened = (*gate)->open();
+  const auto text = library_text(target_.pid());
+  kernel.join();
+  ASSERT_TRUE(opened) << opened.error().message();
+  EXPECT_EQ(text, original);
+  expect_works();
+}
+
 TEST_F(LeaseTest, PinsOfProcessesThatHaveEndedAreRemoved) {
   phos::GatePins pins(testing::TempDir());
   auto pin = pins.place_for(target_.pid());

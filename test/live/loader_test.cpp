@@ -215,6 +215,23 @@ TEST_F(MemoryLoaderTest, TwoGpus) {
   }
 }
 
+// The one is done when the other comes to a bad page.
+TEST_F(MemoryLoaderTest, NothingStaysImportedWhereOneOfTwoGpusFails) {
+  if (gpus_.size() < 2) GTEST_SKIP() << "one GPU only";
+  ASSERT_NO_FATAL_FAILURE(map(random_bytes(2 * kMiB)));
+  ASSERT_EQ(process_->ask("use-device 1"), "ok");
+  ASSERT_NO_FATAL_FAILURE(allocate(random_bytes(48 * kMiB)));
+  ASSERT_NO_FATAL_FAILURE(save(1));
+  ASSERT_NO_FATAL_FAILURE(spoil());
+  ASSERT_NO_FATAL_FAILURE(open_chain(1));
+  damage(index_of(memory_[1].number()), 48 * kMiB / kPage - 1, 3);
+  const int before = imported();
+  auto report = loader_->load(exported());
+  ASSERT_FALSE(report);
+  EXPECT_EQ(report.error().code(), EBADMSG) << report.error().message();
+  EXPECT_EQ(imported(), before);
+}
+
 TEST_F(MemoryLoaderTest, DamagedPageIsNamed) {
   ASSERT_NO_FATAL_FAILURE(make_saved_and_spoilt());
   const Memory& m = memory_[3];
