@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <memory>
+#include <mutex>
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
@@ -24,11 +25,23 @@ bool is_bpffs(const std::string& path) {
   return statfs(path.c_str(), &fs) == 0 && fs.f_type == BPF_FS_MAGIC;
 }
 
-// A mount of a namespace of our own would go with us, and the pins with it.
-bool mounts_outlive_us() {
-  struct stat ours, first;
-  return stat("/proc/self/ns/mnt", &ours) == 0 && stat("/proc/1/ns/mnt", &first) == 0 &&
-         ours.st_ino == first.st_ino;
+// A mount of a namespace of our own would go with us, and the pins with it; that of init, or of the
+// process itself, lives as long as it is needed.
+bool mounts_outlive_us(int pid) {
+  auto is_ours = [](const std::string& process) {
+    struct stat ours, theirs;
+    return stat("/proc/self/ns/mnt", &ours) == 0 &&
+           stat(("/proc/" + process + "/ns/mnt").c_str(), &theirs) == 0 &&
+           ours.st_ino == theirs.st_ino;
+  };
+  return is_ours("1") || is_ours(std::to_string(pid));
+}
+
+// Seen from a namespace of our own, it may be init's all the same.
+bool is_inits(const std::string& path) {
+  struct stat ours, theirs;
+  return stat(path.c_str(), &ours) == 0 && stat(("/proc/1/root" + path).c_str(), &theirs) == 0 &&
+         ours.st_dev == theirs.st_dev && ours.st_ino == theirs.st_ino;
 }
 
 Error nowhere(const std::string& why) {
@@ -38,10 +51,12 @@ Error nowhere(const std::string& why) {
                    why + "; mount one (mount -t bpf bpf /sys/fs/bpf)");
 }
 
-Result<void> mount_own(const std::string& path) {
+Result<void> mount_own(const std::string& path, int pid) {
+  static std::mutex mutex;  // two mounts on top of each other would hide pins
+  std::lock_guard<std::mutex> hold(mutex);
   if (auto r = make_run_dir(path); !r) return r;
+  if (!mounts_outlive_us(pid)) return nowhere("phosd runs in a mount namespace of its own");
   if (is_bpffs(path)) return {};
-  if (!mounts_outlive_us()) return nowhere("phosd runs in a mount namespace of its own");
   constexpr unsigned long kFlags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
   if (mount("bpf", path.c_str(), "bpf", kFlags, "mode=0700") < 0) {
     return nowhere(Error::from_errno(errno, "none can be mounted at " + path).message());
@@ -61,10 +76,14 @@ GatePins::GatePins(const std::string& run_dir, const std::string& bpffs)
 Result<std::string> GatePins::place_for(int pid) const {
   auto start_time = read_start_time(pid);
   if (!start_time) return start_time.error();
-  const bool of_system = is_bpffs(bpffs_);
-  const std::string& directory = directories_[of_system ? 0 : 1];
-  if (auto r = of_system ? make_run_dir(directory) : mount_own(directory); !r) return r.error();
-  return directory + "/" + name_of(pid, *start_time);
+  const std::string name = "/" + name_of(pid, *start_time);
+  // Anybody may have made the directory there.
+  if (is_bpffs(bpffs_) && (mounts_outlive_us(pid) || is_inits(bpffs_)) &&
+      make_run_dir(directories_[0])) {
+    return directories_[0] + name;
+  }
+  if (auto r = mount_own(directories_[1], pid); !r) return r.error();
+  return directories_[1] + name;
 }
 
 std::string GatePins::find(int pid) const {

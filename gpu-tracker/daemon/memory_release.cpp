@@ -66,6 +66,7 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared
   auto gate = Gate::close(pid, *made->agent_, {kLease, GatedFunctions::kAll, *pin});
   if (!gate) return gate.error();
   made->gate_ = std::move(*gate);
+  if (auto r = mark_probed_pages(pid); !r) return r.error();
   made->take_out_ = made->agent_->was_loaded();
   made->lease_ = std::jthread(
       [release = made.get(), session_log = SessionLog::current()](const std::stop_token& stop) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Session::inspect and lock: refuse what could not be restored, then lock the rest, all together.
 #include <algorithm>
+#include <cerrno>
 #include <future>
 #include <random>
 #include <system_error>
@@ -20,9 +21,22 @@ using std::chrono::steady_clock;
 
 // First try at locking several processes together; each further one takes twice as long.
 constexpr milliseconds kFirstAttempt{500};
+// For another session that has the process; half of what CRIU gives a plugin's hook.
+constexpr milliseconds kEndOfSession{5000};
+constexpr milliseconds kLockPoll{20};
 
 // With these settings NCCL talks through plain shared memory, which restores (seen on driver 580).
 #define PHOS_NCCL_REMEDY "NCCL_P2P_DISABLE=1 NCCL_CUMEM_HOST_ENABLE=0"
+
+// A session that has restored or dumped it may be about to end: it unpins all host buffers.
+Result<ProcessLock> take_lock(const std::string& directory, int pid, uint64_t start_time) {
+  const auto deadline = steady_clock::now() + kEndOfSession;
+  for (;;) {
+    auto lock = ProcessLock::take(directory, pid, start_time);
+    if (lock || lock.error().code() != EBUSY || steady_clock::now() > deadline) return lock;
+    std::this_thread::sleep_for(kLockPoll);
+  }
+}
 
 // Memory that another process exported: the driver (580) checkpoints such a process and then
 // cannot restore it (errors 1 and 801).
@@ -86,7 +100,7 @@ Result<std::optional<Session::Held>> Session::inspect_living(int pid, int restor
         "its cgroup is frozen, and NVIDIA's driver needs it running; use CRIU 4.2 or newer, "
         "which thaws it for phos, or resume the container first");
   }
-  auto lock = ProcessLock::take(lock_dir_, pid, start_time);
+  auto lock = take_lock(lock_dir_, pid, start_time);
   if (!lock) return lock.error();
   auto state = driver_.state(pid);
   if (!state) return state.error();

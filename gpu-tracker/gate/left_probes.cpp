@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <map>
+#include <set>
 
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/base/unique_fd.h"
@@ -18,6 +20,7 @@ namespace {
 
 constexpr uint8_t kBreakpoint = 0xcc;  // int3
 constexpr uint64_t kLongFunction = 64;
+constexpr uint64_t kCpuPage = 4096;
 
 Result<UniqueFd> open_memory(int pid) {
   const std::string path = "/proc/" + std::to_string(pid) + "/mem";
@@ -107,6 +110,33 @@ Result<void> check_probes_removable(int pid) {
     }
   }
   return Error(Domain::kUsage, ENOTSUP, "its libcuda exports no function of the usual size");
+}
+
+Result<void> mark_probed_pages(int pid) {
+  auto text = LibraryText::find(pid);
+  if (!text) return text.error();
+  auto functions = read_exported_functions(text->file());
+  if (!functions) return functions.error();
+  auto memory = open_memory(pid);
+  if (!memory) return memory.error();
+  std::map<uint64_t, std::set<uint64_t>> places;  // by page
+  for (const ExportedFunction& f : *functions) {
+    const auto at = f.offset ? emulated_entry(f.code) : std::nullopt;
+    if (!at) continue;
+    for (const uint64_t address : text->addresses_of(f.offset + *at)) {
+      places[address / kCpuPage].insert(address);
+    }
+  }
+  for (const auto& [page, probes] : places) {
+    // Not where a probe may be taken away between reading and writing.
+    uint64_t address = (page + 1) * kCpuPage - 1;
+    while (probes.contains(address)) address--;
+    uint8_t byte = 0;
+    if (!read_byte(memory->get(), address, &byte) || !write_byte(memory->get(), address, byte)) {
+      return cannot_write(pid);
+    }
+  }
+  return {};
 }
 
 }  // namespace phos

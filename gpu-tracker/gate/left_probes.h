@@ -25,4 +25,10 @@ Result<size_t> remove_left_probes(int pid);
 // then. May be called while the process runs, and while probes come and go.
 Result<void> check_probes_removable(int pid);
 
+// Has CRIU save the pages with the probes that are there now. The kernel puts a probe into a copy
+// of the page without marking it as written to (soft-dirty): a dump on top of a pre-dump would look
+// for such pages in the pre-dump, which has none, and fail. Writes a byte of each page that is
+// there already. The process may run; nothing but probes may come and go in libcuda's code.
+Result<void> mark_probed_pages(int pid);
+
 }  // namespace phos
