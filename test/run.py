@@ -5,21 +5,26 @@
 Tiers: unit, tools (GoogleTest programs), sim (the driver contract and the agent on the simulated
 GPU), criu (real dumps and restores by CRIU on the simulated GPU; root), vm (tests of these two in
 QEMU guests with other kernels), gpu (all of these and test/gpu on a real one). A tier that cannot
-run here is one SKIP with its reason; REQUIRE_GPU=1 makes a missing GPU a failure. After each tier
-test/oracle.py checks that nothing was left behind.
+run here is one SKIP with its reason; REQUIRE_GPU=1 makes a missing GPU a failure. test/oracle.py
+checks that no tier left anything behind. Tests that do not measure time, and mostly wait, run beside
+each other (--jobs); what they print is in the order of the tiers and tests all the same.
 
 Tests find in their environment: PHOS_BUILD (the build directory), PHOS_CRIU (stock criu), PHOS_GPU
 (sim or real), PHOS_TEST_ID (to be passed on to every process they start).
 """
 
 import argparse
+import concurrent.futures
+import itertools
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 
@@ -50,25 +55,56 @@ def gpu_missing():
     return None
 
 
-def run_command(command, env, timeout):
-    """Runs a command in a session of its own. Returns (exit status or None on timeout, output).
+class Commands:
+    """The commands that run now. Threads start them; the main thread may end them all."""
 
-    Output goes through a file: a pipe would stay open as long as any grandchild lives.
-    """
-    with tempfile.TemporaryFile() as out:
-        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
-        status = None
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.running = set()
+        self.ended = False
+
+    def run(self, command, env, timeout):
+        """Runs a command in a session of its own. Returns (exit status or None if it was killed,
+        output).
+
+        Output goes through a file: a pipe would stay open as long as any grandchild lives.
+        """
+        with tempfile.TemporaryFile() as out:
+            with self.lock:
+                if self.ended:
+                    return None, ""
+                process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out,
+                                           stderr=subprocess.STDOUT, start_new_session=True)
+                self.running.add(process)
+            try:
+                status = self._wait(process, timeout)
+            finally:
+                with self.lock:
+                    self.running.remove(process)
+            out.seek(0)
+            return status, out.read().decode(errors="replace")
+
+    def _wait(self, process, timeout):
         try:
-            status = process.wait(timeout)
+            return process.wait(timeout)
         except subprocess.TimeoutExpired:
-            pass
-        finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        out.seek(0)
-        return status, out.read().decode(errors="replace")
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+    def end(self):
+        """Kills those that run; no other starts."""
+        with self.lock:
+            self.ended = True
+            for process in self.running:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass  # it has just ended
+
+
+COMMANDS = Commands()
+run_command = COMMANDS.run
 
 
 def describe_exit(status, timeout):
@@ -79,12 +115,20 @@ def describe_exit(status, timeout):
     return f"exit status {status}"
 
 
-class GoogleTest:
-    """One GoogleTest program."""
+def beside_each_other(jobs, function, items):
+    """function(item) of each, `jobs` at a time; the results in the items' order, each when it and
+    those before it are there."""
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(function, items)
 
-    def __init__(self, program, timeout):
+
+class GoogleTest:
+    """One GoogleTest program. With jobs, so many of its suites run at a time, each on its own."""
+
+    def __init__(self, program, timeout, jobs=1):
         self.program = program
         self.timeout = timeout
+        self.jobs = jobs
 
     def list(self, env):
         if not os.access(self.program, os.X_OK):
@@ -103,6 +147,15 @@ class GoogleTest:
         return names
 
     def run(self, names, env):
+        if self.jobs == 1:
+            yield from self._run_part(names, env)
+            return
+        suites = [list(part) for _, part in itertools.groupby(names, lambda n: n.split(".")[0])]
+        for outcomes in beside_each_other(
+                self.jobs, lambda part: list(self._run_part(part, env)), suites):
+            yield from outcomes
+
+    def _run_part(self, names, env):
         with tempfile.TemporaryDirectory(prefix="phos-run-") as tmp:
             report = os.path.join(tmp, "report.json")
             # A file of flags has no length limit, unlike one argument of the command line.
@@ -164,11 +217,14 @@ class GoogleTest:
 
 
 class PythonTests:
-    """The unittest cases test_*.py of one directory."""
+    """The unittest cases test_*.py of one directory, `jobs` of them at a time: those that `which`
+    matches."""
 
-    def __init__(self, directory, timeout):
+    def __init__(self, directory, timeout, jobs=1, which=""):
         self.directory = directory
         self.timeout = timeout
+        self.jobs = jobs
+        self.which = re.compile(which)
         self.case = [sys.executable, os.path.join(TEST_DIR, "case.py")]
 
     def list(self, env):
@@ -179,23 +235,25 @@ class PythonTests:
                                  timeout=self.timeout)
         if process.returncode != 0:
             raise RuntimeError(f"the tests of {self.directory} cannot be listed\n{process.stderr}")
-        return json.loads(process.stdout)
+        return [name for name in json.loads(process.stdout) if self.which.match(name)]
 
     def run(self, names, env):
-        for name in names:
-            with tempfile.TemporaryDirectory(prefix="phos-run-") as tmp:
-                result = os.path.join(tmp, "result.json")
-                start = time.monotonic()
-                status, output = run_command(self.case + ["run", self.directory, name, result], env,
-                                             self.timeout)
-                seconds = time.monotonic() - start
-                try:
-                    with open(result, encoding="utf-8") as f:
-                        outcome = json.load(f)
-                except (FileNotFoundError, ValueError):
-                    outcome = {"status": "fail", "reason": describe_exit(status, self.timeout)}
-            word = {"ok": "ok", "fail": "FAIL", "skip": "SKIP"}[outcome["status"]]
-            yield Outcome(word, name, seconds, " ".join(outcome["reason"].split()), output)
+        yield from beside_each_other(self.jobs, lambda name: self._run_case(name, env), names)
+
+    def _run_case(self, name, env):
+        with tempfile.TemporaryDirectory(prefix="phos-run-") as tmp:
+            result = os.path.join(tmp, "result.json")
+            start = time.monotonic()
+            status, output = run_command(self.case + ["run", self.directory, name, result], env,
+                                         self.timeout)
+            seconds = time.monotonic() - start
+            try:
+                with open(result, encoding="utf-8") as f:
+                    outcome = json.load(f)
+            except (FileNotFoundError, ValueError):
+                outcome = {"status": "fail", "reason": describe_exit(status, self.timeout)}
+        word = {"ok": "ok", "fail": "FAIL", "skip": "SKIP"}[outcome["status"]]
+        return Outcome(word, name, seconds, " ".join(outcome["reason"].split()), output)
 
 
 class Tier:
@@ -209,33 +267,104 @@ class Tier:
         self.obstacle_fails = obstacle_fails
 
 
-def make_tiers(options):
+def make_stages(options):
+    """Lists of tiers that run beside each other."""
     build = options.build
     sim_path = os.path.join(build, "sim")
     if os.environ.get("LD_LIBRARY_PATH"):
         sim_path += ":" + os.environ["LD_LIBRARY_PATH"]
     sim = {"PHOS_GPU": "sim", "PHOS_SIMULATED_GPU": "1", "LD_LIBRARY_PATH": sim_path}
 
-    def program(name):
-        return GoogleTest(os.path.join(build, "test", name), options.binary_timeout)
+    def program(name, jobs=1):
+        return GoogleTest(os.path.join(build, "test", name), options.binary_timeout, jobs)
 
-    def scripts(name, timeout=options.timeout):
-        return PythonTests(os.path.join(TEST_DIR, name), timeout)
+    def scripts(name, timeout=options.timeout, jobs=1, which=""):
+        return PythonTests(os.path.join(TEST_DIR, name), timeout, jobs, which)
 
     no_root = None if os.geteuid() == 0 else "CRIU needs root"
+    # Tests of the driver contract and of the gate measure time, these want processors to give to
+    # programs that never rest: nothing else runs then.
+    busy = r"test_released\.UnderLoad\."
     return [
-        Tier("unit", [program("unit")]),
-        Tier("tools", [program("tools"), scripts("tools")]),
-        Tier("sim", [program("contract"), program("agent"), program("track"), program("live"),
-                     program("gate")], sim),
-        Tier("criu", [scripts("criu")], sim, no_root),
-        # One case is a guest's whole life, on a processor that QEMU emulates.
-        Tier("vm", [scripts("vm", 3 * options.timeout)], {}, no_root),
-        Tier("gpu", [program("contract"), program("agent"), program("track"), program("live"),
-                     program("gate"), scripts("criu"), scripts("gpu")],
-             {"PHOS_GPU": "real"}, gpu_missing() or no_root,
-             os.environ.get("REQUIRE_GPU") == "1"),
+        [Tier("unit", [program("unit")])],
+        [Tier("tools", [program("tools"), scripts("tools")])],
+        [Tier("sim", [program("contract"), program("agent"), program("track"), program("gate")],
+              sim)],
+        [Tier("sim", [program("live", min(2, options.jobs))], sim),
+         Tier("criu", [scripts("criu", jobs=options.jobs, which=f"(?!{busy})")], sim, no_root)],
+        [Tier("criu", [scripts("criu", which=busy)], sim, no_root)],
+        # One case is a guest's whole life, on a processor that QEMU emulates: slow enough.
+        [Tier("vm", [scripts("vm", 3 * options.timeout)], {}, no_root)],
+        [Tier("gpu", [program("contract"), program("agent"), program("track"), program("live"),
+                      program("gate"), scripts("criu"), scripts("gpu")],
+              {"PHOS_GPU": "real"}, gpu_missing() or no_root,
+              os.environ.get("REQUIRE_GPU") == "1")],
     ]
+
+
+class TierRun:
+    """A tier that runs on a thread of its own."""
+
+    def __init__(self, tier, runner):
+        self.tier = tier
+        self.runner = runner
+        self.queue = queue.SimpleQueue()
+        self.test_id = uuid.uuid4().hex
+        self.watch = None if tier.obstacle else oracle.Oracle(self.test_id)
+        self.thread = threading.Thread(target=self._run)
+
+    def start(self):
+        self.thread.start()
+
+    def join(self):
+        if self.thread.ident:
+            self.thread.join()
+
+    def outcomes(self):
+        """As they come; an error of the thread's is raised here."""
+        while True:
+            outcome = self.queue.get()
+            if outcome is None:
+                return
+            if isinstance(outcome, Exception):
+                raise outcome
+            yield outcome
+
+    def left_behind(self):
+        if not self.watch:
+            return []
+        try:
+            return self.watch.findings()
+        finally:
+            self.watch.close()
+
+    def _run(self):
+        try:
+            for outcome in self._outcomes():
+                self.queue.put(outcome)
+        except Exception as error:  # pylint: disable=broad-except  # for the main thread
+            self.queue.put(error)
+        self.queue.put(None)
+
+    def _outcomes(self):
+        tier = self.tier
+        if tier.obstacle:
+            yield Outcome("FAIL" if tier.obstacle_fails else "SKIP", "", reason=tier.obstacle)
+            return
+        env = self.runner.environment(tier, self.test_id)
+        ran = 0
+        for group in tier.groups:
+            try:
+                names = self.runner.selected(tier, group, env)
+                for outcome in group.run(names, env) if names else ():
+                    ran += 1
+                    yield outcome
+            except RuntimeError as error:
+                ran += 1
+                first, _, rest = str(error).partition("\n")
+                yield Outcome("FAIL", "", reason=first, output=rest)
+        if not ran and not self.runner.options.filter:
+            yield Outcome("FAIL", "", reason="there are no tests in this tier")
 
 
 class Runner:
@@ -273,32 +402,25 @@ class Runner:
             except RuntimeError as error:
                 print(f"{tier.name}: {error}", file=sys.stderr)
 
-    def run_tier(self, tier):
-        if tier.obstacle:
-            status = "FAIL" if tier.obstacle_fails else "SKIP"
-            self.report(tier, Outcome(status, "", reason=tier.obstacle))
-            return
-        test_id = uuid.uuid4().hex
-        env = self.environment(tier, test_id)
-        watch = oracle.Oracle(test_id)
+    def run_stage(self, tiers):
+        """All of them at once; reports one after the other."""
+        runs = [TierRun(tier, self) for tier in tiers]
         try:
-            ran = 0
-            for group in tier.groups:
-                try:
-                    names = self.selected(tier, group, env)
-                    for outcome in group.run(names, env) if names else ():
-                        ran += 1
-                        self.report(tier, outcome)
-                except RuntimeError as error:
-                    ran += 1
-                    first, _, rest = str(error).partition("\n")
-                    self.report(tier, Outcome("FAIL", "", reason=first, output=rest))
-            if not ran and not self.options.filter:
-                self.report(tier, Outcome("FAIL", "", reason="there are no tests in this tier"))
+            for run in runs:
+                run.start()
+            for run in runs:
+                for outcome in run.outcomes():
+                    self.report(run.tier, outcome)
+        except KeyboardInterrupt:
+            COMMANDS.end()
+            raise
         finally:
-            for line in watch.findings():
-                self.report(tier, Outcome("FAIL", "left-behind", reason=line))
-            watch.close()
+            for run in runs:
+                run.join()
+            # When nothing runs any more: the tiers see each other's files.
+            for run in runs:
+                for line in run.left_behind():
+                    self.report(run.tier, Outcome("FAIL", "left-behind", reason=line))
 
     def summary(self):
         if self.failed:
@@ -323,6 +445,9 @@ def parse_options():
                         help="limit for one Python test (default 120)")
     parser.add_argument("--binary-timeout", type=int, default=300, metavar="SECONDS",
                         help="limit for one GoogleTest program (default 300)")
+    parser.add_argument("--jobs", type=int, default=min(8, 2 * (os.cpu_count() or 1)), metavar="N",
+                        help="how many tests of the tier criu run at a time (default: two a "
+                        "processor, up to 8); 1: no two tests of any tier")
     parser.add_argument("--lines", type=int, default=60, metavar="N",
                         help="how much of a failing test's output to show (default 60 lines)")
     options = parser.parse_args()
@@ -339,10 +464,17 @@ def main():
     signal.signal(signal.SIGTERM, stop)
     os.chdir(os.path.dirname(TEST_DIR))  # tests name files of the tree from its top
     runner = Runner(options)
-    tiers = [t for t in make_tiers(options) if not options.tier or t.name in options.tier]
     try:
-        for tier in tiers:
-            (runner.list_tier if options.list else runner.run_tier)(tier)
+        for stage in make_stages(options):
+            tiers = [t for t in stage if not options.tier or t.name in options.tier]
+            if options.list:
+                for tier in tiers:
+                    runner.list_tier(tier)
+            elif options.jobs == 1:
+                for tier in tiers:
+                    runner.run_stage([tier])
+            else:
+                runner.run_stage(tiers)
     except KeyboardInterrupt:
         print("interrupted")
         return 130

@@ -490,7 +490,7 @@ class KilledAt(Steps):
         self.kill_criu(criu)
         self.assert_left_alone(target)
         if not args:
-            self.assert_no_phos_images()
+            self.wait_no_phos_images()
 
     def phosd_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)

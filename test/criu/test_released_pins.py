@@ -58,11 +58,13 @@ class KilledWhileAThreadIsElsewhere(test_released.ReleasedTest):
 
     def test_process_that_does_not_come_back(self):
         target, criu = self.dump_until('last_lock')
+        phosd, = self.phosd_pids()
         self.kill_phosd()
         self.kill_criu(criu)
         self.assertEqual(len(self.pins(target)), 1)
         target.kill()
         wait_until(lambda: reap() or target.gone(), 'the target to be gone')
+        wait_until(lambda: reap() or not os.path.exists(f'/proc/{phosd}'), 'phosd to be dead')
         self.ok('daemon', 'start')
         wait_until(lambda: not self.pins(target), 'its pin to be removed')
 

@@ -79,7 +79,9 @@ class ReleasingSession : public testing::Test {
   // All of it. True if the dump succeeded.
   bool run(phos::GpuDriver& driver) {
     log_.clear();
-    phos::GpuEngines engines(driver, {});
+    phos::PinnedPoolOptions pool;
+    pool.max_bytes = pool.step_bytes = 64 << 20;  // more only takes time, at each dump
+    phos::GpuEngines engines(driver, pool);
     Session session(driver, dir_ + "/lock", &engines);
     const bool ok = dump(session);
     (void)session.undo(target_.pid(), CudaState::kRunning).ok();
@@ -122,16 +124,29 @@ TEST_F(ReleasingSession, ProcessGoesOnWithItsMemory) {
   }
 }
 
+// Is it inside of a row of calls of one function (an engine's events), and not near its ends? One
+// failure in such a row is like the other.
+bool is_amid_its_like(const std::vector<std::string>& calls, size_t at) {
+  if (at < 2 || at + 2 >= calls.size()) return false;
+  return std::all_of(&calls[at - 2], &calls[at + 2] + 1,
+                     [&](const std::string& name) { return name == calls[at]; });
+}
+
 TEST_F(ReleasingSession, EveryCallMayFail) {
   FaultDriver counted(*driver_);
   ASSERT_TRUE(run(counted)) << log_;
   const int calls = static_cast<int>(counted.calls().size());
   ASSERT_GT(calls, 50);
+  std::vector<int> tried;
+  for (int nth = 1; nth <= calls; nth++) {
+    if (!is_amid_its_like(counted.calls(), static_cast<size_t>(nth - 1))) tried.push_back(nth);
+  }
   unsigned seed = 1, succeeded = 0, released_in = 0;
   for (auto when : {FaultDriver::When::kBefore, FaultDriver::When::kAfter}) {
     // A reply that got lost is the rarer case.
-    const int step = when == FaultDriver::When::kBefore ? 1 : 3;
-    for (int nth = 1; nth <= calls; nth += step, seed++) {
+    const size_t step = when == FaultDriver::When::kBefore ? 1 : 3;
+    for (size_t i = 0; i < tried.size(); i += step, seed++) {
+      const int nth = tried[i];
       tell_memory("fill", seed, "", "ok");
       FaultDriver faulty(*driver_);
       faulty.fail(nth, when, phos::Error(phos::Domain::kCuda, 999, "injected fault"));

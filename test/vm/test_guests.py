@@ -26,7 +26,7 @@ class Guests(unittest.TestCase):
         """Runs what matches there; of each of `must_pass` a test must have run."""
         criu = os.environ.get('PHOS_CRIU', os.path.join(BUILD, 'criu', 'criu'))
         command = (f"export PHOS_CRIU={criu}; echo kernel $(uname -r); python3 -B test/run.py --build {BUILD} "
-                   f"--tier sim --tier criu --filter '{filter_}' 2>&1")
+                   f"--tier sim --tier criu --jobs 1 --filter '{filter_}' 2>&1")
         out = io.StringIO()
         try:
             code = vm.run_in_guest(command, BUILD, LIMIT, suite, out)
