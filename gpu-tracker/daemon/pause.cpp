@@ -33,7 +33,7 @@ Result<ProcessLock> take_lock(const std::string& directory, int pid, uint64_t st
   const auto deadline = steady_clock::now() + kEndOfSession;
   for (;;) {
     auto lock = ProcessLock::take(directory, pid, start_time);
-    if (lock || lock.error().code() != EBUSY || steady_clock::now() > deadline) return lock;
+    if (lock || lock.error().code() != EAGAIN || steady_clock::now() > deadline) return lock;
     std::this_thread::sleep_for(kLockPoll);
   }
 }

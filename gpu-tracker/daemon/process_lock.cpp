@@ -12,6 +12,8 @@
 #include <cstdio>
 #include <fstream>
 #include <memory>
+#include <mutex>
+#include <set>
 
 #include "gpu-tracker/daemon/messages.h"
 
@@ -19,6 +21,15 @@ namespace phos {
 namespace {
 
 constexpr char kDeleted[] = " (deleted)";  // of the kernel, in links of /proc
+
+// Locks of this process that are about to go, by path.
+std::mutex g_mutex;
+std::set<std::string> g_ending;
+
+bool is_ending(const std::string& path) {
+  std::lock_guard<std::mutex> hold(g_mutex);
+  return g_ending.contains(path);
+}
 
 }  // namespace
 
@@ -29,16 +40,28 @@ Result<ProcessLock> ProcessLock::take(const std::string& directory, int pid, uin
   if (!fd) return Error::from_errno(errno, "creating the lock file " + lock.path_);
   if (flock(fd.get(), LOCK_EX | LOCK_NB) < 0) {
     if (errno != EWOULDBLOCK) return Error::from_errno(errno, "locking " + lock.path_);
+    if (is_ending(lock.path_)) {
+      return Error(Domain::kErrno, EAGAIN,
+                   "cannot checkpoint " + process(pid) +
+                       ": its last dump or restore is just ending; try again");
+    }
     return refuse(pid, "another dump of it is under way; wait for that one");
   }
   // The holder removes the name before it lets go: a lock on a removed file guards nothing.
   struct stat by_fd, by_name;
   if (fstat(fd.get(), &by_fd) < 0 || stat(lock.path_.c_str(), &by_name) < 0 ||
       by_fd.st_ino != by_name.st_ino) {
-    return refuse(pid, "another dump of it has just ended; try again");
+    return Error(
+        Domain::kErrno, EAGAIN,
+        "cannot checkpoint " + process(pid) + ": another dump of it has just ended; try again");
   }
   lock.fd_ = std::move(fd);
   return lock;
+}
+
+void ProcessLock::ends_soon() const {
+  std::lock_guard<std::mutex> hold(g_mutex);
+  g_ending.insert(path_);
 }
 
 Result<void> ProcessLock::note(CudaState found, int image_dir, const std::string& dump) {
@@ -95,7 +118,10 @@ std::vector<LeftProcess> read_left_processes(const std::string& directory) {
 }
 
 ProcessLock::~ProcessLock() {
-  if (fd_) unlink(path_.c_str());
+  if (!fd_) return;
+  unlink(path_.c_str());
+  std::lock_guard<std::mutex> hold(g_mutex);
+  g_ending.erase(path_);
 }
 
 }  // namespace phos

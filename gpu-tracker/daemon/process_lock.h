@@ -32,13 +32,16 @@ std::vector<LeftProcess> read_left_processes(const std::string& directory);
 // Held until destroyed, or until this process ends however it may. Move-only.
 class ProcessLock {
  public:
-  // Fails at once if another holds it.
+  // Fails at once if another holds it. EBUSY; EAGAIN: who holds it is about to let go.
   static Result<ProcessLock> take(const std::string& directory, int pid, uint64_t start_time);
 
   // From now on the process may be changed: brought back to `found`, with `image_dir` (an open
   // directory). `dump`: which is made there, if one is. ENOENT: noted, but the directory is not to
   // be found again by its path.
   Result<void> note(CudaState found, int image_dir, const std::string& dump = {});
+
+  // Nothing will happen to the process any more, but what belongs to it takes a while to go.
+  void ends_soon() const;
 
   ProcessLock() = default;
   ProcessLock(ProcessLock&&) = default;

@@ -42,6 +42,10 @@ Session::Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines)
       pins_(lock_dir_ + "/.."),
       engines_(engines) {}
 
+Session::~Session() {
+  for (auto& [pid, held] : held_) held.lock.ends_soon();
+}
+
 Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage) {
   image_dir_ = std::move(image_dir);
   stage_ = stage;
@@ -214,7 +218,8 @@ Result<void> Session::wait_to_take_over(int pid, CudaState found) {
       if (noted.pid == pid && noted.start_time == *start_time) left.dump = noted.dump;
     }
     auto r = take_over(left);
-    if (r || r.error().code() != EBUSY || steady_clock::now() > deadline) return r;
+    const bool taken = !r && (r.error().code() == EBUSY || r.error().code() == EAGAIN);
+    if (!taken || steady_clock::now() > deadline) return r;
     std::this_thread::sleep_for(kRecoverPoll);
   }
 }

@@ -57,6 +57,8 @@ class Session {
   // phosd's run directory.
   // `engines`: null if GPU memory is left to the driver.
   Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines = nullptr);
+  // Closes what it has open of the GPUs, which takes a while.
+  ~Session();
 
   // A dump or pre-dump into `image_dir` (takes ownership). Removes phos images of an earlier dump
   // there. It builds on what the directory's link `parent` leads to.

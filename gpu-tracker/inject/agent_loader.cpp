@@ -85,17 +85,21 @@ Result<RemoteThread> attach_asleep(int pid, int tid) {
   for (;;) {
     auto status = read_proc_status(tid);
     if (!status) return process_error(pid, ESRCH, "it has ended");
-    if (status->state == 'S' && waits_in_poll(tid)) break;
-    if (steady_clock::now() > deadline) {
+    const bool late = steady_clock::now() > deadline;
+    if (status->state == 'S' && waits_in_poll(tid)) {
+      auto thread = RemoteThread::attach(pid, tid);
+      if (thread) return thread;
+      // EBUSY: it has woken up in between.
+      if (late || thread.error().code() != EBUSY) {
+        return thread.error().wrap("process " + std::to_string(pid));
+      }
+    } else if (late) {
       return process_error(pid, EBUSY,
                            "the driver's restore thread is busy; another checkpoint tool may be "
                            "at work on it");
     }
     std::this_thread::sleep_for(kPollInterval);
   }
-  auto thread = RemoteThread::attach(pid, tid);
-  if (!thread) return thread.error().wrap("process " + std::to_string(pid));
-  return thread;
 }
 
 // One loading of the agent. The thread stays stopped until this object is gone.

@@ -310,7 +310,7 @@ TEST_F(LeaseTest, PlaceForPinsIsMadeOrRefused) {
   const pid_t child = fork();
   if (child == 0) {
     if (unshare(CLONE_NEWNS) < 0) _exit(0);
-    auto refused = pins.place_for(getpid());
+    auto refused = pins.place_for(target_.pid());
     const bool told = !refused && refused.error().code() == ENOTSUP &&
                       refused.error().message().find("mount -t bpf") != std::string::npos;
     _exit(told ? 0 : 1);
