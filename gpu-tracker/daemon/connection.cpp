@@ -131,6 +131,7 @@ void Connection::serve() {
     log(LogLevel::kError, "daemon", "process %d: serving it failed: %s", peer_.pid, e.what());
   }
   // criu must see the end of the conversation: it may hold tasks that recover() waits for.
+  if (session_) session_->ends_soon();
   socket_.reset();
   if (!entry_) return;
   recover();

@@ -42,8 +42,8 @@ Session::Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines)
       pins_(lock_dir_ + "/.."),
       engines_(engines) {}
 
-Session::~Session() {
-  for (auto& [pid, held] : held_) held.lock.ends_soon();
+void Session::ends_soon() const {
+  for (const auto& [pid, held] : held_) held.lock.ends_soon();
 }
 
 Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage) {

@@ -58,7 +58,9 @@ class Session {
   // `engines`: null if GPU memory is left to the driver.
   Session(GpuDriver& driver, std::string lock_dir, GpuEngines* engines = nullptr);
   // Closes what it has open of the GPUs, which takes a while.
-  ~Session();
+  ~Session() { ends_soon(); }
+  // Its client has gone: who wants to dump one of its processes waits until it has ended.
+  void ends_soon() const;
 
   // A dump or pre-dump into `image_dir` (takes ownership). Removes phos images of an earlier dump
   // there. It builds on what the directory's link `parent` leads to.
