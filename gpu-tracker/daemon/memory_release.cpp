@@ -60,7 +60,6 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::close(int pid, std::shared
   auto released = made->agent_->released();
   if (!released) return released.error();
   if (any_away(*released)) return process_error(pid, EBUSY, "its memory is away already");
-  if (auto r = check_probes_removable(pid); !r) return r.error();
   auto pin = pins.place_for(pid);
   if (!pin) return pin.error();
   auto gate = Gate::close(pid, *made->agent_, {kLease, GatedFunctions::kAll, *pin});

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <map>
-#include <set>
 
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/base/unique_fd.h"
@@ -19,7 +18,6 @@ namespace phos {
 namespace {
 
 constexpr uint8_t kBreakpoint = 0xcc;  // int3
-constexpr uint64_t kLongFunction = 64;
 constexpr uint64_t kCpuPage = 4096;
 
 Result<UniqueFd> open_memory(int pid) {
@@ -46,27 +44,35 @@ bool write_byte(int memory, uint64_t address, uint8_t byte) {
   return pwrite(memory, &byte, 1, static_cast<off_t>(address)) == 1;
 }
 
-Result<size_t> remove_from(int pid, int memory, const LibraryText& text) {
+// Where a probe may be in the process, and the byte that the library's file has there. Elsewhere a
+// byte is part of something else: of a jump of the agent's, for instance.
+Result<std::map<uint64_t, uint8_t>> find_places(const LibraryText& text) {
   auto functions = read_exported_functions(text.file());
-  // No library, or one for other machines: no gate closes there.
-  if (!functions && functions.error().domain() == Domain::kFormat) return size_t{0};
   if (!functions) return functions.error();
-  size_t removed = 0;
+  std::map<uint64_t, uint8_t> places;
   for (const ExportedFunction& f : *functions) {
-    // Where Gate puts them, and the counters of calls. Elsewhere the byte is part of something
-    // else: of a jump of the agent's, for instance.
     const auto at = f.offset ? emulated_entry(f.code) : std::nullopt;
     if (!at) continue;
-    for (const uint64_t address : text.addresses_of(f.offset + *at)) {
-      uint8_t byte = 0;
-      if (!read_byte(memory, address, &byte)) {
-        return Error::from_errno(errno ? errno : EIO,
-                                 "reading libcuda's code in process " + std::to_string(pid));
-      }
-      if (byte != kBreakpoint || f.code[*at] == kBreakpoint) continue;
-      if (!write_byte(memory, address, f.code[*at])) return cannot_write(pid);
-      removed++;
+    for (const uint64_t address : text.addresses_of(f.offset + *at)) places[address] = f.code[*at];
+  }
+  return places;
+}
+
+Result<size_t> remove_from(int pid, int memory, const LibraryText& text) {
+  auto places = find_places(text);
+  // No library, or one for other machines: no gate closes there.
+  if (!places && places.error().domain() == Domain::kFormat) return size_t{0};
+  if (!places) return places.error();
+  size_t removed = 0;
+  for (const auto& [address, original] : *places) {
+    uint8_t byte = 0;
+    if (!read_byte(memory, address, &byte)) {
+      return Error::from_errno(errno ? errno : EIO,
+                               "reading libcuda's code in process " + std::to_string(pid));
     }
+    if (byte != kBreakpoint || original == kBreakpoint) continue;
+    if (!write_byte(memory, address, original)) return cannot_write(pid);
+    removed++;
   }
   return removed;
 }
@@ -90,51 +96,23 @@ Result<size_t> remove_left_probes(int pid) {
   return removed;
 }
 
-Result<void> check_probes_removable(int pid) {
-  auto text = LibraryText::find(pid);
-  if (!text) return text.error();
-  auto functions = read_exported_functions(text->file());
-  if (!functions) return functions.error();
-  auto memory = open_memory(pid);
-  if (!memory) return memory.error();
-  // The last byte of a function: nobody's probes are there, nor the agent's jumps, so that nobody
-  // changes it meanwhile.
-  for (const ExportedFunction& f : *functions) {
-    if (!f.offset || f.size < kLongFunction) continue;
-    for (const uint64_t address : text->addresses_of(f.offset + f.size - 1)) {
-      uint8_t byte = 0;
-      if (read_byte(memory->get(), address, &byte) && write_byte(memory->get(), address, byte)) {
-        return {};
-      }
-      return cannot_write(pid);
-    }
-  }
-  return Error(Domain::kUsage, ENOTSUP, "its libcuda exports no function of the usual size");
-}
-
 Result<void> mark_probed_pages(int pid) {
   auto text = LibraryText::find(pid);
   if (!text) return text.error();
-  auto functions = read_exported_functions(text->file());
-  if (!functions) return functions.error();
+  auto places = find_places(*text);
+  if (!places) return places.error();
   auto memory = open_memory(pid);
   if (!memory) return memory.error();
-  std::map<uint64_t, std::set<uint64_t>> places;  // by page
-  for (const ExportedFunction& f : *functions) {
-    const auto at = f.offset ? emulated_entry(f.code) : std::nullopt;
-    if (!at) continue;
-    for (const uint64_t address : text->addresses_of(f.offset + *at)) {
-      places[address / kCpuPage].insert(address);
-    }
-  }
-  for (const auto& [page, probes] : places) {
-    // Not where a probe may be taken away between reading and writing.
-    uint64_t address = (page + 1) * kCpuPage - 1;
-    while (probes.contains(address)) address--;
+  for (auto place = places->begin(); place != places->end();) {
+    // A byte at which no probe may be taken away between reading and writing.
+    const uint64_t end = (place->first / kCpuPage + 1) * kCpuPage;
+    uint64_t address = end - 1;
+    while (places->contains(address)) address--;
     uint8_t byte = 0;
     if (!read_byte(memory->get(), address, &byte) || !write_byte(memory->get(), address, byte)) {
       return cannot_write(pid);
     }
+    place = places->lower_bound(end);
   }
   return {};
 }

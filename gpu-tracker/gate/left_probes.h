@@ -20,15 +20,12 @@ namespace phos {
 // process has no libcuda. An error: some may be left, and it must not run.
 Result<size_t> remove_left_probes(int pid);
 
-// Could it? Writes to libcuda's code in the process what is there already. Kernels can be
-// configured to refuse (CONFIG_PROC_MEM_NO_FORCE); the gate's probes must not get into an image
-// then. May be called while the process runs, and while probes come and go.
-Result<void> check_probes_removable(int pid);
-
 // Has CRIU save the pages with the probes that are there now. The kernel puts a probe into a copy
 // of the page without marking it as written to (soft-dirty): a dump on top of a pre-dump would look
 // for such pages in the pre-dump, which has none, and fail. Writes a byte of each page that is
-// there already. The process may run; nothing but probes may come and go in libcuda's code.
+// there already. The process may run; nothing but probes may come and go in libcuda's code. An
+// error: the kernel refuses to write (CONFIG_PROC_MEM_NO_FORCE), remove_left_probes() could not
+// either, and the probes must not get into an image.
 Result<void> mark_probed_pages(int pid);
 
 }  // namespace phos

@@ -3,7 +3,8 @@
 
 They are fetched by apt, which checks the archive's signature, with lists and settings of its own:
 nothing is installed on this machine, its package lists stay as they are, and the suite need not be
-this machine's.
+this machine's. They come from the Debian archive among this machine's apt sources, or from the
+one that PHOS_DEBIAN_MIRROR names.
 
     python3 test/vm/kernels.py DIRECTORY
 
@@ -16,7 +17,6 @@ import shutil
 import subprocess
 import sys
 
-MIRROR = 'http://deb.debian.org/debian'
 KEYRING = '/usr/share/keyrings/debian-archive-keyring.gpg'
 PACKAGE = 'linux-image-amd64'
 # The suites that tests ask for, with the kernel that each has.
@@ -37,15 +37,28 @@ class Kernel:
         self.modules = f'{root}/lib/modules/{self.release}'
 
 
+def mirror():
+    """The URI of a Debian archive; raises Missing."""
+    named = os.environ.get('PHOS_DEBIAN_MIRROR')
+    if named:
+        return named
+    targets = subprocess.run(['apt-get', 'indextargets', '--format', '$(REPO_URI)',
+                              'Created-By: Packages'], capture_output=True, text=True, check=False)
+    for uri in targets.stdout.split():
+        # Its updates for security have an archive of their own.
+        if uri.rstrip('/').endswith('/debian'):
+            return uri
+    raise Missing("no Debian archive among apt's sources; name one in PHOS_DEBIAN_MIRROR")
+
+
 class Apt:
     """apt-get and apt-cache with everything that they keep in `directory`."""
 
     def __init__(self, directory, suite, patience):
         self.patience = patience
         os.makedirs(f'{directory}/lists/partial', exist_ok=True)
-        mirror = os.environ.get('PHOS_DEBIAN_MIRROR', MIRROR)
         with open(f'{directory}/sources', 'w') as f:
-            f.write(f'deb [signed-by={KEYRING}] {mirror} {suite} main\n')
+            f.write(f'deb [signed-by={KEYRING}] {mirror()} {suite} main\n')
         settings = {'Dir::Etc::sourcelist': f'{directory}/sources',
                     'Dir::Etc::sourceparts': '/dev/null',
                     'Dir::Etc::preferencesparts': '/dev/null',
