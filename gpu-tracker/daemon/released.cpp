@@ -29,6 +29,8 @@ constexpr milliseconds kBetweenAttempts{5};
 // For several processes, which may wait for each other's next step: one parked in front of it and
 // one behind it never meet.
 constexpr milliseconds kTogether{1000};
+// For a phosd that was killed to be gone.
+constexpr milliseconds kEndOfPhosd{10000};
 // Nothing is submitted while all threads are parked.
 constexpr unsigned kRelockMs = 10000;
 
@@ -328,12 +330,24 @@ bool Session::note_released(int pid, Held* held, const std::vector<AgentRelease>
   return released.size() == results.size();
 }
 
+// A phosd that was killed holds the agent until it is quite dead: the kernel takes its probes away
+// one by one, which can last seconds, and what it closes last is not known.
+Result<std::unique_ptr<MemoryRelease>> Session::find_release(int pid, int restore_tid) const {
+  const auto deadline = steady_clock::now() + kEndOfPhosd;
+  for (;;) {
+    auto found = MemoryRelease::find(pid, restore_tid, pins_);
+    if (found || found.error().code() != EBUSY || steady_clock::now() > deadline) return found;
+    std::this_thread::sleep_for(kBetweenAttempts);
+  }
+}
+
 // The driver has restored the process, and unlocked it. Its threads stay parked until it runs.
 Result<void> Session::bring_memory_back(int pid, Held* held) {
   if (!held->release && held->taken_over) {
-    auto found = MemoryRelease::find(pid, held->restore_tid, pins_);
+    auto found = find_release(pid, held->restore_tid);
     if (!found) return found.error();
     held->release = std::move(*found);
+    held->release_known = true;
   }
   if (!held->release || !held->release->is_away()) return {};
   if (!held->loader) {

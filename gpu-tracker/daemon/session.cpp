@@ -430,7 +430,8 @@ bool Session::recover_one(int pid, Held* held) {
         process(pid).c_str(), r.error().message().c_str());
     held->failure_reported = true;
   }
-  if (held->release) return false;
+  // Its memory is away, or may be.
+  if (held->release || (held->taken_over && !held->release_known)) return false;
   auto state = driver_.state(pid);
   return state && *state != CudaState::kLocked && *state != CudaState::kCheckpointed;
 }

@@ -162,10 +162,11 @@ class Session {
     std::unique_ptr<PageChain> chain;         // what brings it back
     std::unique_ptr<MemoryLoader> loader;
     std::chrono::microseconds gate_time{0}, validate_time{0}, write_time{0}, release_time{0};
-    bool noted = false;       // for another phosd, should this one die
-    bool taken_over = false;  // from a phosd that died
-    bool restored = false;    // by criu, from the images that are being restored
-    bool leaving = false;     // back, but for its gate
+    bool noted = false;          // for another phosd, should this one die
+    bool taken_over = false;     // from a phosd that died
+    bool release_known = false;  // of one taken over: whether its memory is away (`release`)
+    bool restored = false;       // by criu, from the images that are being restored
+    bool leaving = false;        // back, but for its gate
   };
   // The pages of a restored process.
   struct Saved {
@@ -207,6 +208,7 @@ class Session {
   Result<void> prepare_release(int pid, Held* held);
   static bool note_released(int pid, Held* held, const std::vector<AgentRelease>& results);
   Result<void> open_saved(Held* held, const ProcessImage& image) const;
+  Result<std::unique_ptr<MemoryRelease>> find_release(int pid, int restore_tid) const;
   Result<void> bring_memory_back(int pid, Held* held);
   Result<void> load_memory(int pid, Held* held, bool all_of_image);
   Result<void> remove_left_probes_of_tree(int root);

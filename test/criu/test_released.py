@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The released path: GPU memory is away while the driver checkpoints, and comes back from phos's
 pages, in a restore and in every way a dump can end."""
+import fcntl
 import json
 import os
 import shutil
@@ -508,6 +509,31 @@ class KilledAt(Steps):
             os.unlink(os.path.join(self.images, name))
         self.kill_criu(criu)
         self.assert_left_alone(target)
+
+    def agent_in_use(self, seconds):
+        """phosd is killed, and something of it has the agent in the target for that long."""
+        target, criu = self.dump_until('checkpoint')
+        with open(f'/proc/{target.pid}/maps') as f:
+            mailbox, = (line.split()[0] for line in f if 'phos-mailbox' in line)
+        phosd, = self.phosd_pids()
+        self.kill_phosd()
+        with open(f'/proc/{target.pid}/map_files/{mailbox}', 'rb') as file:
+            # Taken while phosd dies, it is in nobody else's hands meanwhile.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            wait_until(lambda: reap() or not os.path.exists(f'/proc/{phosd}'), 'phosd to be dead')
+            time.sleep(seconds)
+        criu.communicate(timeout=60)
+        self.assertNotEqual(criu.returncode, 0)
+        self.assert_left_alone(target)
+        self.wait_no_phos_images()
+
+    def test_phosd_that_takes_long_to_be_gone(self):
+        self.agent_in_use(2)
+        self.assertIn('back to running', self.log('dump.log'))
+
+    def test_phosd_that_takes_longer_than_criu_waits(self):
+        self.agent_in_use(13)  # phosd waits for 10 s while criu has the process
+        self.assertIn('phosd goes on trying', self.log('dump.log'))
 
     def wait_no_phos_images(self):
         """They go once the process is left."""
