@@ -296,7 +296,9 @@ def make_stages(options):
         # One case is a guest's whole life, on a processor that QEMU emulates: slow enough.
         [Tier("vm", [scripts("vm", 3 * options.timeout)], {}, no_root)],
         [Tier("gpu", [program("contract"), program("agent"), program("track"), program("live"),
-                      program("gate"), scripts("criu"), scripts("gpu")],
+                      program("gate"), scripts("criu", jobs=min(4, options.jobs),
+                                               which=f"(?!{busy})"),
+                      scripts("criu", which=busy), scripts("gpu")],
               {"PHOS_GPU": "real"}, gpu_missing() or no_root,
               os.environ.get("REQUIRE_GPU") == "1")],
     ]

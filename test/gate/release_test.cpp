@@ -229,7 +229,6 @@ TEST_F(GatedRelease, AgentLeavesWhenNeitherGateNorMemoryNeedIt) {
 // it is not outside.
 TEST_F(GatedRelease, ThreadInTheAgentsCodeIsNotQuiet) {
   ASSERT_NO_FATAL_FAILURE(cycle(kAdoptAll));
-  ASSERT_EQ(target_.ask("dozing"), "ok");
   ASSERT_EQ(target_.ask("start range 1"), "ok");
   auto threads = phos::list_threads(target_.pid());
   ASSERT_TRUE(threads);
@@ -243,6 +242,7 @@ TEST_F(GatedRelease, ThreadInTheAgentsCodeIsNotQuiet) {
   ASSERT_TRUE(code);
   ASSERT_EQ(code->size(), 2u) << "the agent's, and the hooks'";
   for (const phos::AddressRange& range : *code) {
+    ASSERT_EQ(target_.ask("dozing"), "ok");
     ASSERT_EQ(ptrace(PTRACE_SEIZE, tid, nullptr, nullptr), 0);
     ASSERT_EQ(ptrace(PTRACE_INTERRUPT, tid, nullptr, nullptr), 0);
     user_regs_struct registers = {};
@@ -259,6 +259,7 @@ TEST_F(GatedRelease, ThreadInTheAgentsCodeIsNotQuiet) {
     auto quiet = gate_->check_quiet(milliseconds(50));
     ASSERT_FALSE(quiet) << "it sleeps in a handler, and then goes on into libcuda";
     EXPECT_EQ(quiet.error().code(), EAGAIN) << quiet.error().message();
+    ASSERT_EQ(target_.ask("awake"), "ok");
     ASSERT_TRUE(wait_parked(1));
     quiet = gate_->check_quiet(milliseconds(1000));
     EXPECT_TRUE(quiet) << quiet.error().message();

@@ -37,6 +37,7 @@ contract::Kernels g_kernels;
 std::atomic<bool> g_stop{false};
 std::atomic<uint64_t> g_calls{0}, g_failures{0};
 std::atomic<uint64_t> g_foreign{0};
+std::atomic<bool> g_dozing{false};
 std::atomic<uint64_t> g_slowest_us{0};  // call that frees
 std::deque<std::thread> g_threads;
 std::mutex g_never;
@@ -287,9 +288,17 @@ CUresult handlers(Arguments&, Reply&) {
   return CUDA_SUCCESS;
 }
 
-// dozing: a handler for SIGUSR2 that sleeps, which can interrupt a thread anywhere
+// dozing: a handler for SIGUSR2 that sleeps until `awake`, which can interrupt a thread anywhere
 CUresult dozing(Arguments&, Reply&) {
-  signal(SIGUSR2, [](int) { usleep(500000); });
+  g_dozing = true;
+  signal(SIGUSR2, [](int) {
+    while (g_dozing) usleep(1000);
+  });
+  return CUDA_SUCCESS;
+}
+
+CUresult awake(Arguments&, Reply&) {
+  g_dozing = false;
   return CUDA_SUCCESS;
 }
 
@@ -347,6 +356,7 @@ const std::map<std::string, CUresult (*)(Arguments&, Reply&)> kCommands = {
     {"memory", memory},
     {"setuid", set_user},
     {"dozing", dozing},
+    {"awake", awake},
     {"free", free_behind_kernel},
     {"interrupt", interrupt},
     {"slowest", slowest},

@@ -3,8 +3,9 @@
 
     python3 app.py llama|train|storm|idle|resident|allocations [N]
 
-Every 10 ms a line `rate SECONDS UNITS`: CLOCK_MONOTONIC and how many units of work (tokens, steps,
-launches) are done and finished on the GPU.
+Every 10 ms a line `rate SECONDS UNITS`: the time of day, and how many units of work (tokens, steps,
+launches) are done and finished on the GPU. (Not CLOCK_MONOTONIC: CRIU restores a process into a time
+namespace, where that goes on as if there had been no dump.)
   llama  transformers LlamaForCausalLM as wide as Llama-2-13B, N layers (40: all of it, 26 GB), bf16,
          random weights, generating
   train  a training loop of a 4-layer MLP, AdamW
@@ -13,7 +14,8 @@ launches) are done and finished on the GPU.
   resident  N GiB in pieces of 256 MiB, of which it rewrites 0.5 % all the time. The first 16 GiB are
          random, the others zeros: a dump has to look at them, but needs no room for them
   allocations  does nothing, with N of 2 MiB
-It ends when its parent does. N of the others: GiB of further memory, filled with random bytes and not written any more.
+It ends when its parent does. N of the others: GiB of further memory, filled with random bytes and
+not written any more.
 """
 import ctypes
 import os
@@ -29,7 +31,7 @@ class Meter:
 
     def count(self, units=1):
         self.units += units
-        now = time.monotonic()
+        now = time.time()
         if now - self.last >= 0.01:
             print(f'rate {now:.6f} {self.units}', flush=True)
             self.last = now

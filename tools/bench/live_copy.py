@@ -44,9 +44,9 @@ class Workload:
             self.process = subprocess.Popen(
                 [sys.executable, os.path.join(HERE, 'app.py'), name, *args], stdout=out,
                 stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 120
+        deadline = time.time() + 120
         while len(self.points()) < 20:
-            if self.process.poll() is not None or time.monotonic() > deadline:
+            if self.process.poll() is not None or time.time() > deadline:
                 self.stop()
                 sys.exit(f'live_copy: {name} does not run ({self.process.returncode})')
             time.sleep(0.1)
@@ -162,9 +162,9 @@ class Engine:
 
 
 def pre_dumps(bench, pid, seconds):
-    end = time.monotonic() + seconds
+    end = time.time() + seconds
     copied = 0
-    while time.monotonic() < end:
+    while time.time() < end:
         copied += sum(r['copied_bytes'] for r in bench.pre_dump(pid)['rounds'])
     return copied
 
@@ -179,15 +179,15 @@ def compare(work, bench, ways):
     quiet, busy = [], []
     for _ in range(bench.options.windows):
         for _, copy in ways:
-            begin = time.monotonic()
+            begin = time.time()
             time.sleep(bench.options.window)
-            middle = time.monotonic()
+            middle = time.time()
             copied = copy(bench.options.window)
             quiet.append((begin, middle))
-            busy.append((middle, time.monotonic(), copied))
-    begin = time.monotonic()
+            busy.append((middle, time.time(), copied))
+    begin = time.time()
     time.sleep(bench.options.window)
-    quiet.append((begin, time.monotonic()))
+    quiet.append((begin, time.time()))
     time.sleep(0.3)
     points = work.points()
     loss = [100 * (1 - 2 * rate(points, b[:2]) / (rate(points, before) + rate(points, after)))
