@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <memory>
 #include <mutex>
+#include <string_view>
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
@@ -64,8 +65,10 @@ Result<void> mount_own(const std::string& path, int pid) {
   return {};
 }
 
+constexpr char kPrefix[] = "gate-";
+
 std::string name_of(int pid, uint64_t start_time) {
-  return "gate-" + std::to_string(pid) + "-" + std::to_string(start_time);
+  return kPrefix + std::to_string(pid) + "-" + std::to_string(start_time);
 }
 
 }  // namespace
@@ -116,6 +119,22 @@ void GatePins::remove_stale() const {
           Error::from_errno(errno, "removing " + path).message().c_str());
     }
   }
+}
+
+void GatePins::leave() const {
+  const std::string& own = directories_[1];
+  std::unique_ptr<DIR, int (*)(DIR*)> dir(is_bpffs(own) ? opendir(own.c_str()) : nullptr, closedir);
+  if (!dir) return;
+  while (dirent* entry = readdir(dir.get())) {
+    if (std::string_view(entry->d_name).starts_with(kPrefix)) return;
+  }
+  dir.reset();
+  if (umount2(own.c_str(), UMOUNT_NOFOLLOW) < 0) {
+    log(LogLevel::kDebug, "daemon", "%s",
+        Error::from_errno(errno, "unmounting " + own).message().c_str());
+    return;
+  }
+  rmdir(own.c_str());
 }
 
 }  // namespace phos

@@ -27,6 +27,9 @@ class GatePins {
   // Removes those of processes that have ended.
   void remove_stale() const;
 
+  // Unmounts phosd's own BPF file system, unless a pin is in it. Nobody is to make one any more.
+  void leave() const;
+
  private:
   std::string bpffs_;                     // of the system
   std::vector<std::string> directories_;  // in the system's, and phosd's own

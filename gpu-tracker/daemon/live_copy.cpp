@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <future>
+#include <map>
+#include <string>
 #include <utility>
 
 #include "gpu-tracker/base/log.h"
@@ -69,6 +71,32 @@ void add_extents(const CopiedAllocation& copied, AllocationInfo* info) {
     info->extents.push_back(extent);
   }
 }
+
+// Allocations that phos cannot map, said once for each reason: PyTorch alone has dozens of them.
+class Refusals {
+ public:
+  void add(const AgentAllocation& a, const Error& why) {
+    auto [it, first] = by_reason_.try_emplace(why.message(), Group{0, 0, a.address});
+    it->second.count++;
+    it->second.bytes += a.size;
+  }
+  void report(const std::string& what) const {
+    for (const auto& [why, group] : by_reason_) {
+      log(LogLevel::kInfo, "daemon",
+          "%s: %zu allocations, %s, are left to the driver, since they cannot be copied from "
+          "outside (%s; the first is at %#llx)",
+          what.c_str(), group.count, megabytes(group.bytes).c_str(), why.c_str(),
+          static_cast<unsigned long long>(group.first));
+    }
+  }
+
+ private:
+  struct Group {
+    size_t count;
+    uint64_t bytes, first;
+  };
+  std::map<std::string, Group> by_reason_;
+};
 
 }  // namespace
 
@@ -158,6 +186,7 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, Gua
   auto handles =
       guard ? guard->export_memory(fresh) : agent_->export_memory(fresh, ExportGuard::kCaller);
   if (!handles) return handles.error();
+  Refusals refusals;
   for (size_t i = 0; i < fresh.size(); i++) {
     const AgentAllocation& a = fresh[i];
     AgentExport& handle = (*handles)[i];
@@ -179,12 +208,11 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, Gua
                     "CUDA error " + std::to_string(handle.driver_result));
     }
     if (added) continue;
-    log(LogLevel::kWarn, "daemon", "%s: %s at %#llx cannot be copied from outside (%s)",
-        process(target_.pid).c_str(), megabytes(a.size).c_str(),
-        static_cast<unsigned long long>(a.address), added.error().message().c_str());
+    refusals.add(a, added.error());
     refused_.insert(a.buffer_id);
     leave_to_driver(a);
   }
+  refusals.report(process(target_.pid));
   if (postponed_bytes_ && guard) postponed_why_ = guard->obstacle();
   if (postponed_bytes_) {
     log(LogLevel::kInfo, "daemon", "%s: %s are not copied in this round: %s",

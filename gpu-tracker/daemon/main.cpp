@@ -18,6 +18,7 @@
 #include "gpu-tracker/abi/version.h"
 #include "gpu-tracker/daemon/config.h"
 #include "gpu-tracker/daemon/daemonise.h"
+#include "gpu-tracker/daemon/gate_pins.h"
 #include "gpu-tracker/daemon/listen.h"
 #include "gpu-tracker/daemon/node.h"
 #include "gpu-tracker/daemon/server.h"
@@ -47,8 +48,9 @@ Result<void> serve(const DaemonCommandLine& options, Readiness& readiness) {
   if (!node) return node.error();
   log(LogLevel::kInfo, "daemon", "phosd " PHOS_VERSION " listens on %s", config.socket.c_str());
   readiness.ready();
-  Server server(**node, *listener, signals->get());
-  return server.run();
+  auto served = Server(**node, *listener, signals->get()).run();
+  GatePins(config.run_dir).leave();
+  return served;
 }
 
 int run(int argc, char** argv) {

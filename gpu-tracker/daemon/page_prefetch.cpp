@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/daemon/page_prefetch.h"
 
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <map>
 #include <utility>
@@ -8,9 +12,14 @@
 #include "gpu-tracker/base/log.h"
 
 namespace phos {
+namespace {
+
+constexpr int kLowestPriority = 19;
+
+}  // namespace
 
 unsigned reader_threads() {
-  return std::clamp(std::thread::hardware_concurrency(), 4u, 12u);
+  return std::clamp(std::thread::hardware_concurrency(), 4u, 32u);
 }
 
 // At least what one session needs to go on, and enough of a large pool that it does so fast.
@@ -66,7 +75,10 @@ void PagePrefetch::open_gpus() {
   }
 }
 
+// CRIU is at work meanwhile, and it is CRIU that the process waits for: where files are in memory,
+// a dozen copying threads would slow it down.
 void PagePrefetch::read(const std::stop_token& stop) {
+  (void)setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kLowestPriority);
   PinnedPool& pool = engines_.pool();
   while (!stop.stop_requested()) {
     // Before there is work for it: more may have to be made, and nobody should wait for that here.

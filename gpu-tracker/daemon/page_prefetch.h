@@ -17,7 +17,7 @@
 namespace phos {
 
 // Threads that read page files at a time: enough to keep a disk's queue full, and for a GPU's PCIe
-// link where the files are in memory (9 GB/s a thread).
+// link where the files are in memory (2 to 9 GB/s a thread).
 unsigned reader_threads();
 
 // Pool buffers that are for those who use them at once, whoever else keeps buffers full of pages.

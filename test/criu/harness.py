@@ -43,6 +43,10 @@ def wait_until(condition, what, limit=LIMIT):
         time.sleep(0.005)
 
 
+def gpu_device_files():
+    return [n for n in os.listdir('/dev') if re.fullmatch(r'nvidia\d+', n)]
+
+
 def status_field(pid, field):
     try:
         with open(f'/proc/{pid}/status') as f:

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import unittest
 
-from harness import BUILD, REAL_GPU, CriuTest, Target, alive, children, wait_until
+from harness import (BUILD, REAL_GPU, CriuTest, Target, alive, children, gpu_device_files,
+                     wait_until)
 
 PHOS = os.path.join(BUILD, 'bin', 'phos')
 
@@ -459,7 +460,7 @@ class InCriu(PreDumpTest):
 class TwoGpus(PreDumpTest):
     def setUp(self):
         super().setUp()
-        if REAL_GPU and len([n for n in os.listdir('/dev') if re.fullmatch(r'nvidia\d+', n)]) < 2:
+        if REAL_GPU and len(gpu_device_files()) < 2:
             self.skipTest('needs two GPUs')
 
     def env(self, extra=None):

@@ -146,6 +146,8 @@ class Bench:
         for variant in ('phos', 'driver'):
             subprocess.run([self.phos, 'daemon', 'stop'], env=self.environment(variant),
                            capture_output=True)
+            own = os.path.join(self.directory, f'run-{variant}', 'bpf')  # until phosd has left
+            wait_for(lambda: not os.path.ismount(own), 'phosd to be gone', 30)
 
 
 def main():
