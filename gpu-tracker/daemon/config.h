@@ -21,10 +21,7 @@ struct DaemonConfig {
   unsigned max_sessions = 32;
   double max_slowdown = 3;  // percent of its speed that copying may cost a running process
   TrackerChoice tracker = TrackerChoice::kContent;
-  // GPU memory, before the driver's checkpoint, where that can be. Not by default yet: a process
-  // that goes on without its dump (criu killed, a failing post-dump script) may have threads that
-  // were not parked, and nothing keeps these away from memory that is still being brought back.
-  bool release = false;
+  bool release = true;  // GPU memory, before the driver's checkpoint, where that can be
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 

@@ -87,6 +87,9 @@ Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
   images.dump_id = dump_id_;
   for (const GpuInfo& gpu : gpus_) images.gpus.push_back(gpu.uuid);
   images.previous = open_previous(status->vpid);
+  // From here on there is an agent in it, which another phosd will take out. (A pre-dump's images
+  // may be complete before the agent has left: nobody is to remove them as those of a failed dump.)
+  if (stage_ == DumpStage::kDump) (void)note(held).ok();  // said when it is locked
   const auto start = steady_clock::now();
   auto copy = LiveCopy::start({pid, status->vpid, held->restore_tid, tracker}, std::move(images),
                               *engines_);

@@ -85,7 +85,11 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_
   auto released = found->agent_->released();
   if (!released) return released.error();
   found->away_ = any_away(*released);
-  if (!found->away_ && !found->agent_->gate().signal) return std::unique_ptr<MemoryRelease>();
+  if (!found->away_ && !found->agent_->gate().signal) {
+    // Whoever brought it is dead. It stays where memory that it stands in for needs it.
+    let_agent_leave(pid, &found->agent_, true);
+    return std::unique_ptr<MemoryRelease>();
+  }
   auto gate = Gate::adopt(pid, *found->agent_, pins.find(pid));
   if (!gate) return gate.error();
   found->gate_ = std::move(*gate);

@@ -250,13 +250,19 @@ Result<void> Session::lock_all(steady_clock::time_point deadline, unsigned timeo
   }
 }
 
+// For another phosd, should this one die.
+Result<void> Session::note(Held* held) {
+  auto noted = held->lock.note(held->found, image_dir_.get(), format_dump_id(dump_id_));
+  held->noted = noted.ok();
+  return noted;
+}
+
 Result<void> Session::lock(unsigned timeout_ms) {
   const std::vector<int> wanted = to_lock();
   const auto deadline = steady_clock::now() + milliseconds(timeout_ms);
   for (int pid : wanted) {
     Held& held = held_.at(pid);
-    auto noted = held.lock.note(held.found, image_dir_.get(), format_dump_id(dump_id_));
-    held.noted = noted.ok();
+    auto noted = note(&held);
     if (!noted) log(LogLevel::kWarn, "daemon", "%s", noted.error().message().c_str());
   }
   auto behind_gates = lock_behind_gates(wanted, deadline, timeout_ms);

@@ -219,6 +219,7 @@ class Session {
   std::optional<PreviousPages> open_previous(int vpid) const;
   bool has_room_for(uint64_t bytes) const;  // in the image directory
   bool has_room_for_copies() const;
+  Result<void> note(Held* held);
   Result<void> start_copy(int pid, Held* held, TrackerChoice tracker);
   Result<void> run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
                           const CopyProgress& progress, const std::stop_token& stop);

@@ -181,6 +181,15 @@ def reap():
         pass
 
 
+def ended(pid):
+    """Of a child of ours, or one that became ours; criu's exit status stays for who waits for it."""
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+    return not os.path.exists(f'/proc/{pid}')
+
+
 def env_for_gpu(extra=None):
     env = dict(os.environ)
     if not REAL_GPU:
@@ -339,6 +348,11 @@ class CriuTest(unittest.TestCase):
         target.wait_more()
         target.check_output(self)
         self.assertEqual(status_field(target.pid, 'TracerPid'), '0')
+
+    def wait_no_phos_images(self):
+        """They go once the process is left: what phos has taken away is in them."""
+        wait_until(lambda: not any(n.startswith('phos-') for n in os.listdir(self.images)),
+                   'the images of the failed dump to be gone')
 
     def assert_no_phos_images(self):
         self.assertEqual([n for n in os.listdir(self.images) if n.startswith('phos-')], [])

@@ -224,7 +224,7 @@ class FailedDump(CriuTest):
         criu = self.killed_when(target, 'hook 11', 'criu')
         criu.wait()
         self.assert_runs_on(target)
-        self.assert_no_phos_images()
+        self.wait_no_phos_images()
 
     def test_phosd_killed_during_checkpoint(self):
         self.fail_in_driver('cuCheckpointProcessCheckpoint 1 slow:500')

@@ -5,15 +5,16 @@ import time
 import unittest
 
 import test_released
+import test_released_killed
 from harness import reap, wait_until
 
 
 class KilledWhileAThreadIsElsewhere(test_released.ReleasedTest):
     """It comes to the driver when phosd is gone, and its memory away."""
-    sleeping = test_released.KilledAt.sleeping
-    is_in_slow_call = test_released.KilledAt.is_in_slow_call
-    dump_until = test_released.KilledAt.dump_until
-    kill_criu = test_released.KilledAt.kill_criu
+    sleeping = test_released_killed.Steps.sleeping
+    is_in_slow_call = test_released_killed.Steps.is_in_slow_call
+    dump_until = test_released_killed.Steps.dump_until
+    kill_criu = test_released_killed.Steps.kill_criu
 
     def counter(self, *args, **kwargs):
         return super().counter('--interval-ms', '1500', *args, **kwargs)

@@ -6,7 +6,7 @@ import os
 import signal
 import unittest
 
-import test_released as released
+import test_released_killed as released
 from harness import BUILD, Target, alive, children, status_field, wait_until
 
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Real programs on a real GPU: after dump and restore they print what an undisturbed run prints."""
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +152,28 @@ class PyTorch(Application):
             self.skipTest('transformers is not installed')
         self.same_as_undisturbed([PYTHON, os.path.join(HERE, 'generate.py'), '13', '400', '0.02'],
                                  20, 200)
+
+    def test_cache_that_is_emptied_and_refilled(self):
+        """What a program can ask the driver about memory that phos has taken away and brought back."""
+        def free(ticks=3):
+            target.wait_tick(target.last_tick() + ticks)
+            return int(re.search(r'free (\d+) ok', target.lines()[-1]).group(1))
+        target = self.start(PYTHON, os.path.join(HERE, 'cache.py'))
+        before = free()
+        for i in range(3):
+            self.dump_ok(target, *(['--leave-running'] if i == 1 else []))
+            shown = subprocess.run([os.path.join(BUILD, 'bin', 'phos'), 'show', '--json',
+                                    self.images], capture_output=True, text=True, env=self.env())
+            process, = json.loads(shown.stdout)['processes']
+            self.assertIn(('released', 256 << 20),
+                          {(a['path'], a['size']) for a in process['allocations']},
+                          self.log_tail('dump.log'))
+            if i != 1:
+                wait_until(target.gone, 'the dumped process to be gone')
+                self.restore_ok()
+            # phosd's own memory goes when it leaves.
+            wait_until(lambda: abs(free(1) - before) < 64, f'{before} MiB to be free again')
+        target.check_output(self)
 
     def test_memory_imported_by_cuda_ipc_is_refused(self):
         target = self.start(PYTHON, os.path.join(HERE, 'share_tensor.py'))

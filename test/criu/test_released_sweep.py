@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""A dump that is killed at any moment, on a real GPU too: the process goes on with its memory, or it
+is gone and its images are complete."""
+import os
+import time
+
+from harness import REAL_GPU, ended, wait_until
+from test_released import ReleasedTest
+
+# On the simulated GPU test_released_killed.KilledAt stops a dump at each step.
+MOMENTS = 8 if REAL_GPU else 3
+
+
+class KilledAtAnyMoment(ReleasedTest):
+    def setUp(self):
+        super().setUp()
+        self.target = self.counter('--mib', '64')
+        begin = time.monotonic()
+        self.images_in('whole')
+        self.dump_ok(self.target, '--leave-running')
+        self.duration = time.monotonic() - begin
+        self.assertGreaterEqual(self.released_bytes(), 64 << 20)
+        self.assert_left_alone(self.target)
+
+    def assert_goes_on_or_is_saved(self, criu):
+        target = self.target
+        ticks = target.last_tick()
+        wait_until(lambda: target.gone() or target.last_tick() >= ticks + 3,
+                   'the target to go on, or to be gone')
+        self.outcomes.append('gone' if target.gone() else 'goes on')
+        if target.gone():
+            self.assertTrue(os.path.exists(os.path.join(self.images, 'inventory.img')))
+            self.restore_and_check(target)
+        else:
+            self.assertNotEqual(criu.returncode, 0, self.log_tail('dump.log'))
+        self.assert_left_alone(target)
+
+    def sweep(self, kill):
+        self.outcomes = []
+        for i in range(MOMENTS):
+            self.images_in(str(i))
+            criu = self.dump(self.target, wait=False)
+            if kill == self.kill_phosd_alone:
+                wait_until(lambda: self.phosd_pids() or criu.poll() is not None, 'phosd to run')
+            # The moment, not a state to wait for: whatever is under way then.
+            time.sleep(self.duration * i / MOMENTS)
+            kill(criu)
+            criu.communicate(timeout=60)
+            self.assert_goes_on_or_is_saved(criu)
+        return self.outcomes
+
+    def end_phosd(self):
+        pids = self.phosd_pids()
+        if pids:
+            self.kill_phosd()
+            wait_until(lambda: all(map(ended, pids)), 'phosd to be dead')
+
+    def test_criu(self):
+        self.assertEqual(self.sweep(lambda criu: criu.kill())[0], 'goes on')
+
+    def kill_phosd_alone(self, _criu):
+        self.end_phosd()
+
+    def test_phosd(self):
+        self.sweep(self.kill_phosd_alone)
+
+    def test_both(self):
+        def both(criu):
+            criu.kill()
+            criu.wait()
+            self.end_phosd()
+            self.ok('daemon', 'start')  # any phosd takes over what it finds
+        self.assertEqual(self.sweep(both)[0], 'goes on')
