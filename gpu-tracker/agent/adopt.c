@@ -52,6 +52,7 @@ struct plugs {
 static void take_back(const struct driver* driver, struct released* e) {
   bool got = false;
   reserve_exactly(driver, e->address, e->reserved, &got);
+  if (!got) got = regain(driver, e->address, e->reserved);
   if (!got) reallocate_lost(driver, e);
 }
 
@@ -131,7 +132,9 @@ static void adopt(const struct driver* driver, struct released* e) {
 static void find_lost(const struct driver* driver, struct released* e) {
   bool got = false;
   e->result = reserve_exactly(driver, e->address, e->reserved, &got);
+  if (!got) got = regain(driver, e->address, e->reserved);
   if (got) {
+    e->result = CU_SUCCESS;
     set_entry_state(e, PHOS_RELEASED_RESERVED);
   } else {
     reallocate_lost(driver, e);

@@ -138,10 +138,16 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
     a->result = CU_OUT_OF_MEMORY;
     return PHOS_RELEASE_FAILED;
   }
+  const uint64_t anchor = hold_anchor(driver, e->address, e->reserved);
   a->result = free_in_context(driver, e->context, e->address);
-  if (a->result) return PHOS_RELEASE_FAILED;
+  if (a->result) {
+    let_go_of_anchor(driver, anchor);
+    return PHOS_RELEASE_FAILED;
+  }
   bool got = false;
   a->result = reserve_exactly(driver, e->address, e->reserved, &got);
+  if (!got) got = regain(driver, e->address, e->reserved);
+  let_go_of_anchor(driver, anchor);
   if (got) {
     set_entry_state(e, PHOS_RELEASED_RESERVED);
     return PHOS_RELEASE_DONE;

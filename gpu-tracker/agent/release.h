@@ -14,6 +14,14 @@ int free_in_context(const struct driver* driver, uint64_t context, uint64_t addr
 /* Reserves exactly [address, address + size): what is to be had elsewhere is given back. */
 int reserve_exactly(const struct driver* driver, uint64_t address, uint64_t size, bool* got);
 /*
+ * While memory at [address, address + reserved) is freed: addresses beside it that keep libcuda
+ * from giving the space around it back to the kernel. 0: none are to be had.
+ */
+uint64_t hold_anchor(const struct driver* driver, uint64_t address, uint64_t reserved);
+void let_go_of_anchor(const struct driver* driver, uint64_t anchor);
+/* Reserves [address, address + size), which libcuda has refused once; tries for 0.2 s. */
+bool regain(const struct driver* driver, uint64_t address, uint64_t size);
+/*
  * For an entry without memory and addresses: cuMemAlloc until it answers with the old address, and
  * the entry is NATIVE, or a few times, and it is LOST.
  */

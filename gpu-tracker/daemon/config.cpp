@@ -134,7 +134,7 @@ constexpr Setting kSettings[] = {
      }},
     {"release",
      "auto: GPU memory is saved by phos alone where that can be; off: by the driver too "
-     "(default: auto)",
+     "(default: off)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_release(text), &config->release);
      }},

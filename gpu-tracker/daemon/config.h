@@ -21,7 +21,10 @@ struct DaemonConfig {
   unsigned max_sessions = 32;
   double max_slowdown = 3;  // percent of its speed that copying may cost a running process
   TrackerChoice tracker = TrackerChoice::kContent;
-  bool release = true;  // GPU memory, before the driver's checkpoint, where that can be
+  // GPU memory, before the driver's checkpoint, where that can be. Not by default yet: on a real
+  // GPU a process that allocates and frees all the time lost the addresses of an allocation
+  // (regain.c).
+  bool release = false;
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 

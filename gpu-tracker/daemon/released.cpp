@@ -45,6 +45,22 @@ bool is_incomplete(const std::vector<AgentRelease>& results) {
   });
 }
 
+// What the process has at these addresses, of which the driver does not tell: for the log.
+std::string mappings_at(int pid, const AgentAllocation& a) {
+  auto maps = read_proc_maps(pid);
+  if (!maps) return "unknown: " + maps.error().message();
+  std::string text;
+  for (const ProcMapping& m : *maps) {
+    if (m.start >= a.address + a.size || m.end <= a.address) continue;
+    char range[80];
+    snprintf(range, sizeof range, "%s%llx-%llx %s ", text.empty() ? "" : ", ",
+             static_cast<unsigned long long>(m.start), static_cast<unsigned long long>(m.end),
+             m.perms);
+    text += range + m.path;
+  }
+  return text.empty() ? "nothing" : text;
+}
+
 double ms(std::chrono::microseconds t) {
   return static_cast<double>(t.count()) / 1000;
 }
@@ -242,6 +258,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
     failed = Error(Domain::kUsage, ENOENT, "none of it can be released");
   }
   if (failed) {
+    if (results) log_lost(pid, *held, *results);
     if (auto r = bring_memory_back(pid, held); !r) return r;
     // The driver is about to checkpoint it.
     if (auto r = held->loader ? held->loader->settle() : Result<void>(); !r) return r;
@@ -264,6 +281,18 @@ Result<void> Session::release_memory(int pid, Held* held) {
       "%s: released in %.1f ms (drained behind the gate in %.1f ms, images written in %.1f ms)",
       process(pid).c_str(), ms(held->release_time), ms(held->gate_time), ms(held->write_time));
   return as_noted ? Result<void>() : write_process_image(image_dir_.get(), *held->image);
+}
+
+void Session::log_lost(int pid, const Held& held, const std::vector<AgentRelease>& results) {
+  for (size_t i = 0; i < results.size(); i++) {
+    if (results[i].status != ReleaseStatus::kLost) continue;
+    const AgentAllocation& a = held.to_release[i];
+    log(LogLevel::kWarn, "daemon",
+        "%s: the addresses of %s at %#llx could not be reserved when it was freed (CUDA %d); there "
+        "is: %s",
+        process(pid).c_str(), megabytes(a.size).c_str(), static_cast<unsigned long long>(a.address),
+        results[i].driver_result, mappings_at(pid, a).c_str());
+  }
 }
 
 // All that another phosd needs, should this one die while memory is away.

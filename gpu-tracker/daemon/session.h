@@ -205,6 +205,7 @@ class Session {
   static void leave_to_driver(Held* held);
   Result<void> catch_up(int pid, Held* held);
   Result<void> release_memory(int pid, Held* held);
+  static void log_lost(int pid, const Held& held, const std::vector<AgentRelease>& results);
   Result<void> prepare_release(int pid, Held* held);
   static bool note_released(int pid, Held* held, const std::vector<AgentRelease>& results);
   Result<void> open_saved(Held* held, const ProcessImage& image) const;

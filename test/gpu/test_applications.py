@@ -153,12 +153,13 @@ class PyTorch(Application):
         self.same_as_undisturbed([PYTHON, os.path.join(HERE, 'generate.py'), '13', '400', '0.02'],
                                  20, 200)
 
-    def test_cache_that_is_emptied_and_refilled(self):
+    def cache(self, *args):
         """What a program can ask the driver about memory that phos has taken away and brought back."""
         def free(ticks=3):
             target.wait_tick(target.last_tick() + ticks)
             return int(re.search(r'free (\d+) ok', target.lines()[-1]).group(1))
-        target = self.start(PYTHON, os.path.join(HERE, 'cache.py'))
+        self.configure('release = auto')
+        target = self.start(PYTHON, os.path.join(HERE, 'cache.py'), *args)
         before = free()
         for i in range(3):
             self.dump_ok(target, *(['--leave-running'] if i == 1 else []))
@@ -174,6 +175,12 @@ class PyTorch(Application):
             # phosd's own memory goes when it leaves.
             wait_until(lambda: abs(free(1) - before) < 64, f'{before} MiB to be free again')
         target.check_output(self)
+
+    def test_cache_that_is_emptied_and_refilled(self):
+        self.cache('noipc')
+
+    def test_cache_with_handles_to_its_memory(self):
+        self.cache()
 
     def test_memory_imported_by_cuda_ipc_is_refused(self):
         target = self.start(PYTHON, os.path.join(HERE, 'share_tensor.py'))

@@ -82,8 +82,11 @@ class ReleasingSession : public testing::Test {
 
   // Why the memory went through the driver.
   std::string first_warning() const {
-    const size_t at = log_.find("through the driver: ");
-    return at == std::string::npos ? "no reason given" : log_.substr(at, log_.find('\n', at) - at);
+    for (const char* sign : {"through the driver: ", "not copied ahead: ", "cannot be copied"}) {
+      const size_t at = log_.find(sign);
+      if (at != std::string::npos) return log_.substr(at, log_.find('\n', at) - at);
+    }
+    return log_;
   }
 
   // All of it. True if the dump succeeded.
