@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "gpu-tracker/image/chain.h"
+#include "gpu-tracker/image/verify.h"
 #include "test/unit/image_fixture.h"
 
 namespace phos::image_test {
@@ -32,6 +33,10 @@ inline SavedHash toy_hash(const Bytes& key, const void* page, size_t bytes) {
   memcpy(hash.data(), &a, 8);
   memcpy(hash.data() + 8, &b, 8);
   return hash;
+}
+
+inline Result<PageHasher> toy_hasher(const Bytes& key) {
+  return PageHasher([key](const void* page) { return toy_hash(key, page, kPage); });
 }
 
 inline DumpId dump_id(uint8_t level) {
@@ -154,6 +159,11 @@ class ChainTest : public testing::Test {
 
   Result<PageChain> open_chain(uint8_t level, int pid = 7) {
     return PageChain::open(fd(level), pid, PageIo::kCached);
+  }
+  Result<VerifyReport> verify(uint8_t level, const VerifyOptions& options = {}) {
+    auto set = read_image_set(fd(level));
+    if (!set) return set.error();
+    return verify_images(fd(level), std::move(*set), toy_hasher, options);
   }
   // The chain of `level` is refused for this reason, with this in the message.
   void expect_refused(uint8_t level, ImageError code, const std::string& text) {

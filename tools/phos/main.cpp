@@ -28,6 +28,7 @@ constexpr Command kCommands[] = {
     {"restore", "bring a process tree back from such a directory", phos::cli::run_restore},
     {"status", "list the CUDA processes of this machine", phos::cli::run_status},
     {"show", "print what is in a directory of images", phos::cli::run_show},
+    {"verify", "check every page of memory that such a directory holds", phos::cli::run_verify},
     {"check", "tell whether this machine can dump and restore CUDA processes",
      phos::cli::run_check},
     {"daemon", "ask for, start or stop phosd, which does the work", phos::cli::run_daemon},
