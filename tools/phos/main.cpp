@@ -29,6 +29,8 @@ constexpr Command kCommands[] = {
     {"status", "list the CUDA processes of this machine", phos::cli::run_status},
     {"show", "print what is in a directory of images", phos::cli::run_show},
     {"verify", "check every page of memory that such a directory holds", phos::cli::run_verify},
+    {"extract", "write the bytes of one allocation of GPU memory to a file",
+     phos::cli::run_extract},
     {"check", "tell whether this machine can dump and restore CUDA processes",
      phos::cli::run_check},
     {"daemon", "ask for, start or stop phosd, which does the work", phos::cli::run_daemon},
