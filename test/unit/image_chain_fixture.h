@@ -106,7 +106,7 @@ class ChainTest : public testing::Test {
   ProcessImage dump(uint8_t level, const Memories& memories, int pid = 7) {
     if (!std::filesystem::exists(path(level))) make_directory(level);
     ProcessImage image = small_process(pid, dump_id(level));
-    image.hash_key = kKey;
+    image.hash_key = key_;
     image.gpus = two_gpus();
     image.created_us = level;
     std::optional<PreviousPages> previous;
@@ -118,7 +118,7 @@ class ChainTest : public testing::Test {
       previous = std::move(*opened);
       EXPECT_TRUE(previous);
       image.parent_dump_id = previous->dump_id();
-      EXPECT_EQ(previous->hash_key(), kKey);
+      EXPECT_EQ(previous->hash_key(), key_);
     }
     std::unique_ptr<PageFileWriter> files[2];
     AlignedPages page(1);
@@ -131,7 +131,7 @@ class ChainTest : public testing::Test {
       auto& file = files[memory.gpu];
       for (uint32_t i = 0; i < page_count(a); i++) {
         copy_page(memory, i, page[0]);
-        a.hashes.push_back(toy_hash(kKey, page[0], kPage));
+        a.hashes.push_back(toy_hash(key_, page[0], kPage));
         if (std::all_of(page[0], page[0] + kPage, [](uint8_t b) { return b == 0; })) {
           append(&a.extents, PageSource::kZero, i, 0);
         } else if (known && (*known)[i] == a.hashes[i]) {
@@ -175,6 +175,7 @@ class ChainTest : public testing::Test {
     EXPECT_EQ(image_error_of(read_image_set(fd(level))), code);
   }
 
+  Bytes key_ = kKey;  // of the next dump
   TempDir dir_;
   std::map<uint8_t, UniqueFd> fds_;
 };

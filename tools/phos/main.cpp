@@ -29,6 +29,7 @@ constexpr Command kCommands[] = {
     {"status", "list the CUDA processes of this machine", phos::cli::run_status},
     {"show", "print what is in a directory of images", phos::cli::run_show},
     {"verify", "check every page of memory that such a directory holds", phos::cli::run_verify},
+    {"diff", "tell how the GPU memory of two such directories differs", phos::cli::run_diff},
     {"extract", "write the bytes of one allocation of GPU memory to a file",
      phos::cli::run_extract},
     {"check", "tell whether this machine can dump and restore CUDA processes",
