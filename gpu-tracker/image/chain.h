@@ -3,12 +3,12 @@
 // reached from the one above it through CRIU's link `parent`.
 //
 // A page is taken over from a parent because its 128-bit hash is equal, and for no other reason:
-// both hashes are of saved bytes, made with one key. Reading a chain checks those hashes again.
+// both hashes are of saved bytes, made with one key. Whoever reads a chain checks those hashes
+// again (a restore on the GPU, verify.h without one).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -110,24 +110,5 @@ class PreviousPages {
 
   std::unique_ptr<State> state_;
 };
-
-// Hashes `bytes` bytes (kImagePageSize) with the image's hash_key.
-using HashFunction =
-    std::function<SavedHash(const std::vector<uint8_t>& hash_key, const void* page, size_t bytes)>;
-
-struct PageDamage {
-  int pid = 0;
-  GpuUuid gpu{};
-  uint64_t address = 0;  // of the allocation
-  uint64_t offset = 0;   // of the page in it, in bytes
-  std::string where;     // file and slot
-};
-// "process 12, GPU-…, allocation at 0x7f…, offset 65536: …"
-std::string describe(const PageDamage& damage);
-
-// Reads every page that a restore from `dir_fd` would load, of all processes, and hashes it.
-// Returns those whose bytes are not what was saved; empty: all is well. Errors are read_image_set's
-// and the disk's.
-Result<std::vector<PageDamage>> verify_chain(int dir_fd, const HashFunction& hash);
 
 }  // namespace phos

@@ -41,6 +41,7 @@ enum class ImageError {
   kBrokenChain = 13,  // a parent is missing, or is not the one that the images were made with
   kIncomplete = 14,   // a file of the dump is missing, or holds too few pages
   kPreDumpOnly = 15,  // made by a pre-dump: nothing to restore from
+  kDamagedPage = 16,  // a page's bytes are not those that were saved
 };
 
 // Pages are cut from the start of an allocation; the rest of its last page counts as zeros.
@@ -65,8 +66,7 @@ struct PageExtent {
   auto operator<=>(const PageExtent&) const = default;
 };
 
-// A page's keyed hash. This room compares hashes and never makes one (verify_chain's callback
-// does).
+// A page's keyed hash. This room compares hashes and never makes one (callbacks of verify.h do).
 using SavedHash = std::array<uint8_t, 16>;
 
 struct AllocationInfo {

@@ -1,134 +1,183 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// What a chain is read for besides a restore: to build on it, and to check its pages.
-#include <algorithm>
+#include "gpu-tracker/image/verify.h"
+
+#include <atomic>
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
-#include <cstdlib>
-#include <memory>
+#include <cstring>
+#include <mutex>
 #include <utility>
 
-#include "gpu-tracker/image/chain.h"
-#include "gpu-tracker/image/file.h"
-#include "gpu-tracker/image/names.h"
-#include "gpu-tracker/image/saved_index.h"
+#include "gpu-tracker/image/page_walk.h"
 
 namespace phos {
 namespace {
 
-constexpr uint32_t kPagesAtOnce = 64;  // 4 MiB
+enum class Mark : uint8_t { kGood = 0, kWrong, kUnreadable };
 
-struct Free {
-  void operator()(void* memory) const { free(memory); }
-};
+// All pages of one process.
+class ProcessPages {
+ public:
+  ProcessPages(const PageChain& chain, PageHasher hash)
+      : chain_(chain), hash_(std::move(hash)), marks_(chain.image().allocations.size()) {}
 
-// `run`: at most kPagesAtOnce pages, which fit into `buffer`.
-Result<void> verify_run(const PageChain& chain, const AllocationInfo& a, const PageRun& run,
-                        const HashFunction& hash, uint8_t* buffer,
-                        std::vector<PageDamage>* damages) {
-  if (auto ok = chain.read(run, buffer); !ok) return ok;
-  const ProcessImage& image = chain.image();
-  for (uint32_t i = 0; i < run.pages; i++) {
-    const uint32_t page = run.first_page + i;
-    const uint8_t* data = buffer + uint64_t{i} * kImagePageSize;
-    if (hash(image.hash_key, data, kImagePageSize) == a.hashes[page]) continue;
-    PageRun one = run;
-    one.slot += i;
-    damages->push_back({image.pid, image.gpus[static_cast<size_t>(a.gpu)].uuid, a.address,
-                        uint64_t{page} * kImagePageSize, chain.describe(one)});
+  // `progress` is told how many pages are done.
+  Result<void> verify(unsigned jobs, const std::function<void(uint64_t)>& progress) {
+    PageBuffer zeros = make_page_buffer(1);
+    if (!zeros) return Error::from_errno(ENOMEM, "64 KiB for a page");
+    memset(zeros.get(), 0, kImagePageSize);
+    zero_hash_ = hash_(zeros.get());
+    std::vector<uint64_t> pages;
+    for (const AllocationInfo& a : chain_.image().allocations) pages.push_back(a.hashes.size());
+    auto work = [this](const PageSpan& span, uint8_t* buffer) {
+      for (const PageRun& part : parts_of(chain_, span.item, span.first_page, span.pages)) {
+        verify_part(span.item, part, buffer);
+      }
+      return Result<void>();
+    };
+    return walk_pages(pages, jobs, kSpanPages, work, [&] { progress(pages_); });
   }
-  return {};
-}
 
-Result<void> verify_process(const PageChain& chain, const HashFunction& hash, uint8_t* buffer,
-                            std::vector<PageDamage>* damages) {
-  for (size_t i = 0; i < chain.image().allocations.size(); i++) {
-    for (const PageRun& run : chain.runs(i)) {
-      for (uint32_t done = 0; done < run.pages;) {
-        PageRun part = run;
-        part.first_page += done;
-        part.slot += done;
-        part.pages = std::min(run.pages - done, kPagesAtOnce);
-        auto ok = verify_run(chain, chain.image().allocations[i], part, hash, buffer, damages);
-        if (!ok) return ok;
-        done += part.pages;
+  void add_to(VerifyReport* report, size_t max_damage) const {
+    report->pages += pages_;
+    report->zero_pages += zero_pages_;
+    report->bytes += bytes_;
+    if (report->read_error.empty()) report->read_error = read_error_;
+    for (size_t i = 0; i < marks_.size(); i++) {
+      if (marks_[i].empty()) continue;
+      for (const PageRun& run : chain_.runs(i)) add_run(i, run, report, max_damage);
+    }
+  }
+
+ private:
+  void verify_part(size_t allocation, const PageRun& part, uint8_t* buffer) {
+    pages_ += part.pages;
+    if (part.level == PageRun::kZero) {
+      zero_pages_ += part.pages;
+      const SavedHash* saved = &chain_.image().allocations[allocation].hashes[part.first_page];
+      for (uint32_t i = 0; i < part.pages; i++) {
+        if (saved[i] != zero_hash_) mark(allocation, part.first_page + i, Mark::kWrong);
+      }
+      return;
+    }
+    if (chain_.read(part, buffer)) {
+      check(allocation, part, buffer);
+      return;
+    }
+    // Which of them is it?
+    for (uint32_t i = 0; i < part.pages; i++) {
+      const PageRun one{part.first_page + i, 1, part.slot + i, part.level, part.gpu};
+      if (auto ok = chain_.read(one, buffer)) {
+        check(allocation, one, buffer);
+      } else {
+        mark(allocation, one.first_page, Mark::kUnreadable, ok.error().message());
       }
     }
   }
-  return {};
+
+  void check(size_t allocation, const PageRun& part, const uint8_t* data) {
+    const SavedHash* saved = &chain_.image().allocations[allocation].hashes[part.first_page];
+    for (uint32_t i = 0; i < part.pages; i++, data += kImagePageSize) {
+      if (hash_(data) != saved[i]) mark(allocation, part.first_page + i, Mark::kWrong);
+    }
+    bytes_ += uint64_t{part.pages} * kImagePageSize;
+  }
+
+  void mark(size_t allocation, uint32_t page, Mark what, const std::string& error = "") {
+    std::lock_guard<std::mutex> hold(mutex_);
+    std::vector<Mark>& marks = marks_[allocation];
+    if (marks.empty()) marks.resize(chain_.image().allocations[allocation].hashes.size());
+    marks[page] = what;
+    if (read_error_.empty()) read_error_ = error;
+  }
+
+  void add_run(size_t allocation, const PageRun& run, VerifyReport* report,
+               size_t max_damage) const {
+    const Mark* marks = &marks_[allocation][run.first_page];
+    for (uint32_t i = 0, end; i < run.pages; i = end) {
+      for (end = i + 1; end < run.pages && marks[end] == marks[i];) end++;
+      if (marks[i] == Mark::kGood) continue;
+      report->damaged_pages += end - i;
+      report->damaged_runs++;
+      if (report->damage.size() >= max_damage) continue;
+      const PageRun part{run.first_page + i, end - i, run.slot + i, run.level, run.gpu};
+      report->damage.push_back(damage_of(chain_, allocation, part, marks[i] == Mark::kUnreadable));
+    }
+  }
+
+  const PageChain& chain_;
+  const PageHasher hash_;
+  SavedHash zero_hash_{};
+  std::atomic<uint64_t> pages_{0}, zero_pages_{0}, bytes_{0};
+  std::mutex mutex_;
+  std::vector<std::vector<Mark>> marks_;  // by allocation; empty: all its pages are good
+  std::string read_error_;
+};
+
+void count(const ProcessImage& image, VerifyReport* report) {
+  report->processes++;
+  for (const AllocationInfo& a : image.allocations) {
+    report->allocations += !a.hashes.empty();
+    if (a.path != MemoryPath::kDriver || a.gpu < 0) continue;
+    report->driver_allocations++;
+    report->driver_bytes += a.size;
+    report->driver_copied += !a.hashes.empty();
+  }
 }
 
 }  // namespace
 
+PageDamage damage_of(const PageChain& chain, size_t allocation, const PageRun& run,
+                     bool unreadable) {
+  const ProcessImage& image = chain.image();
+  const AllocationInfo& a = image.allocations[allocation];
+  return {image.pid,
+          image.gpus[static_cast<size_t>(a.gpu)].uuid,
+          a.address,
+          a.size,
+          uint64_t{run.first_page} * kImagePageSize,
+          run.pages,
+          unreadable,
+          chain.describe(run)};
+}
+
 std::string describe(const PageDamage& damage) {
-  char text[80];
-  snprintf(text, sizeof text, ", allocation at 0x%" PRIx64 ", offset %" PRIu64 ": ", damage.address,
-           damage.offset);
+  char text[160];
+  snprintf(text, sizeof text,
+           ", allocation at 0x%" PRIx64 " (%" PRIu64 " bytes), offset %" PRIu64 ": %" PRIu64,
+           damage.address, damage.size, damage.offset, damage.pages);
+  const char* const what = damage.unreadable   ? " cannot be read ("
+                           : damage.pages == 1 ? " is not what was saved ("
+                                               : " are not what was saved (";
   return "process " + std::to_string(damage.pid) + ", " + format_gpu_uuid(damage.gpu) + text +
-         "the page is not what was saved (" + damage.where + ")";
+         (damage.pages == 1 ? " page" : " pages") + what + damage.where + ")";
 }
 
-Result<std::vector<PageDamage>> verify_chain(int dir_fd, const HashFunction& hash) {
-  std::unique_ptr<uint8_t, Free> buffer(
-      static_cast<uint8_t*>(aligned_alloc(kPageIoAlignment, kPagesAtOnce * kImagePageSize)));
-  if (!buffer) return Error::from_errno(ENOMEM, "4 MiB for pages to verify");
-  auto set = read_image_set(dir_fd);
-  if (!set) return set.error();
-  std::vector<PageDamage> damages;
-  for (ProcessImage& image : set->processes) {
-    auto chain = PageChain::open(dir_fd, std::move(image), PageIo::kDirect);
+Result<VerifyReport> verify_images(int dir_fd, ImageSet set, const MakePageHasher& make_hasher,
+                                   const VerifyOptions& options) {
+  uint64_t all = 0;
+  for (const ProcessImage& image : set.processes) {
+    for (const AllocationInfo& a : image.allocations) all += a.hashes.size();
+  }
+  VerifyReport report;
+  for (ProcessImage& image : set.processes) {
+    count(image, &report);
+    if (image.hash_key.empty()) continue;
+    const std::string who = "process " + std::to_string(image.pid);
+    auto hash = make_hasher(image.hash_key);
+    if (!hash) return hash.error().wrap(who);
+    // Nothing is kept of a process that is done.
+    auto chain = PageChain::open(dir_fd, std::exchange(image, {}), PageIo::kDirect);
     if (!chain) return chain.error();
-    if (auto ok = verify_process(*chain, hash, buffer.get(), &damages); !ok) return ok.error();
+    ProcessPages pages(*chain, std::move(*hash));
+    auto done = pages.verify(options.jobs, [&](uint64_t n) {
+      if (options.progress) options.progress(report.pages + n, all);
+    });
+    if (!done) return done.error().wrap(who);
+    pages.add_to(&report, options.max_damage);
   }
-  return damages;
-}
-
-// ---- the dump's side ----
-
-struct PreviousPages::State {
-  explicit State(ProcessImage previous) : image(std::move(previous)), index(image) {}
-  ProcessImage image;
-  SavedIndex index;  // of `image`
-};
-
-PreviousPages::PreviousPages(std::unique_ptr<State> state) : state_(std::move(state)) {}
-PreviousPages::PreviousPages(PreviousPages&&) noexcept = default;
-PreviousPages& PreviousPages::operator=(PreviousPages&&) noexcept = default;
-PreviousPages::~PreviousPages() = default;
-
-Result<std::optional<PreviousPages>> PreviousPages::open(int dir_fd, int pid) {
-  auto image = read_process_image(dir_fd, pid);
-  if (!image) {
-    const Error& error = image.error();
-    bool absent = error.domain() == Domain::kErrno && error.code() == ENOENT;
-    return absent ? Result<std::optional<PreviousPages>>(std::nullopt) : error;
-  }
-  if (image->hash_key.empty()) return std::optional<PreviousPages>();
-  auto chain = PageChain::open(dir_fd, std::move(*image), PageIo::kCached);
-  if (!chain) return chain.error();
-  if (chain->levels().size() >= kMaxChainLevels) {
-    return image_error(ImageError::kBrokenChain,
-                       "the chain of " + describe_file(dir_fd, process_name(pid)) + " has " +
-                           std::to_string(kMaxChainLevels) +
-                           " directories, as many as there can be: start a new one (a dump "
-                           "without --prev-images-dir)");
-  }
-  auto state = std::make_unique<State>(std::move(*chain).take_image());
-  return std::optional<PreviousPages>(PreviousPages(std::move(state)));
-}
-
-const DumpId& PreviousPages::dump_id() const {
-  return state_->image.dump_id;
-}
-
-const std::vector<uint8_t>& PreviousPages::hash_key() const {
-  return state_->image.hash_key;
-}
-
-const std::vector<SavedHash>* PreviousPages::find(const GpuUuid& gpu, uint64_t address,
-                                                  uint64_t size) const {
-  const AllocationInfo* a = state_->index.find(gpu, address, size);
-  return a ? &a->hashes : nullptr;
+  return report;
 }
 
 }  // namespace phos

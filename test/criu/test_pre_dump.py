@@ -92,6 +92,10 @@ class Chains(PreDumpTest):
             pages = self.show(name)[0]['pages']
             self.assertEqual((pages['here'], pages['parent']), (0, 8 * 16), name)
             self.assertFalse(any(n.startswith('phos-pages') for n in self.phos_images(name)), name)
+        for name in '1234':
+            self.assertIn('all as saved', self.ok('verify', self.path(name)).stdout)
+        totals = json.loads(self.ok('diff', '--json', self.path('1'), self.path('4')).stdout)['totals']
+        self.assertEqual((totals['pages'], totals['differing_pages']), (8 * 16, 0))
 
     def test_by_criu_with_its_own_option(self):
         target = self.counter('--mib', '8')
@@ -142,6 +146,7 @@ class BrokenChains(PreDumpTest):
         wait_until(self.target.gone, 'the dumped process to be gone')
 
     def refused(self, says):
+        self.fails('verify', self.path('2'), says=says)
         self.fails('restore', '-D', self.path('2'), says=says)
         self.assertFalse(alive(self.target.pid))
         self.images = self.path('2')

@@ -16,6 +16,7 @@
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/daemon/live_copy.h"
 #include "gpu-tracker/driver/cuda_driver.h"
+#include "gpu-tracker/image/verify.h"
 #include "test/contract/cuda_helpers.h"
 
 namespace live_test {
@@ -171,18 +172,18 @@ std::string Interleaving::compare(int directory, const char* how) {
 
 // Every page of the chain hashes to what was recorded, also in the pre-dumps.
 std::string Interleaving::verify(int directory) {
-  std::vector<uint8_t> key_bytes;
-  std::optional<phos::PageHashKey> key;
-  auto damage = phos::verify_chain(
-      directory, [&](const std::vector<uint8_t>& bytes, const void* page, size_t size) {
-        if (!key || bytes != key_bytes) {
-          key.emplace(*phos::PageHashKey::from_bytes(bytes));
-          key_bytes = bytes;
-        }
-        return phos::hash_page(*key, page, size).bytes;
-      });
-  if (!damage) return damage.error().message();
-  return damage->empty() ? "" : describe(damage->front());
+  auto set = phos::read_image_set(directory);
+  if (!set) return set.error().message();
+  auto make_hasher = [](const std::vector<uint8_t>& bytes) -> phos::Result<phos::PageHasher> {
+    auto key = phos::PageHashKey::from_bytes(bytes);
+    if (!key) return key.error();
+    return phos::PageHasher([key = *key](const void* page) {
+      return phos::hash_page(key, page, phos::kPageBytes).bytes;
+    });
+  };
+  auto report = phos::verify_images(directory, std::move(*set), make_hasher, {});
+  if (!report) return report.error().message();
+  return report->ok() ? "" : describe(report->damage.front());
 }
 
 std::string Interleaving::one_level(unsigned number, bool last) {

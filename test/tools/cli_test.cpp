@@ -21,8 +21,6 @@ namespace fs = std::filesystem;
 using Words = std::vector<std::string>;
 
 constexpr unsigned kNobody = 65534;
-// How every inventory.img of CRIU's starts: 0x54564319, 0x58313116, little-endian.
-const std::string kInventory("\x19\x43\x56\x54\x16\x31\x31\x58", 8);
 
 class Cli : public Installation {
  protected:
@@ -92,8 +90,8 @@ TEST_F(Cli, UsageErrorsAreOneLineAndExitWith2) {
 TEST_F(Cli, HelpAndVersionGoToStdout) {
   for (const Words& args :
        {Words{"--help"}, Words{"--version"}, Words{"dump", "--help"}, Words{"restore", "-h"},
-        Words{"status", "--help"}, Words{"show", "--help"}, Words{"check", "--help"},
-        Words{"daemon", "--help"}}) {
+        Words{"status", "--help"}, Words{"show", "--help"}, Words{"verify", "--help"},
+        Words{"check", "--help"}, Words{"daemon", "--help"}}) {
     Outcome o = run(phos(args));
     EXPECT_EQ(o.code, 0);
     EXPECT_EQ(o.err, "");

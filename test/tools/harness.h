@@ -11,6 +11,9 @@
 
 namespace phos::test {
 
+// How every inventory.img of CRIU's starts: 0x54564319, 0x58313116, little-endian.
+inline const std::string kInventory("\x19\x43\x56\x54\x16\x31\x31\x58", 8);
+
 struct Outcome {
   int code = -1;   // exit code; -1 if a signal ended it
   int signal = 0;  // that signal

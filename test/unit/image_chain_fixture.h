@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "gpu-tracker/image/chain.h"
+#include "gpu-tracker/image/verify.h"
 #include "test/unit/image_fixture.h"
 
 namespace phos::image_test {
@@ -32,6 +33,10 @@ inline SavedHash toy_hash(const Bytes& key, const void* page, size_t bytes) {
   memcpy(hash.data(), &a, 8);
   memcpy(hash.data() + 8, &b, 8);
   return hash;
+}
+
+inline Result<PageHasher> toy_hasher(const Bytes& key) {
+  return PageHasher([key](const void* page) { return toy_hash(key, page, kPage); });
 }
 
 inline DumpId dump_id(uint8_t level) {
@@ -101,7 +106,7 @@ class ChainTest : public testing::Test {
   ProcessImage dump(uint8_t level, const Memories& memories, int pid = 7) {
     if (!std::filesystem::exists(path(level))) make_directory(level);
     ProcessImage image = small_process(pid, dump_id(level));
-    image.hash_key = kKey;
+    image.hash_key = key_;
     image.gpus = two_gpus();
     image.created_us = level;
     std::optional<PreviousPages> previous;
@@ -113,7 +118,7 @@ class ChainTest : public testing::Test {
       previous = std::move(*opened);
       EXPECT_TRUE(previous);
       image.parent_dump_id = previous->dump_id();
-      EXPECT_EQ(previous->hash_key(), kKey);
+      EXPECT_EQ(previous->hash_key(), key_);
     }
     std::unique_ptr<PageFileWriter> files[2];
     AlignedPages page(1);
@@ -126,7 +131,7 @@ class ChainTest : public testing::Test {
       auto& file = files[memory.gpu];
       for (uint32_t i = 0; i < page_count(a); i++) {
         copy_page(memory, i, page[0]);
-        a.hashes.push_back(toy_hash(kKey, page[0], kPage));
+        a.hashes.push_back(toy_hash(key_, page[0], kPage));
         if (std::all_of(page[0], page[0] + kPage, [](uint8_t b) { return b == 0; })) {
           append(&a.extents, PageSource::kZero, i, 0);
         } else if (known && (*known)[i] == a.hashes[i]) {
@@ -155,6 +160,11 @@ class ChainTest : public testing::Test {
   Result<PageChain> open_chain(uint8_t level, int pid = 7) {
     return PageChain::open(fd(level), pid, PageIo::kCached);
   }
+  Result<VerifyReport> verify(uint8_t level, const VerifyOptions& options = {}) {
+    auto set = read_image_set(fd(level));
+    if (!set) return set.error();
+    return verify_images(fd(level), std::move(*set), toy_hasher, options);
+  }
   // The chain of `level` is refused for this reason, with this in the message.
   void expect_refused(uint8_t level, ImageError code, const std::string& text) {
     auto chain = open_chain(level);
@@ -165,6 +175,7 @@ class ChainTest : public testing::Test {
     EXPECT_EQ(image_error_of(read_image_set(fd(level))), code);
   }
 
+  Bytes key_ = kKey;  // of the next dump
   TempDir dir_;
   std::map<uint8_t, UniqueFd> fds_;
 };

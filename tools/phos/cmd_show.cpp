@@ -18,8 +18,8 @@ Syntax syntax() {
   s.usage = "DIR [--json]";
   s.about =
       "Prints the CUDA processes that a dump in DIR holds: their GPUs, their memory, who\n"
-      "saved it, and how long it took. Verifies the images on the way. Needs neither a GPU\n"
-      "nor root, only the right to read DIR.\n";
+      "saved it, and how long it took. Verifies the images on the way, but no pages of memory\n"
+      "(`phos verify` does). Needs neither a GPU nor root, only the right to read DIR.\n";
   s.positional = "directory";
   s.options.add_options()("json", "print JSON");
   return s;
@@ -32,10 +32,7 @@ int run_show(const std::vector<std::string>& args) {
   auto options = parse(s, args);
   if (!options) return fail(kName, options.error().message(), kExitUsage);
   if (options->help) return kExitOk;
-  std::vector<std::string> dirs;
-  if (options->has("directory")) {
-    dirs = options->values["directory"].as<std::vector<std::string>>();
-  }
+  const std::vector<std::string> dirs = options->words("directory");
   if (dirs.size() != 1) return fail(kName, "give one directory of images", kExitUsage);
   auto fd = open_existing(dirs[0]);
   if (!fd) return fail(kName, fd.error().message());

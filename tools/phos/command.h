@@ -21,6 +21,9 @@ int run_pre_dump(const std::vector<std::string>& args);
 int run_restore(const std::vector<std::string>& args);
 int run_status(const std::vector<std::string>& args);
 int run_show(const std::vector<std::string>& args);
+int run_verify(const std::vector<std::string>& args);
+int run_diff(const std::vector<std::string>& args);
+int run_extract(const std::vector<std::string>& args);
 int run_check(const std::vector<std::string>& args);
 int run_daemon(const std::vector<std::string>& args);
 
@@ -40,6 +43,11 @@ struct Parsed {
   bool help = false;  // the help text was printed; nothing else is to be done
 
   bool has(const char* name) const { return values.count(name) != 0; }
+  // The words without a dash, which Syntax::positional took.
+  std::vector<std::string> words(const char* positional) const {
+    if (!has(positional)) return {};
+    return values[positional].as<std::vector<std::string>>();
+  }
 };
 
 Result<Parsed> parse(Syntax& syntax, const std::vector<std::string>& args);

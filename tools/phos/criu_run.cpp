@@ -3,7 +3,6 @@
 
 #include <poll.h>
 #include <spawn.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/signalfd.h>
 #include <sys/syscall.h>
@@ -20,6 +19,7 @@
 #include "gpu-tracker/base/unique_fd.h"
 #include "tools/criu/locate.h"
 #include "tools/phos/log_tail.h"
+#include "tools/phos/progress_line.h"
 
 extern char** environ;
 
@@ -53,14 +53,12 @@ class SignalGuard {
   UniqueFd fd_;
 };
 
-// One line on a terminal, drawn over itself; nothing where stderr is no terminal.
+// Shows what the plugin writes to CRIU's log.
 class Progress {
  public:
-  Progress(const CriuRun& run, Clock::time_point start)
-      : run_(run), start_(start), tty_(isatty(STDERR_FILENO)), tail_(run.log_path) {}
-  ~Progress() { clear(); }
+  explicit Progress(const CriuRun& run) : run_(run), tail_(run.log_path) {}
 
-  bool wanted() const { return tty_ || run_.verbose; }
+  bool wanted() const { return line_.on_terminal() || run_.verbose; }
 
   void update() {
     if (!wanted()) return;
@@ -69,35 +67,16 @@ class Progress {
       if (text.empty()) return;
       phase_ = text.substr(strlen("phos:"));
       if (run_.verbose) {
-        clear();
+        line_.clear();
         fprintf(stderr, "%s\n", text.c_str());
       }
     });
-    if (tty_) draw();
+    line_.draw(run_.title + (phase_.empty() ? "" : ":" + phase_));
   }
 
  private:
-  void draw() {
-    char head[32];
-    snprintf(head, sizeof head, "[%6.1f s] ",
-             std::chrono::duration<double>(Clock::now() - start_).count());
-    std::string line = head + run_.title + (phase_.empty() ? "" : ":" + phase_);
-    winsize size = {};
-    size_t width = ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 80;
-    if (line.size() >= width) line.resize(width - 1);
-    fprintf(stderr, "\r\033[K%s", line.c_str());
-    drawn_ = true;
-  }
-
-  void clear() {
-    if (drawn_) fputs("\r\033[K", stderr);
-    drawn_ = false;
-  }
-
   const CriuRun& run_;
-  Clock::time_point start_;
-  bool tty_;
-  bool drawn_ = false;
+  ProgressLine line_;
   LogTail tail_;
   std::string phase_;
 };
@@ -162,7 +141,7 @@ Result<CriuExit> run_criu(const CriuRun& run, const criu::Invocation& start) {
   if (!child) return child.error();
   UniqueFd pidfd(static_cast<int>(syscall(SYS_pidfd_open, *child, 0)));
   {
-    Progress progress(run, begin);
+    Progress progress(run);
     pollfd fds[] = {{pidfd.get(), POLLIN, 0}, {signals.fd(), POLLIN, 0}};
     while (pidfd && !(fds[0].revents & POLLIN)) {
       poll(fds, 2, progress.wanted() ? kTickMs : -1);

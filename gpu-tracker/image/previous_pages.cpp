@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// A chain as a dump that builds on it sees it.
+#include <cerrno>
+#include <memory>
+#include <utility>
+
+#include "gpu-tracker/image/chain.h"
+#include "gpu-tracker/image/file.h"
+#include "gpu-tracker/image/names.h"
+#include "gpu-tracker/image/saved_index.h"
+
+namespace phos {
+
+struct PreviousPages::State {
+  explicit State(ProcessImage previous) : image(std::move(previous)), index(image) {}
+  ProcessImage image;
+  SavedIndex index;  // of `image`
+};
+
+PreviousPages::PreviousPages(std::unique_ptr<State> state) : state_(std::move(state)) {}
+PreviousPages::PreviousPages(PreviousPages&&) noexcept = default;
+PreviousPages& PreviousPages::operator=(PreviousPages&&) noexcept = default;
+PreviousPages::~PreviousPages() = default;
+
+Result<std::optional<PreviousPages>> PreviousPages::open(int dir_fd, int pid) {
+  auto image = read_process_image(dir_fd, pid);
+  if (!image) {
+    const Error& error = image.error();
+    bool absent = error.domain() == Domain::kErrno && error.code() == ENOENT;
+    return absent ? Result<std::optional<PreviousPages>>(std::nullopt) : error;
+  }
+  if (image->hash_key.empty()) return std::optional<PreviousPages>();
+  auto chain = PageChain::open(dir_fd, std::move(*image), PageIo::kCached);
+  if (!chain) return chain.error();
+  if (chain->levels().size() >= kMaxChainLevels) {
+    return image_error(ImageError::kBrokenChain,
+                       "the chain of " + describe_file(dir_fd, process_name(pid)) + " has " +
+                           std::to_string(kMaxChainLevels) +
+                           " directories, as many as there can be: start a new one (a dump "
+                           "without --prev-images-dir)");
+  }
+  auto state = std::make_unique<State>(std::move(*chain).take_image());
+  return std::optional<PreviousPages>(PreviousPages(std::move(state)));
+}
+
+const DumpId& PreviousPages::dump_id() const {
+  return state_->image.dump_id;
+}
+
+const std::vector<uint8_t>& PreviousPages::hash_key() const {
+  return state_->image.hash_key;
+}
+
+const std::vector<SavedHash>* PreviousPages::find(const GpuUuid& gpu, uint64_t address,
+                                                  uint64_t size) const {
+  const AllocationInfo* a = state_->index.find(gpu, address, size);
+  return a ? &a->hashes : nullptr;
+}
+
+}  // namespace phos
