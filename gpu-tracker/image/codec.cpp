@@ -47,10 +47,6 @@ ProtobufCBinaryData borrow(const std::vector<uint8_t>& bytes) {
   return {bytes.size(), const_cast<uint8_t*>(bytes.data())};
 }
 
-char* borrow_text(const std::string& text) {
-  return const_cast<char*>(text.c_str());
-}
-
 template <typename Message>
 std::vector<Message*> pointers(std::vector<Message>& messages) {
   std::vector<Message*> result;
@@ -199,6 +195,11 @@ Result<AllocationInfo> to_allocation(const Phos__Image__Allocation& m) {
   }
   a.hashes.resize(m.hashes.len / sizeof(SavedHash));
   if (m.hashes.len) memcpy(a.hashes.data(), m.hashes.data, m.hashes.len);
+  // Before memory is taken for them: an extent here has eight times its size on the wire.
+  if (m.n_extent_pages > a.hashes.size()) {
+    return bad_field("an allocation has " + std::to_string(m.n_extent_pages) + " extents, but " +
+                     std::to_string(a.hashes.size()) + " pages with a hash");
+  }
   auto extents = to_extents(m);
   if (!extents) return extents.error();
   a.extents = std::move(*extents);
@@ -213,7 +214,7 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   for (const GpuInfo& gpu : image.gpus) {
     Phos__Image__Gpu m = PHOS__IMAGE__GPU__INIT;
     m.uuid = borrow(gpu.uuid);
-    m.name = borrow_text(gpu.name);
+    m.name = borrow(gpu.name);
     m.total_bytes = gpu.total_bytes;
     gpus.push_back(m);
   }
@@ -258,10 +259,10 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   m.pid = image.pid;
   m.comm = borrow(image.comm);
   m.state = static_cast<Phos__Image__CudaState>(image.state);
-  m.driver_release = borrow_text(image.driver_release);
+  m.driver_release = borrow(image.driver_release);
   m.driver_api = static_cast<uint32_t>(image.driver_api);
   m.created_us = image.created_us;
-  m.phos_version = borrow_text(image.phos_version);
+  m.phos_version = borrow(image.phos_version);
   m.n_gpus = gpu_pointers.size();
   m.gpus = gpu_pointers.data();
   m.n_allocations = allocation_pointers.size();
@@ -309,16 +310,16 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
   image.pid = m->pid;
   image.comm = to_string(m->comm);
   image.state = static_cast<CudaState>(m->state);
-  image.driver_release = m->driver_release;
+  image.driver_release = to_string(m->driver_release);
   if (m->driver_api > INT_MAX) return bad_field("driver_api is not a CUDA version");
   image.driver_api = static_cast<int>(m->driver_api);
   image.created_us = m->created_us;
-  image.phos_version = m->phos_version;
+  image.phos_version = to_string(m->phos_version);
   for (size_t i = 0; i < m->n_gpus; i++) {
     const Phos__Image__Gpu& gpu = *m->gpus[i];
     auto uuid = to_16_bytes(gpu.uuid, "a GPU's uuid");
     if (!uuid) return uuid.error();
-    image.gpus.push_back({*uuid, gpu.name, gpu.total_bytes});
+    image.gpus.push_back({*uuid, to_string(gpu.name), gpu.total_bytes});
   }
   image.allocations.reserve(m->n_allocations);
   for (size_t i = 0; i < m->n_allocations; i++) {
