@@ -162,6 +162,16 @@ Result<std::array<uint8_t, 16>> to_16_bytes(const ProtobufCBinaryData& data, con
   return bytes;
 }
 
+// protobuf-c stores any number of the wire's in a C enum. In C++ even to load one that the enum
+// cannot hold is undefined, so it is copied; the rules refuse it later.
+template <typename To, typename From>
+To to_enum(const From& from) {
+  static_assert(sizeof(From) == sizeof(int) && sizeof(To) == sizeof(int));
+  int number;
+  memcpy(&number, &from, sizeof number);
+  return static_cast<To>(number);
+}
+
 std::string to_string(const ProtobufCBinaryData& data) {
   return data.len ? std::string(reinterpret_cast<char*>(data.data), data.len) : std::string();
 }
@@ -175,7 +185,7 @@ Result<std::vector<PageExtent>> to_extents(const Phos__Image__Allocation& m) {
   uint32_t page = 0;  // may wrap: the rules find the gap
   size_t slot = 0;
   for (size_t i = 0; i < extents.size(); i++) {
-    extents[i] = {page, m.extent_pages[i], static_cast<PageSource>(m.extent_source[i])};
+    extents[i] = {page, m.extent_pages[i], to_enum<PageSource>(m.extent_source[i])};
     page += m.extent_pages[i];
     if (extents[i].source != PageSource::kHere) continue;
     if (slot == m.n_extent_slot) return bad_field("an allocation has an extent without a slot");
@@ -186,8 +196,8 @@ Result<std::vector<PageExtent>> to_extents(const Phos__Image__Allocation& m) {
 }
 
 Result<AllocationInfo> to_allocation(const Phos__Image__Allocation& m) {
-  AllocationInfo a{m.address, m.size, m.gpu, static_cast<MemoryKind>(m.kind),
-                   static_cast<MemoryPath>(m.path)};
+  AllocationInfo a{m.address, m.size, m.gpu, to_enum<MemoryKind>(m.kind),
+                   to_enum<MemoryPath>(m.path)};
   if (m.has_buffer_id) a.buffer_id = m.buffer_id;
   if (m.hashes.len % sizeof(SavedHash) != 0) {
     return bad_field("an allocation's hashes have " + std::to_string(m.hashes.len) +
@@ -309,7 +319,7 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
   image.dump_id = *dump_id;
   image.pid = m->pid;
   image.comm = to_string(m->comm);
-  image.state = static_cast<CudaState>(m->state);
+  image.state = to_enum<CudaState>(m->state);
   image.driver_release = to_string(m->driver_release);
   if (m->driver_api > INT_MAX) return bad_field("driver_api is not a CUDA version");
   image.driver_api = static_cast<int>(m->driver_api);
@@ -327,7 +337,7 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
     if (!a) return a.error();
     image.allocations.push_back(std::move(*a));
   }
-  image.stage = static_cast<DumpStage>(m->stage);
+  image.stage = to_enum<DumpStage>(m->stage);
   if (m->has_parent_dump_id) {
     auto parent = to_16_bytes(m->parent_dump_id, "parent_dump_id");
     if (!parent) return parent.error();
