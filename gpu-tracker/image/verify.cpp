@@ -69,8 +69,8 @@ std::string describe(const PageDamage& damage) {
 }
 
 Result<std::vector<PageDamage>> verify_chain(int dir_fd, const HashFunction& hash) {
-  std::unique_ptr<uint8_t, Free> buffer(
-      static_cast<uint8_t*>(aligned_alloc(kPageIoAlignment, kPagesAtOnce * kImagePageSize)));
+  std::unique_ptr<uint8_t, Free> buffer(static_cast<uint8_t*>(
+      aligned_alloc(kPageIoAlignment, size_t{kPagesAtOnce} * kImagePageSize)));
   if (!buffer) return Error::from_errno(ENOMEM, "4 MiB for pages to verify");
   auto set = read_image_set(dir_fd);
   if (!set) return set.error();

@@ -19,7 +19,7 @@
 
 // An input has at most some hundred kilobytes: a larger piece of memory is a number from the file.
 extern "C" const char* __asan_default_options() {
-  return "max_allocation_size_mb=32:allocator_may_return_null=0";
+  return "max_allocation_size_mb=32:allocator_may_return_null=0:handle_abort=1";
 }
 extern "C" const char* __ubsan_default_options() {
   return "print_stacktrace=1:halt_on_error=1";
