@@ -465,6 +465,7 @@ def main():
     options = parse_options()
     signal.signal(signal.SIGTERM, stop)
     os.chdir(os.path.dirname(TEST_DIR))  # tests name files of the tree from its top
+    os.umask(0o022)  # images in directories that others can write are refused
     runner = Runner(options)
     try:
         for stage in make_stages(options):
