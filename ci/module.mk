@@ -28,7 +28,7 @@ $(error clang or libbpf's headers are missing: run "make deps" (or set CLANG))
 endif
 endif
 
-.PHONY: help deps criu check check-gpu demo lint fmt tidy install uninstall bundle clean distclean
+.PHONY: help deps criu check check-gpu demo lint fuzz fmt tidy install uninstall bundle clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile ci/module.mk
@@ -62,6 +62,11 @@ demo: deps ## dump and restore a running CUDA process, step by step
 
 lint: ## static checks: include rules, file sizes, shellcheck, clang-format 14
 	$(Q)ci/lint
+
+fuzz: $(B)/test/fuzz_images_clang ## libFuzzer on the image reader for FUZZ_SECONDS=300
+	$(Q)mkdir -p $(B)/fuzz/corpus $(B)/fuzz/found
+	$(Q)$< -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -len_control=0 -malloc_limit_mb=32 \
+	  -print_funcs=0 -artifact_prefix=$(B)/fuzz/found/ $(B)/fuzz/corpus
 
 fmt: ## reformat the C and C++ sources
 	$(Q)git ls-files -co --exclude-standard -- '*.c' '*.cpp' '*.h' '*.cu' | xargs -r clang-format -i
@@ -108,7 +113,7 @@ bundle: deps ## build/phos-bundle.tar.*: programs, tests and libraries for a mac
 	$(Q)B=$(B) ci/bundle
 
 clean: ## remove what make built (not CRIU and the fetched headers)
-	$(Q)rm -rf $(addprefix $(B)/,bin bundle gen lib libexec obj sim test) $(B)/phos-bundle*
+	$(Q)rm -rf $(addprefix $(B)/,bin bundle fuzz gen lib libexec obj sim test) $(B)/phos-bundle*
 
 distclean: clean ## remove all that was built or fetched
 	$(Q)rm -rf $(addprefix $(B)/,criu cuda stamp)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Runs phos's test tiers and says for each test: ok, FAIL or SKIP.
 
-Tiers: unit, tools (GoogleTest programs), sim (the driver contract and the agent on the simulated
+Tiers: unit, tools (mostly GoogleTest programs), sim (the driver contract and the agent on the simulated
 GPU), criu (real dumps and restores by CRIU on the simulated GPU; root), vm (tests of these two in
 QEMU guests with other kernels), gpu (all of these and test/gpu on a real one). A tier that cannot
 run here is one SKIP with its reason; REQUIRE_GPU=1 makes a missing GPU a failure. test/oracle.py
@@ -286,7 +286,7 @@ def make_stages(options):
     # programs that never rest: nothing else runs then.
     busy = r"test_released\.UnderLoad\."
     return [
-        [Tier("unit", [program("unit")])],
+        [Tier("unit", [program("unit"), scripts("image")])],
         [Tier("tools", [program("tools"), scripts("tools")])],
         [Tier("sim", [program("contract"), program("agent"), program("track"), program("gate")],
               sim)],
@@ -465,6 +465,7 @@ def main():
     options = parse_options()
     signal.signal(signal.SIGTERM, stop)
     os.chdir(os.path.dirname(TEST_DIR))  # tests name files of the tree from its top
+    os.umask(0o022)  # images in directories that others can write are refused
     runner = Runner(options)
     try:
         for stage in make_stages(options):

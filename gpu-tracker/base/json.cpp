@@ -31,6 +31,15 @@ size_t utf8_sequence(std::string_view s) {
 
 }  // namespace
 
+bool is_utf8(std::string_view text) {
+  while (!text.empty()) {
+    const size_t length = utf8_sequence(text);
+    if (length == 0) return false;
+    text.remove_prefix(length);
+  }
+  return true;
+}
+
 JsonWriter& JsonWriter::key(std::string_view name) {
   assert(!has_items_.empty() && !after_key_);
   begin_value();

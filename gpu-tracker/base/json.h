@@ -11,6 +11,8 @@
 
 namespace phos {
 
+bool is_utf8(std::string_view text);
+
 class JsonWriter {
  public:
   // `indent` spaces a level; 0 writes everything on one line.

@@ -294,6 +294,11 @@ Result<std::vector<FoundProcess>> Session::inspect(int pid) {
     if (!held) return held.error();
     if (held->has_value()) group.emplace(member, std::move(**held));
   }
+  // A CPU-only dump may go where it likes.
+  if (!group.empty() && image_dir_) {
+    auto ok = check_image_directory(image_dir_.get());
+    if (!ok) return refuse(group.begin()->first, ok.error().message());
+  }
   if (!group.empty() && gpus_.empty()) {
     auto gpus = driver_.gpus();
     if (!gpus) return gpus.error();

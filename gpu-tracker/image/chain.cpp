@@ -26,14 +26,6 @@ static_assert(kMaxChainLevels < kUnresolved);
 
 using DirectoryId = std::pair<dev_t, ino_t>;
 
-Result<DirectoryId> directory_id(int dir_fd) {
-  struct stat st;
-  if (fstat(dir_fd, &st) != 0) {
-    return Error::from_errno(errno, "cannot stat " + describe_file(dir_fd, "."));
-  }
-  return DirectoryId{st.st_dev, st.st_ino};
-}
-
 Error broken(const std::string& what) {
   return image_error(ImageError::kBrokenChain, what);
 }
@@ -107,9 +99,11 @@ class PageChain::Builder {
 
   // Opens the pages files that `image` refers to.
   Result<void> add_level(int dir_fd, const ProcessImage& image) {
-    auto id = directory_id(dir_fd);
-    if (!id) return id.error();
-    if (!visited_.insert(*id).second) {
+    struct stat st;
+    if (fstat(dir_fd, &st) != 0) {
+      return Error::from_errno(errno, "cannot stat " + describe_file(dir_fd, "."));
+    }
+    if (!visited_.insert({st.st_dev, st.st_ino}).second) {
       return broken("its parent links lead in a circle, back to " +
                     printable(directory_path(dir_fd)));
     }
@@ -128,8 +122,8 @@ class PageChain::Builder {
       if (!file) return file.error();
       files[gpu] = std::move(*file);
     }
-    chain_.levels_.push_back(
-        {directory_path(dir_fd), image.dump_id, image.stage, image.created_us, count_pages(image)});
+    chain_.levels_.push_back({directory_path(dir_fd), image.dump_id, image.stage, image.created_us,
+                              count_pages(image), st.st_mode});
     return {};
   }
 

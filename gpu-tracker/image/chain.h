@@ -29,6 +29,7 @@ inline constexpr size_t kMaxChainLevels = 64;
 // Refuses a link with an absolute path (CRIU only warns that a restore may not find it). "..", and
 // links in the middle of the path, are followed, and the directory may be anybody's: what makes it
 // the right parent is the dump id in its images, which only root and the caller can have written.
+// (Who else may replace them is looked at where it is not too late: see read_image_set.)
 Result<UniqueFd> open_parent(int dir_fd);
 
 // A run of pages of one allocation that lie together.
@@ -51,7 +52,8 @@ class PageChain {
   // holds the dump that the level above it names; it is of the same process and has the same hash
   // key; no directory occurs twice, and there are at most kMaxChainLevels; the pages files belong
   // to the images and have all the slots that these refer to; and every page that this image takes
-  // from its parent is there, with the same hash.
+  // from its parent is there, with the same hash. Modes of directories it only notes: this is also
+  // how a process gets its memory back when a dump has failed.
   static Result<PageChain> open(int dir_fd, int pid, PageIo io);
   // The same for an image that was read from `dir_fd` before.
   static Result<PageChain> open(int dir_fd, ProcessImage image, PageIo io);
@@ -88,8 +90,9 @@ class PageChain {
 class PreviousPages {
  public:
   // `dir_fd`: the parent's directory (open_parent). Nothing: it has no image of this process, or
-  // one without pages; the dump then has no parent for it. Error: the chain is broken, or has
-  // kMaxChainLevels already, so that a dump which builds on it could not be restored.
+  // one without pages; the dump then has no parent for it. Error: the chain is broken, has
+  // kMaxChainLevels already, or lies where others can replace files, so that a dump which builds on
+  // it could not be restored.
   static Result<std::optional<PreviousPages>> open(int dir_fd, int pid);
 
   // To be recorded as parent_dump_id, and to be used and recorded as hash_key.

@@ -47,10 +47,6 @@ ProtobufCBinaryData borrow(const std::vector<uint8_t>& bytes) {
   return {bytes.size(), const_cast<uint8_t*>(bytes.data())};
 }
 
-char* borrow_text(const std::string& text) {
-  return const_cast<char*>(text.c_str());
-}
-
 template <typename Message>
 std::vector<Message*> pointers(std::vector<Message>& messages) {
   std::vector<Message*> result;
@@ -166,6 +162,16 @@ Result<std::array<uint8_t, 16>> to_16_bytes(const ProtobufCBinaryData& data, con
   return bytes;
 }
 
+// protobuf-c stores any number of the wire's in a C enum. In C++ even to load one that the enum
+// cannot hold is undefined, so it is copied; the rules refuse it later.
+template <typename To, typename From>
+To to_enum(const From& from) {
+  static_assert(sizeof(From) == sizeof(int) && sizeof(To) == sizeof(int));
+  int number;
+  memcpy(&number, &from, sizeof number);
+  return static_cast<To>(number);
+}
+
 std::string to_string(const ProtobufCBinaryData& data) {
   return data.len ? std::string(reinterpret_cast<char*>(data.data), data.len) : std::string();
 }
@@ -179,7 +185,7 @@ Result<std::vector<PageExtent>> to_extents(const Phos__Image__Allocation& m) {
   uint32_t page = 0;  // may wrap: the rules find the gap
   size_t slot = 0;
   for (size_t i = 0; i < extents.size(); i++) {
-    extents[i] = {page, m.extent_pages[i], static_cast<PageSource>(m.extent_source[i])};
+    extents[i] = {page, m.extent_pages[i], to_enum<PageSource>(m.extent_source[i])};
     page += m.extent_pages[i];
     if (extents[i].source != PageSource::kHere) continue;
     if (slot == m.n_extent_slot) return bad_field("an allocation has an extent without a slot");
@@ -190,8 +196,8 @@ Result<std::vector<PageExtent>> to_extents(const Phos__Image__Allocation& m) {
 }
 
 Result<AllocationInfo> to_allocation(const Phos__Image__Allocation& m) {
-  AllocationInfo a{m.address, m.size, m.gpu, static_cast<MemoryKind>(m.kind),
-                   static_cast<MemoryPath>(m.path)};
+  AllocationInfo a{m.address, m.size, m.gpu, to_enum<MemoryKind>(m.kind),
+                   to_enum<MemoryPath>(m.path)};
   if (m.has_buffer_id) a.buffer_id = m.buffer_id;
   if (m.hashes.len % sizeof(SavedHash) != 0) {
     return bad_field("an allocation's hashes have " + std::to_string(m.hashes.len) +
@@ -199,6 +205,11 @@ Result<AllocationInfo> to_allocation(const Phos__Image__Allocation& m) {
   }
   a.hashes.resize(m.hashes.len / sizeof(SavedHash));
   if (m.hashes.len) memcpy(a.hashes.data(), m.hashes.data, m.hashes.len);
+  // Before memory is taken for them: an extent here has eight times its size on the wire.
+  if (m.n_extent_pages > a.hashes.size()) {
+    return bad_field("an allocation has " + std::to_string(m.n_extent_pages) + " extents, but " +
+                     std::to_string(a.hashes.size()) + " pages with a hash");
+  }
   auto extents = to_extents(m);
   if (!extents) return extents.error();
   a.extents = std::move(*extents);
@@ -213,7 +224,7 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   for (const GpuInfo& gpu : image.gpus) {
     Phos__Image__Gpu m = PHOS__IMAGE__GPU__INIT;
     m.uuid = borrow(gpu.uuid);
-    m.name = borrow_text(gpu.name);
+    m.name = borrow(gpu.name);
     m.total_bytes = gpu.total_bytes;
     gpus.push_back(m);
   }
@@ -258,10 +269,10 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   m.pid = image.pid;
   m.comm = borrow(image.comm);
   m.state = static_cast<Phos__Image__CudaState>(image.state);
-  m.driver_release = borrow_text(image.driver_release);
+  m.driver_release = borrow(image.driver_release);
   m.driver_api = static_cast<uint32_t>(image.driver_api);
   m.created_us = image.created_us;
-  m.phos_version = borrow_text(image.phos_version);
+  m.phos_version = borrow(image.phos_version);
   m.n_gpus = gpu_pointers.size();
   m.gpus = gpu_pointers.data();
   m.n_allocations = allocation_pointers.size();
@@ -308,17 +319,17 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
   image.dump_id = *dump_id;
   image.pid = m->pid;
   image.comm = to_string(m->comm);
-  image.state = static_cast<CudaState>(m->state);
-  image.driver_release = m->driver_release;
+  image.state = to_enum<CudaState>(m->state);
+  image.driver_release = to_string(m->driver_release);
   if (m->driver_api > INT_MAX) return bad_field("driver_api is not a CUDA version");
   image.driver_api = static_cast<int>(m->driver_api);
   image.created_us = m->created_us;
-  image.phos_version = m->phos_version;
+  image.phos_version = to_string(m->phos_version);
   for (size_t i = 0; i < m->n_gpus; i++) {
     const Phos__Image__Gpu& gpu = *m->gpus[i];
     auto uuid = to_16_bytes(gpu.uuid, "a GPU's uuid");
     if (!uuid) return uuid.error();
-    image.gpus.push_back({*uuid, gpu.name, gpu.total_bytes});
+    image.gpus.push_back({*uuid, to_string(gpu.name), gpu.total_bytes});
   }
   image.allocations.reserve(m->n_allocations);
   for (size_t i = 0; i < m->n_allocations; i++) {
@@ -326,7 +337,7 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
     if (!a) return a.error();
     image.allocations.push_back(std::move(*a));
   }
-  image.stage = static_cast<DumpStage>(m->stage);
+  image.stage = to_enum<DumpStage>(m->stage);
   if (m->has_parent_dump_id) {
     auto parent = to_16_bytes(m->parent_dump_id, "parent_dump_id");
     if (!parent) return parent.error();

@@ -164,6 +164,15 @@ Result<void> check_trusted(const struct stat& st, const std::string& path) {
   return {};
 }
 
+Result<void> check_directory_mode(mode_t mode, const std::string& path) {
+  if (!(mode & (S_IWGRP | S_IWOTH)) || (mode & S_ISVTX)) return {};
+  return image_error(ImageError::kUntrusted,
+                     "in the directory " + path +
+                         " its group or others can replace images: if you trust what is in it, "
+                         "run: chmod go-w " +
+                         path);
+}
+
 Result<size_t> read_at(int fd, void* buffer, size_t size, off_t offset, const std::string& path) {
   size_t done = 0;
   while (done < size) {

@@ -63,9 +63,12 @@ class TempFile {
 // is no regular file, or what others could have written. The file's size goes to `size`.
 Result<UniqueFd> open_image(int dir_fd, const std::string& name, int flags, uint64_t* size);
 
-// A restore acts as root on what it finds in a file or directory, so nobody else may be able to
-// write it.
+// A restore acts as root on what it finds in a file, so nobody else may be able to write it.
 Result<void> check_trusted(const struct stat& st, const std::string& path);
+
+// The same for a directory, of this mode, whose files are images: others could put older images of
+// root's, or CRIU's files, in their place. The owner may; a sticky directory keeps others from it.
+Result<void> check_directory_mode(mode_t mode, const std::string& path);
 
 // Bytes read; fewer than `size` only at the end of the file.
 Result<size_t> read_at(int fd, void* buffer, size_t size, off_t offset, const std::string& path);

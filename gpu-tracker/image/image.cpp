@@ -3,6 +3,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -186,6 +187,10 @@ Result<FilesImage> read_files_image(int dir_fd) {
 Result<ImageSet> read_image_set(int dir_fd) {
   auto names = list_names(dir_fd);
   if (!names) return names.error();
+  // A directory without them is none of ours, whatever its mode.
+  if (std::any_of(names->begin(), names->end(), is_image_name)) {
+    if (auto ok = check_image_directory(dir_fd); !ok) return ok.error();
+  }
   ImageSet set;
   std::string first_name;
   DumpId first_id{};
@@ -228,6 +233,10 @@ Result<ImageSet> read_image_set(int dir_fd) {
   for (ProcessImage& image : set.processes) {
     auto chain = PageChain::open(dir_fd, std::move(image), PageIo::kCached);
     if (!chain) return chain.error();
+    for (const ChainLevel& level : chain->levels()) {
+      auto ok = check_directory_mode(level.directory_mode, printable(level.directory));
+      if (!ok) return ok.error();
+    }
     set.chains.push_back(chain->levels());
     image = std::move(*chain).take_image();
   }
@@ -266,6 +275,12 @@ Result<void> remove_unfinished_images(int dir_fd, int pid) {
     if (!removed && result) result = removed;
   }
   return result;
+}
+
+Result<void> check_image_directory(int dir_fd) {
+  struct stat st;
+  if (fstat(dir_fd, &st) != 0) return Error::from_errno(errno, "cannot stat the image directory");
+  return check_directory_mode(st.st_mode, printable(directory_path(dir_fd)));
 }
 
 Result<bool> has_images(int dir_fd) {

@@ -167,6 +167,7 @@ struct ChainLevel {
   DumpStage stage = DumpStage::kDump;
   uint64_t created_us = 0;
   PageCounts pages;
+  uint32_t directory_mode = 0;  // st_mode
 };
 
 // All phos images of a directory.
@@ -177,9 +178,13 @@ struct ImageSet {
   std::vector<std::vector<ChainLevel>> chains;
 };
 // Other names are ignored. Fails if any image is bad, if two dumps are mixed, or if a process's
-// pages are not all there, in this directory or in its parents (see PageChain::open). Reads no
-// pages. An empty set is fine.
+// pages are not all there, in this directory or in its parents (see PageChain::open), or if others
+// can replace files in one of these directories. Reads no pages. An empty set is fine.
 Result<ImageSet> read_image_set(int dir_fd);
+
+// Refuses a directory in which images can be replaced by others than root and its owner; a restore
+// from it, or from its parents, is refused too (read_image_set).
+Result<void> check_image_directory(int dir_fd);
 
 // Is there a file with the name of a phos image, whatever is in it?
 Result<bool> has_images(int dir_fd);

@@ -215,11 +215,12 @@ Result<void> check_header(const uint8_t* block, size_t got, uint64_t present,
                            ", this phos reads up to version " + std::to_string(kImageVersion) +
                            ": use a newer phos");
   }
-  if (h.version == 0 || h.page_size != kImagePageSize || h.slots > kMaxPageSlots) {
+  if (h.version == 0 || h.page_size != kImagePageSize || h.slots > kMaxPageSlots || h.reserved) {
     return image_error(ImageError::kBadField, path + " has an impossible header: version " +
                                                   std::to_string(h.version) + ", " +
                                                   std::to_string(h.slots) + " pages of " +
-                                                  std::to_string(h.page_size) + " bytes");
+                                                  std::to_string(h.page_size) +
+                                                  " bytes, reserved " + std::to_string(h.reserved));
   }
   if (std::any_of(block + sizeof h, block + kBlock, [](uint8_t byte) { return byte != 0; })) {
     return image_error(ImageError::kChecksum,

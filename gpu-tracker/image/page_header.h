@@ -23,8 +23,8 @@ struct PageFileHeader {
   uint64_t slots;       // the file ends after them
   uint8_t dump_id[16];  // as in phos-<pid>.img
   uint32_t pid;
-  uint32_t gpu;  // index into Process.gpus
-  uint32_t reserved;
+  uint32_t gpu;         // index into Process.gpus
+  uint32_t reserved;    // 0
   uint32_t header_crc;  // CRC-32C of the 52 bytes before it
 };
 static_assert(sizeof(PageFileHeader) == 56);

@@ -32,6 +32,10 @@ Result<std::optional<PreviousPages>> PreviousPages::open(int dir_fd, int pid) {
   if (image->hash_key.empty()) return std::optional<PreviousPages>();
   auto chain = PageChain::open(dir_fd, std::move(*image), PageIo::kCached);
   if (!chain) return chain.error();
+  for (const ChainLevel& level : chain->levels()) {
+    auto ok = check_directory_mode(level.directory_mode, printable(level.directory));
+    if (!ok) return ok.error();
+  }
   if (chain->levels().size() >= kMaxChainLevels) {
     return image_error(ImageError::kBrokenChain,
                        "the chain of " + describe_file(dir_fd, process_name(pid)) + " has " +

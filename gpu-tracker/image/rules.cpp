@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <set>
 
+#include "gpu-tracker/base/json.h"
 #include "gpu-tracker/image/file.h"
 
 namespace phos {
@@ -26,6 +27,10 @@ bool has_nul(const std::string& text) {
   return text.find('\0') != std::string::npos;
 }
 
+bool is_text(const std::string& bytes) {
+  return !has_nul(bytes) && is_utf8(bytes);
+}
+
 template <typename Enum>
 bool between(Enum value, Enum first, Enum last) {
   return static_cast<int>(value) >= static_cast<int>(first) &&
@@ -41,7 +46,7 @@ Result<void> check_gpus(const std::vector<GpuInfo>& gpus) {
   if (gpus.size() > kMaxGpus) return bad_field(std::to_string(gpus.size()) + " GPUs are listed");
   std::set<GpuUuid> seen;
   for (const GpuInfo& gpu : gpus) {
-    if (has_nul(gpu.name)) return bad_field("a GPU's name holds a NUL byte");
+    if (!is_text(gpu.name)) return bad_field("a GPU's name is not text");
     if (!seen.insert(gpu.uuid).second) {
       return bad_field("GPU " + format_gpu_uuid(gpu.uuid) + " is listed twice");
     }
@@ -150,8 +155,8 @@ Result<void> check(const ProcessImage& image) {
   if (auto ok = check_dump_id(image.dump_id); !ok) return ok;
   if (image.pid <= 0) return bad_field("pid " + std::to_string(image.pid) + " is not positive");
   if (has_nul(image.comm)) return bad_field("comm holds a NUL byte");
-  if (has_nul(image.driver_release)) return bad_field("driver_release holds a NUL byte");
-  if (has_nul(image.phos_version)) return bad_field("phos_version holds a NUL byte");
+  if (!is_text(image.driver_release)) return bad_field("driver_release is not text");
+  if (!is_text(image.phos_version)) return bad_field("phos_version is not text");
   if (!between(image.state, CudaState::kRunning, CudaState::kCheckpointed)) {
     return bad_field("state " + std::to_string(static_cast<int>(image.state)) +
                      " is none that a process can be restored to");

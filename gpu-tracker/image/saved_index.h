@@ -2,34 +2,40 @@
 // Finds the saved pages of an image by where the memory was. Internal to this room.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <unordered_map>
+#include <vector>
 
 #include "gpu-tracker/image/image.h"
 
 namespace phos {
 
+// Sorted, not hashed: addresses come from the file, which could have a million of them meet in one
+// bucket.
 class SavedIndex {
  public:
   // `image` outlives the index and is not moved.
   explicit SavedIndex(const ProcessImage& image) : image_(image) {
     for (const AllocationInfo& a : image.allocations) {
-      if (!a.hashes.empty()) by_address_.emplace(a.address, &a);
+      if (!a.hashes.empty()) by_address_.push_back(&a);
     }
+    std::sort(by_address_.begin(), by_address_.end(),
+              [](const auto* a, const auto* b) { return a->address < b->address; });
   }
 
   // The allocation at just that place, if it has pages; else null.
   const AllocationInfo* find(const GpuUuid& gpu, uint64_t address, uint64_t size) const {
-    auto it = by_address_.find(address);
-    if (it == by_address_.end()) return nullptr;
-    const AllocationInfo& a = *it->second;
+    auto it = std::lower_bound(by_address_.begin(), by_address_.end(), address,
+                               [](const auto* a, uint64_t at) { return a->address < at; });
+    if (it == by_address_.end() || (*it)->address != address) return nullptr;
+    const AllocationInfo& a = **it;
     bool same = a.size == size && image_.gpus[static_cast<size_t>(a.gpu)].uuid == gpu;
     return same ? &a : nullptr;
   }
 
  private:
   const ProcessImage& image_;
-  std::unordered_map<uint64_t, const AllocationInfo*> by_address_;  // no two overlap
+  std::vector<const AllocationInfo*> by_address_;  // no two overlap
 };
 
 }  // namespace phos

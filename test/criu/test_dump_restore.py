@@ -180,6 +180,15 @@ class FailedDump(CriuTest):
         os.kill(target.pid, signal.SIGCONT)
         self.assert_runs_on(target)
 
+    def test_directory_that_others_can_change(self):
+        target = self.counter()
+        os.chmod(self.images, 0o777)
+        result = self.dump(target)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertTrue(any(f'chmod go-w {self.images}' in e for e in self.errors()), self.errors())
+        self.assert_runs_on(target)
+        self.assert_no_phos_images()
+
     def test_image_directory_full(self):
         if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'phos', self.images]).returncode:
             self.skipTest('cannot mount a tmpfs')
@@ -332,6 +341,13 @@ class FailedRestore(CriuTest):
         path = os.path.join(self.images, f'phos-{target.pid}.img')
         os.truncate(path, os.path.getsize(path) - 1)
         self.restore_fails(target, f'phos-{target.pid}.img')
+
+    def test_directory_that_others_can_change(self):
+        target = self.dumped()
+        os.chmod(self.images, 0o777)
+        self.restore_fails(target, f'chmod go-w {self.images}')
+        os.chmod(self.images, 0o1777)
+        self.restore_ok()
 
     def test_image_of_another_dump(self):
         target = self.dumped()

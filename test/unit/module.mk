@@ -4,6 +4,7 @@
 $(B)/obj/test/unit/%.cpp.o: CPPFLAGS += -DPHOS_GOLDEN_DIR='"$(CURDIR)/test/golden"'
 
 $(eval $(call program,test/unit,$(wildcard test/unit/*.cpp) test/criu/plugin_test.cpp \
+        test/image/wire.cpp test/image/examine.cpp \
         gpu-tracker/agent/relocate.c,lib/libphos.a,\
         -lboost_program_options -lprotobuf-c -lgtest_main -lgtest -lpthread -ldl \
         $(TRACK_LIBS),-rdynamic))

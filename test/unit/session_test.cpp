@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -138,6 +139,26 @@ TEST_F(SessionTest, ProcessWithoutCudaIsNotHeld) {
   ASSERT_TRUE(found);
   EXPECT_TRUE(found->empty());
   session.recover();  // returns: nothing is held
+}
+
+TEST_F(SessionTest, DirectoryThatOthersCanChangeIsRefusedBeforeTheLock) {
+  ASSERT_EQ(chmod((dir_ + "/images").c_str(), 0777), 0);
+  FaultDriver seen(driver_);
+  {
+    Session session(seen, lock_dir());
+    ASSERT_TRUE(session.begin_dump(images()));
+    auto paused = session.inspect(pid_);
+    ASSERT_FALSE(paused);
+    EXPECT_NE(paused.error().message().find("chmod go-w " + dir_ + "/images"), std::string::npos);
+  }
+  for (const auto& call : seen.calls()) EXPECT_NE(call, "lock");
+  // Whoever uses no CUDA is none of our business.
+  driver_.cuda_pid = -1;
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images()));
+  auto found = session.inspect(pid_);
+  ASSERT_TRUE(found) << found.error().message();
+  EXPECT_TRUE(found->empty());
 }
 
 TEST_F(SessionTest, ImportedMemoryIsRefusedBeforeTheLock) {

@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-only
+"""A second reader of phos's images, from docs/image-format.md, docs/page-hash.md and
+gpu-tracker/abi/image.proto alone: it checks that these say enough to get the bytes back.
+
+    image_reader.py DIR    lists the saved allocations, each page's hash verified
+
+Not checked: owners and modes of files, and rules that do not matter for the bytes.
+"""
+import collections
+import os
+import re
+import struct
+import sys
+
+PAGE = 65536
+HERE, PARENT, ZERO = range(3)  # PageSource
+CRC_TABLE = []
+for _byte in range(256):
+    for _ in range(8):
+        _byte = _byte >> 1 ^ (0x82F63B78 if _byte & 1 else 0)
+    CRC_TABLE.append(_byte)
+Saved = collections.namedtuple('Saved', 'pid uuid address size data')
+
+
+class BadImage(Exception):
+    pass
+
+
+def need(condition, what):
+    if not condition:
+        raise BadImage(what)
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ CRC_TABLE[(crc ^ byte) & 255]
+    return crc ^ 0xFFFFFFFF
+
+
+def varint(data, at):
+    value = 0
+    for shift in range(0, 64, 7):
+        need(at < len(data), 'a number without end')
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+    raise BadImage('a number without end')
+
+
+def message(data):
+    """The fields of a protobuf message: lists of numbers and bytes by field number."""
+    fields, at = collections.defaultdict(list), 0
+    while at < len(data):
+        key, at = varint(data, at)
+        if key & 7 == 0:
+            value, at = varint(data, at)
+        else:
+            length, at = ({1: 8, 5: 4}[key & 7], at) if key & 7 != 2 else varint(data, at)
+            need(length <= len(data) - at, 'a field without end')
+            value, at = data[at:at + length], at + length
+        fields[key >> 3].append(value)
+    return fields
+
+
+def one(fields, number, default=None):
+    need(fields[number] or default is not None, f'field {number} is missing')
+    return fields[number][-1] if fields[number] else default
+
+
+def numbers(fields, number):
+    """Of a repeated field of 32 bits, packed or not."""
+    values = []
+    for part in fields[number]:
+        at = 0
+        while isinstance(part, bytes) and at < len(part):
+            value, at = varint(part, at)
+            values.append(value & 0xFFFFFFFF)
+        if isinstance(part, int):
+            values.append(part & 0xFFFFFFFF)
+    return values
+
+
+def container(path, kind):
+    with open(path, 'rb') as f:
+        data = f.read()
+    need(data[:8] == b'PHOSIMG\0' and len(data) >= 32, f'{path} is no image')
+    version, found, length, crc, header_crc = struct.unpack_from('<IIQII', data, 8)
+    need(header_crc == crc32c(data[:28]), f'{path}: header checksum')
+    need((version, found) == (1, kind), f'{path}: version {version}, kind {found}')
+    need(length == len(data) - 32, f'{path}: length')
+    need(crc == crc32c(data[32:]), f'{path}: payload checksum')
+    return message(data[32:])
+
+
+class Image:
+    """phos-<pid>.img, and the pages files beside it."""
+
+    def __init__(self, directory, pid):
+        self.directory, self.pid, self.files = directory, pid, {}
+        fields = container(os.path.join(directory, f'phos-{pid}.img'), 1)
+        need(one(fields, 2) == pid, 'the image of another process')
+        self.dump_id, self.parent_id = one(fields, 1), one(fields, 14, b'')
+        self.key = one(fields, 16, b'')
+        self.uuids = [one(message(gpu), 1) for gpu in fields[9]]
+        self.allocations = [self.allocation(message(a)) for a in fields[10]]
+        self.by_place = {a['place']: a for a in self.allocations if a}
+        self.parent = None
+        if self.parent_id:
+            self.parent = Image(os.path.join(directory, 'parent'), pid)
+            need(self.parent.dump_id == self.parent_id, f'{directory}/parent is another dump')
+            need(self.parent.key == self.key, f'{directory}/parent has another key')
+
+    def allocation(self, fields):
+        """None if no page is saved."""
+        address, size, gpu = (one(fields, i) for i in (1, 2, 3))
+        hashes, slots, pages = one(fields, 7, b''), iter(numbers(fields, 10)), []
+        if not hashes:
+            return None
+        for count, source in zip(numbers(fields, 8), numbers(fields, 9)):
+            first = next(slots) if source == HERE else 0
+            pages += [(source, first + i) for i in range(count)]
+        need(len(pages) * 16 == len(hashes) and len(pages) == -(-size // PAGE), 'pages')
+        return {'place': (self.uuids[gpu], address, size), 'gpu': gpu, 'pages': pages,
+                'hashes': [hashes[i:i + 16] for i in range(0, len(hashes), 16)]}
+
+    def page(self, place, number):
+        """The bytes of a page and its recorded hash."""
+        need(place in self.by_place, f'{self.directory} has nothing of {place}')
+        a = self.by_place[place]
+        source, slot = a['pages'][number]
+        if source == ZERO:
+            return bytes(PAGE), a['hashes'][number]
+        if source == HERE:
+            return self.slot(a['gpu'], slot), a['hashes'][number]
+        data, recorded = self.parent.page(place, number)
+        need(recorded == a['hashes'][number], 'the parent has another page')
+        return data, recorded
+
+    def slot(self, gpu, number):
+        if gpu not in self.files:
+            path = os.path.join(self.directory, f'phos-pages-{self.pid}-{gpu}.img')
+            with open(path, 'rb') as f:
+                self.files[gpu] = f.read()
+            header = struct.unpack_from('<8sIIQ16sIIII', self.files[gpu])
+            need(header[8] == crc32c(self.files[gpu][:52]), f'{path}: header checksum')
+            expected = (b'PHOSPAG\0', 1, PAGE, len(self.files[gpu]) // PAGE - 1, self.dump_id,
+                        self.pid, gpu, 0)
+            need(header[:8] == expected, f'{path}: {header}, not {expected}')
+        data = self.files[gpu][PAGE * (number + 1):PAGE * (number + 2)]
+        need(len(data) == PAGE, f'no slot {number}')
+        return data
+
+
+def read(directory, page_hash=None):
+    """Yields what is saved of each process in `directory`. page_hash(key, page): to verify with."""
+    for name in sorted(os.listdir(directory)):
+        match = re.fullmatch(r'phos-([1-9][0-9]*)\.img', name)
+        if not match:
+            continue
+        image = Image(directory, int(match.group(1)))
+        for place in image.by_place:
+            data = b''
+            for number in range(-(-place[2] // PAGE)):
+                page, recorded = image.page(place, number)
+                need(not page_hash or page_hash(image.key, page) == recorded,
+                     f'page {number} of {place[1]:#x} is not what was saved')
+                data += page
+            yield Saved(image.pid, *place, data[:place[2]])
+
+
+if __name__ == '__main__':
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'golden'))
+    import page_hash as hashes
+    for saved in read(sys.argv[1], hashes.page_hash):
+        print(f'{saved.pid} GPU-{saved.uuid.hex()} {saved.address:#x} {saved.size} bytes, '
+              f'CRC-32C {crc32c(saved.data):08x}')
