@@ -11,7 +11,7 @@
 #include "gpu-tracker/agent/sys.h"
 
 #define ANCHOR GRANULARITY
-#define MAX_HELD 16
+#define MAX_HELD 64
 #define PATIENCE_NS 200000000ull
 #define PAUSE_NS 1000000
 
@@ -36,7 +36,9 @@ static bool ask_again(const struct driver* driver, uint64_t address, uint64_t si
   while (count < MAX_HELD && !got) {
     if (driver->address_reserve(&at, size, 0, address, 0)) break;
     got = at == address;
-    if (!got) held[count++] = at;
+    if (got) break;
+    held[count++] = at;
+    if (at < address + size && at + size > address) break; /* that is in the way itself */
   }
   while (count) driver->address_free(held[--count], size);
   return got;

@@ -466,6 +466,34 @@ TEST_F(FaultyRelease, RefusedReservationIsMadeGoodAtOnce) {
   expect_ordinary(*faulty_, b, 48);
 }
 
+// A driver that gives others first, as one was seen to do: both as memory is released and where it
+// is brought back, for which its addresses are given up once, since cuMemAlloc may hit them.
+TEST_F(FaultyRelease, AddressIsKeptWhereOthersAreGivenFirst) {
+  const Block gap = allocate(*faulty_, 8 * kMiB);
+  allocate(*faulty_, 2 * kMiB);
+  const Block b = allocate(*faulty_, 6 * kMiB);
+  ASSERT_EQ(faulty_->ask("free " + gap.address), "ok");
+  auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
+  ASSERT_TRUE(agent);
+  fail("cuMemAddressReserve * elsewhere");
+  std::vector<AgentAllocation> memory = large(*agent);
+  std::erase_if(memory, [&](const auto& a) { return a.address != address_of(b.address); });
+  ASSERT_EQ(memory.size(), 1u);
+  auto results = agent->release(memory);
+  ASSERT_TRUE(results);
+  ASSERT_EQ((*results)[0].status, ReleaseStatus::kReleased);
+  auto back = agent->map_back({.native_misses = 2});
+  ASSERT_TRUE(back);
+  ASSERT_EQ(back->size(), 1u);
+  EXPECT_EQ((*back)[0].memory.address, address_of(b.address));
+  EXPECT_TRUE((*back)[0].state == ReleasedState::kNative ||
+              (*back)[0].state == ReleasedState::kAdopted);
+  ASSERT_NO_FATAL_FAILURE(load(*agent, *back, 48));
+  ASSERT_TRUE(agent->contents_loaded());
+  EXPECT_EQ(faulty_->ask("check " + b.address + " " + std::to_string(b.size / 4) + " 48 0"),
+            "ok 0");
+}
+
 TEST_F(FaultyRelease, LostAddressStopsTheReleaseAndIsFoundAgain) {
   const Block blocks[] = {allocate(*faulty_, 6 * kMiB), allocate(*faulty_, 6 * kMiB)};
   ASSERT_EQ(faulty_->ask(fill_command(blocks[1].address, blocks[1].size, 1)), "ok");

@@ -11,6 +11,8 @@
 //                 restore thread serves no other)
 //           slow:MS: sleeps that long first, then works
 //           exit: the process dies by SIGKILL
+//           elsewhere: cuMemAddressReserve pays no heed to the hint, as long as three reservations
+//                      that it has made so do not exist
 //
 // cuCheckpointProcess* faults belong to the target: its restore thread reads its file and counts.
 // cuCheckpointProcessGetRestoreThreadId never asks the target, so it has none.
@@ -21,6 +23,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "test/sim/sim.h"
 
@@ -36,6 +39,8 @@ constexpr int kCounters = 256;
 Counter g_counters[kCounters];
 std::atomic<int> g_used{0};
 std::atomic_flag g_adding = ATOMIC_FLAG_INIT;
+
+thread_local bool t_elsewhere = false;
 
 int count_call(const char* name) {
   for (int i = 0; i < g_used.load(std::memory_order_acquire); i++) {
@@ -80,10 +85,18 @@ CUresult act(const char* what) {
     }
     return CUDA_SUCCESS;
   }
+  if (!strcmp(what, "elsewhere")) {
+    t_elsewhere = true;
+    return CUDA_SUCCESS;
+  }
   return static_cast<CUresult>(strtol(what, nullptr, 10));
 }
 
 }  // namespace
+
+bool wants_elsewhere() {
+  return std::exchange(t_elsewhere, false);
+}
 
 CUresult act_out_fault(const char* function) {
   char name[64];

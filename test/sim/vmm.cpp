@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <set>
 #include <vector>
 
 #include "test/sim/engine.h"
@@ -54,6 +55,9 @@ std::vector<Range*> mappings_in(CUdeviceptr p, size_t size) {
   return found;
 }
 
+// Reservations that a fault has made at other addresses than wanted. The memory mutex is held.
+std::set<CUdeviceptr>& g_elsewhere = *new std::set<CUdeviceptr>;
+
 }  // namespace
 }  // namespace phos_sim
 
@@ -75,10 +79,13 @@ CUresult cuMemAddressReserve(CUdeviceptr* p, size_t size, size_t alignment, CUde
   }
   std::lock_guard<std::mutex> hold(memory().mutex);
   CUdeviceptr got = 0;
-  if (aligned(hint) && (!alignment || hint % alignment == 0)) got = reserve_at(hint, size);
+  const bool elsewhere = wants_elsewhere() && g_elsewhere.size() < 3;
+  if (!elsewhere && aligned(hint) && (!alignment || hint % alignment == 0))
+    got = reserve_at(hint, size);
   if (!got) got = reserve_first(size, alignment > kGranularity ? alignment : kGranularity);
   if (!got) return CUDA_ERROR_OUT_OF_MEMORY;
   memory().reservations[got] = size;
+  if (elsewhere) g_elsewhere.insert(got);
   *p = got;
   return CUDA_SUCCESS;
 }
@@ -92,6 +99,7 @@ CUresult cuMemAddressFree(CUdeviceptr p, size_t size) {
   auto mapped = m.ranges.lower_bound(p);
   if (mapped != m.ranges.end() && mapped->first < p + size) return CUDA_ERROR_INVALID_VALUE;
   m.reservations.erase(it);
+  g_elsewhere.erase(p);
   unreserve(p, size);
   return CUDA_SUCCESS;
 }
