@@ -76,6 +76,10 @@ static bool plug(const struct driver* driver, struct plugs* plugs, uint64_t at,
 /* One attempt. False: the entry is reserved as before, or LOST, and there is no use in another. */
 static bool hit_or_miss(const struct driver* driver, struct released* e, struct plugs* plugs) {
   uint64_t at = 0;
+  if (!hints_are_honoured(driver, e->reserved)) {
+    plugs->allowed = plugs->count;
+    return false;
+  }
   if (driver->address_free(e->address, e->reserved)) return false;
   const int result = alloc_in_context(driver, e->context, e->size, &at);
   if (!result && at == e->address) {

@@ -15,6 +15,23 @@
 #define PATIENCE_NS 200000000ull
 #define PAUSE_NS 1000000
 
+/* Free addresses of that size are to be had again. */
+static bool gives_again(const struct driver* driver, uint64_t address, uint64_t size) {
+  bool got = false;
+  return !reserve_exactly(driver, address, size, &got) && got &&
+         !driver->address_free(address, size);
+}
+
+bool hints_are_honoured(const struct driver* driver, uint64_t size) {
+  uint64_t first = 0, second = 0;
+  if (driver->address_reserve(&first, size, 0, 0, 0)) return false;
+  const bool both = !driver->address_reserve(&second, size, 0, 0, 0);
+  bool freed = !driver->address_free(first, size);
+  if (both) freed = !driver->address_free(second, size) && freed;
+  /* Whichever of what is free it would give by itself, it is not both. */
+  return both && freed && gives_again(driver, second, size) && gives_again(driver, first, size);
+}
+
 uint64_t hold_anchor(const struct driver* driver, uint64_t address, uint64_t reserved) {
   for (int i = 0; i < 2; i++) {
     const uint64_t at = i ? address - ANCHOR : address + reserved;

@@ -133,6 +133,7 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   };
   a->result = find_out_access(driver, &values);
   if (a->result) return PHOS_RELEASE_FAILED;
+  if (!hints_are_honoured(driver, values.reserved)) return PHOS_RELEASE_UNSUITABLE;
   struct released* e = table_add(&values, STATE_NONE);
   if (!e) {
     a->result = CU_OUT_OF_MEMORY;

@@ -14,8 +14,13 @@ int free_in_context(const struct driver* driver, uint64_t context, uint64_t addr
 /* Reserves exactly [address, address + size): what is to be had elsewhere is given back. */
 int reserve_exactly(const struct driver* driver, uint64_t address, uint64_t size, bool* got);
 /*
- * While memory at [address, address + reserved) is freed: addresses beside it that keep libcuda
- * from giving the space around it back to the kernel. 0: none are to be had.
+ * Does libcuda reserve so many bytes where it is asked to, if that is free? Without it addresses
+ * that are given up, if for a moment, may be lost.
+ */
+bool hints_are_honoured(const struct driver* driver, uint64_t size);
+/*
+ * Reserves a little beside [address, address + reserved), for the time between the end of that
+ * memory and its reservation: less else that is large fits there better. 0: that is taken already.
  */
 uint64_t hold_anchor(const struct driver* driver, uint64_t address, uint64_t reserved);
 void let_go_of_anchor(const struct driver* driver, uint64_t anchor);

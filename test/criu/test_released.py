@@ -328,8 +328,9 @@ class AllocationsThatAreNotReleased(ReleasedTest):
         self.fail_in_driver('cuMemFree * 999')
         self.dumps_by_the_driver('is left to the driver')
 
+    # The first five reservations are made and given up before anything is freed.
     def test_addresses_are_lost(self):
-        self.fail_in_driver('cuMemAddressReserve * 2', 'cuMemAlloc 3 2')
+        self.fail_in_driver('cuMemAddressReserve 6+ 2', 'cuMemAlloc 3 2')
         target = self.counter()
         result = self.dump(target)
         self.assertEqual(result.returncode, 0, self.log_tail('dump.log'))
@@ -338,8 +339,16 @@ class AllocationsThatAreNotReleased(ReleasedTest):
         os.unlink(self.faults)
         self.restore_and_check(target)
 
+    def test_driver_that_gives_others_first(self):
+        self.fail_in_driver('cuMemAddressReserve * elsewhere')
+        target = self.counter()
+        self.dump_ok(target)
+        self.assertIn('is left to the driver', self.log('dump.log'))
+        self.assertEqual(self.released_bytes(), 0)
+        self.restore_and_check(target)
+
     def test_memory_that_is_there_again_at_once(self):
-        self.fail_in_driver('cuMemAddressReserve * 2')
+        self.fail_in_driver('cuMemAddressReserve 6+ 2')
         target = self.counter()
         self.dump_ok(target)
         self.assertEqual(self.released_bytes(), 16 * MIB)

@@ -17,7 +17,7 @@ STEPS = {
     'unlock_to_catch_up': ('cuda', 'cuCheckpointProcessUnlock 2'),
     'third_lock': ('cuda', 'cuCheckpointProcessLock 3'),
     'unlock_to_release': ('cuda', 'cuCheckpointProcessUnlock 3'),
-    'release': ('phos-agent', 'cuMemAddressReserve 1'),
+    'release': ('phos-agent', 'cuMemAddressReserve 6'),  # the others are made before it frees
     'last_lock': ('cuda', 'cuCheckpointProcessLock 4'),
     'checkpoint': ('cuda', 'cuCheckpointProcessCheckpoint 1'),
 }
@@ -76,7 +76,7 @@ class Steps(ReleasedTest):
 class BroughtBackForTheDriver(Steps):
     def test_nobody_maps_it_in_the_drivers_checkpoint(self):
         """phosd is slow to let go of memory that it has loaded, since not all could be released."""
-        self.fail_in_driver('cuMemAddressReserve * 2', 'cuMemAlloc 3 2',
+        self.fail_in_driver('cuMemAddressReserve 6+ 2', 'cuMemAlloc 3 2',
                             'cuIpcCloseMemHandle * slow:1000',
                             'cuCheckpointProcessCheckpoint 1 slow:1000')
         target = self.counter()

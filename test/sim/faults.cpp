@@ -5,7 +5,8 @@
 //   FUNCTION N RESULT
 //
 // FUNCTION  as in cuda.h, without a version suffix: cuMemAlloc, cuCheckpointProcessRestore, ...
-// N         the Nth call in this process, counted from 1 since cuInit; * is every call
+// N         the Nth call in this process, counted from 1 since cuInit; N+ that one and all that
+//           follow; * is every call
 // RESULT    a CUresult number: returned instead of working
 //           hang: the call never ends (a cuCheckpointProcess* request is never answered, and the
 //                 restore thread serves no other)
@@ -108,7 +109,11 @@ CUresult act_out_fault(const char* function) {
   for (char* line = strtok_r(text, "\n", &next); line; line = strtok_r(nullptr, "\n", &next)) {
     char which[64], when[16], what[32];
     if (sscanf(line, "%63s %15s %31s", which, when, what) != 3 || strcmp(which, name)) continue;
-    if (strcmp(when, "*") && strtol(when, nullptr, 10) != nth) continue;
+    if (strcmp(when, "*")) {
+      char* end = nullptr;
+      const long n = strtol(when, &end, 10);
+      if (*end == '+' ? nth < n : nth != n) continue;
+    }
     if (CUresult r = act(what)) return r;
   }
   return CUDA_SUCCESS;
