@@ -23,7 +23,7 @@ using std::chrono::steady_clock;
 constexpr milliseconds kLease{10000}, kRenewal{2000};
 // The driver frees and maps tens of gigabytes in milliseconds, in hundreds of pieces in tens.
 constexpr milliseconds kMoveTimeout{60000};
-constexpr milliseconds kLeaveTime{1000};
+constexpr milliseconds kLeaveTime{3000};
 
 std::string name_of(const AgentAllocation& a) {
   char text[80];
