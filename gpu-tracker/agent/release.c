@@ -122,8 +122,24 @@ static uint32_t release_adopted(const struct driver* driver, struct released* e,
   return PHOS_RELEASE_DONE;
 }
 
+/* Sizes for which addresses can be kept. Nobody else is in the driver while a command runs. */
+#define MAX_SIZES 16
+struct kept_sizes {
+  uint64_t size[MAX_SIZES];
+  uint32_t count;
+};
+
+static bool can_keep(const struct driver* driver, struct kept_sizes* sizes, uint64_t size) {
+  for (uint32_t i = 0; i < sizes->count; i++) {
+    if (sizes->size[i] == size) return true;
+  }
+  if (!hints_are_honoured(driver, size)) return false;
+  if (sizes->count < MAX_SIZES) sizes->size[sizes->count++] = size;
+  return true;
+}
+
 static uint32_t release_native(const struct driver* driver, const struct phos_allocation* found,
-                               struct phos_allocation* a) {
+                               struct kept_sizes* sizes, struct phos_allocation* a) {
   struct released values = {
       .address = found->address,
       .size = found->size,
@@ -133,7 +149,7 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   };
   a->result = find_out_access(driver, &values);
   if (a->result) return PHOS_RELEASE_FAILED;
-  if (!hints_are_honoured(driver, values.reserved)) return PHOS_RELEASE_UNSUITABLE;
+  if (!can_keep(driver, sizes, values.reserved)) return PHOS_RELEASE_UNSUITABLE;
   struct released* e = table_add(&values, STATE_NONE);
   if (!e) {
     a->result = CU_OUT_OF_MEMORY;
@@ -157,7 +173,8 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   return state_of(e) == PHOS_RELEASED_NATIVE ? PHOS_RELEASE_REALLOCATED : PHOS_RELEASE_LOST;
 }
 
-static uint32_t release_one(const struct driver* driver, struct phos_allocation* a) {
+static uint32_t release_one(const struct driver* driver, struct kept_sizes* sizes,
+                            struct phos_allocation* a) {
   struct memory_facts facts;
   struct phos_allocation found;
   a->result = driver_facts(driver, a->address, &facts);
@@ -171,7 +188,7 @@ static uint32_t release_one(const struct driver* driver, struct phos_allocation*
     return release_adopted(driver, known, a);
   }
   if (!is_suitable(&found)) return PHOS_RELEASE_UNSUITABLE;
-  return release_native(driver, &found, a);
+  return release_native(driver, &found, sizes, a);
 }
 
 /* What the last map back gave to the driver again is the driver's: it is released, or not, anew. */
@@ -194,11 +211,13 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
   m->driver_result = hooks_prepare();
   if (m->driver_result) return PHOS_RESULT_NO_HOOKS;
   forget_native();
+  struct kept_sizes sizes;
+  sizes.count = 0;
   bool stop = false;
   for (uint32_t i = 0; i < count; i++) {
     struct phos_allocation a = m->allocations[i];
     stop = stop || __atomic_load_n(&m->cancel, __ATOMIC_RELAXED);
-    a.status = stop ? PHOS_RELEASE_NOT_REACHED : release_one(driver, &a);
+    a.status = stop ? PHOS_RELEASE_NOT_REACHED : release_one(driver, &sizes, &a);
     stop = stop || a.status == PHOS_RELEASE_LOST;
     m->allocations[i] = a;
   }

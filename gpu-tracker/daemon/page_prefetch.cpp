@@ -78,7 +78,18 @@ void PagePrefetch::open_gpus() {
 // CRIU is at work meanwhile, and it is CRIU that the process waits for: where files are in memory,
 // a dozen copying threads would slow it down.
 void PagePrefetch::read(const std::stop_token& stop) {
-  (void)setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kLowestPriority);
+  const auto tid = static_cast<id_t>(syscall(SYS_gettid));
+  {
+    std::lock_guard<std::mutex> hold(mutex_);
+    readers_.insert(tid);
+    if (!stop.stop_requested()) (void)setpriority(PRIO_PROCESS, tid, kLowestPriority);
+  }
+  read_batches(stop);
+  std::lock_guard<std::mutex> hold(mutex_);
+  readers_.erase(tid);
+}
+
+void PagePrefetch::read_batches(const std::stop_token& stop) {
   PinnedPool& pool = engines_.pool();
   while (!stop.stop_requested()) {
     // Before there is work for it: more may have to be made, and nobody should wait for that here.
@@ -100,6 +111,11 @@ void PagePrefetch::read(const std::stop_token& stop) {
 
 void PagePrefetch::stop() {
   stop_.request_stop();
+  {
+    // Now the process waits for them.
+    std::lock_guard<std::mutex> hold(mutex_);
+    for (const id_t tid : readers_) (void)setpriority(PRIO_PROCESS, tid, 0);
+  }
   for (auto& t : threads_) t.join();
   threads_.clear();
 }

@@ -3,9 +3,12 @@
 // to go.
 #pragma once
 
+#include <sys/types.h>
+
 #include <cstddef>
 #include <deque>
 #include <mutex>
+#include <set>
 #include <stop_token>
 #include <thread>
 #include <vector>
@@ -40,6 +43,7 @@ class PagePrefetch {
   void plan();
   void open_gpus();
   void read(const std::stop_token& stop);
+  void read_batches(const std::stop_token& stop);
   void stop();
 
   const PageChain& chain_;
@@ -51,6 +55,7 @@ class PagePrefetch {
   std::vector<LoadBatch> ready_;
   std::vector<int> gpu_indices_;  // in the image, of what is to be read
   std::vector<GpuEngines::User> gpus_;
+  std::set<id_t> readers_;  // threads that read
   std::vector<std::thread> threads_;
 };
 

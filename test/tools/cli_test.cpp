@@ -13,6 +13,7 @@
 #include "gpu-tracker/driver/cuda_driver.h"
 #include "gpu-tracker/image/image.h"
 #include "test/tools/harness.h"
+#include "test/tools/images_fixture.h"
 
 namespace phos::test {
 namespace {
@@ -50,18 +51,8 @@ class Cli : public Installation {
     fs::create_directory(dir);
     write_file(dir + "/inventory.img", kInventory);
     if (!cuda) return dir;
-    ProcessImage image;
+    ProcessImage image = image_without_memory(4242);
     image.dump_id.fill(7);
-    image.pid = 4242;
-    image.comm = "train";
-    image.driver_release = "580.159.04";
-    image.driver_api = 13000;
-    image.created_us = 1;
-    image.phos_version = "0.1.0";
-    image.gpus.resize(1);
-    image.gpus[0].uuid.fill(1);
-    image.gpus[0].name = "NVIDIA of the test";
-    image.gpus[0].total_bytes = 1 << 30;
     image.allocations.push_back(
         {0x7f0000000000, 3u << 20, 0, MemoryKind::kDevice, MemoryPath::kDriver});
     int fd = open(dir.c_str(), O_DIRECTORY | O_RDONLY | O_CLOEXEC);

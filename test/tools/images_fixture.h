@@ -29,6 +29,22 @@ struct SavedMemory {
   bool saved = true;  // its pages are in the images
 };
 
+// Of a process on one GPU.
+inline ProcessImage image_without_memory(int pid) {
+  ProcessImage image;
+  image.pid = pid;
+  image.comm = "train";
+  image.driver_release = "580.159.04";
+  image.driver_api = 13000;
+  image.created_us = 1;
+  image.phos_version = "0.1.0";
+  image.gpus.resize(1);
+  image.gpus[0].uuid.fill(1);
+  image.gpus[0].name = "NVIDIA of the test";
+  image.gpus[0].total_bytes = 1 << 30;
+  return image;
+}
+
 // `pages` pages of text; no two of them, and none of another `seed`, are equal.
 inline std::string text_pages(size_t pages, unsigned seed) {
   std::string text;
@@ -62,18 +78,8 @@ class Images : public Installation {
     std::filesystem::create_directory(dir);
     write_file(dir + "/inventory.img", kInventory);
     UniqueFd fd = open_dir(dir);
-    ProcessImage image;
+    ProcessImage image = image_without_memory(pid);
     std::copy_n(name.begin(), std::min(name.size(), image.dump_id.size()), image.dump_id.begin());
-    image.pid = pid;
-    image.comm = "train";
-    image.driver_release = "580.159.04";
-    image.driver_api = 13000;
-    image.created_us = 1;
-    image.phos_version = "0.1.0";
-    image.gpus.resize(1);
-    image.gpus[0].uuid.fill(1);
-    image.gpus[0].name = "NVIDIA of the test";
-    image.gpus[0].total_bytes = 1 << 30;
     const std::string bytes = key.to_bytes();
     image.hash_key.assign(bytes.begin(), bytes.end());
     auto pages = PageFileWriter::create(fd.get(), pid, 0, image.dump_id);
