@@ -3,6 +3,7 @@
 #include <cuda.h>
 #include <signal.h>
 #include <sys/ptrace.h>
+#include <sys/syscall.h>
 #include <sys/user.h>
 #include <sys/wait.h>
 
@@ -254,7 +255,9 @@ TEST_F(GatedRelease, ThreadInTheAgentsCodeIsNotQuiet) {
       ASSERT_EQ(ptrace(PTRACE_SINGLESTEP, tid, nullptr, nullptr), 0);
     }
     ASSERT_TRUE(registers.rip >= range.begin && registers.rip < range.end);
-    ASSERT_EQ(ptrace(PTRACE_DETACH, tid, nullptr, SIGUSR2), 0);
+    // Not as the signal to detach with: that is lost where it was stopped in here at once.
+    ASSERT_EQ(syscall(SYS_tgkill, target_.pid(), tid, SIGUSR2), 0);
+    ASSERT_EQ(ptrace(PTRACE_DETACH, tid, nullptr, nullptr), 0);
     ASSERT_NO_FATAL_FAILURE(close_gate());
     auto quiet = gate_->check_quiet(milliseconds(50));
     ASSERT_FALSE(quiet) << "it sleeps in a handler, and then goes on into libcuda";
