@@ -161,7 +161,7 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
     auto it = held_.find(pid);
     auto stopped = it->second.copy ? it->second.copy->stop_watching() : Result<void>();
     it->second.copy.reset();
-    if (has_ended(pid, it->second.restore_tid, it->second.start_time)) continue;
+    if (has_ended(pid, it->second.restore_tid, it->second.start_time, error)) continue;
     if (error.code() == ECANCELED) return error;
     if (!stopped) return refuse(pid, stopped.error().message());
     // A dump goes on without: the driver saves all of it, slowly.
@@ -227,9 +227,11 @@ Result<void> Session::complete_copy(int pid, Held* held) {
 Result<void> Session::finish_pre_dump() {
   for (auto& [pid, held] : held_) {
     if (!held.copy) continue;
-    if (auto r = held.copy->conclude(); !r) return r;
-    if (auto r = held.copy->release(); !r) return r;
-    if (auto r = write_image(pid, &held, {}); !r) return r;
+    auto r = held.copy->conclude();
+    if (r) r = held.copy->release();
+    if (r) r = write_image(pid, &held, {});
+    // Of one that has ended meanwhile nothing is saved.
+    if (!r && !has_ended(pid, held.restore_tid, held.start_time, r.error())) return r;
   }
   held_.clear();
   return {};

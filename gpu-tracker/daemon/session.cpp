@@ -390,8 +390,10 @@ bool has_ended(int pid, int restore_tid, uint64_t start_time) {
 }
 
 bool has_ended(int pid, int restore_tid, uint64_t start_time, const Error& error) {
+  // (The kernel takes a dying task's memory away before it shows the task dead.)
   const bool silent = is_cuda_error(error, kCudaErrorOperatingSystem) ||
-                      is_cuda_error(error, kCudaErrorNotInitialized);
+                      is_cuda_error(error, kCudaErrorNotInitialized) ||
+                      (error.domain() == Domain::kErrno && error.code() == ESRCH);
   const auto deadline = steady_clock::now() + (silent ? kDyingTime : kDyingTime.zero());
   for (;;) {
     if (has_ended(pid, restore_tid, start_time)) return true;

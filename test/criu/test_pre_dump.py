@@ -389,6 +389,25 @@ class EndedEarly(PreDumpTest):
         self.assertEqual(self.phos_images('1'), [])
         self.assert_others_are_served()
 
+    def test_target_killed_after_its_first_round(self):
+        # Slow enough that its next round, which only hashes, is still to end.
+        target = self.counter('--mib', '64')
+        process = self.begin(target, SLOW + '400')
+        self.assertIn('round 1', process.stderr.readline())
+        phosd = self.phosd_pids()
+        for pid in phosd:
+            os.kill(pid, signal.SIGSTOP)
+        target.kill()
+        wait_until(target.gone, 'the target to be gone')
+        for pid in phosd:
+            os.kill(pid, signal.SIGCONT)
+        _, errors = process.communicate(timeout=60)
+        os.unlink(self.faults)
+        self.assertNotEqual(process.returncode, 0)
+        self.assertIn('nothing was saved', errors)
+        self.assertEqual(self.phos_images('1'), [])
+        self.assert_others_are_served()
+
     def test_target_killed_while_it_is_searched(self):
         self.fail_in_driver('cuPointerGetAttributes 1 slow:1000')
         target = self.counter()
