@@ -14,5 +14,5 @@ $(B)/obj/gpu-tracker/driver/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 $(eval $(call archive,lib/libphos.a,$(TRACKER_SRCS)))
 
 $(eval $(call program,libexec/phos/phosd,gpu-tracker/daemon/main.cpp,lib/libphos.a,\
-        -lboost_program_options -lprotobuf-c $(TRACK_LIBS) -ldl -lpthread,))
+        -lboost_program_options $(IMAGE_LIBS) $(TRACK_LIBS) -ldl -lpthread,))
 all: $(B)/libexec/phos/phosd

@@ -11,7 +11,7 @@ $(eval $(call program,bin/criu,tools/criu/main.cpp,lib/libcriufront.a lib/libpho
 PHOS_SRCS := $(filter-out tools/phos/main.cpp,$(wildcard tools/phos/*.cpp))
 $(eval $(call archive,lib/libphoscli.a,$(PHOS_SRCS)))
 $(eval $(call program,bin/phos,tools/phos/main.cpp,lib/libphoscli.a lib/libcriufront.a lib/libphos.a,\
-        -lboost_program_options -lprotobuf-c $(TRACK_LIBS) -ldl -lpthread))
+        -lboost_program_options $(IMAGE_LIBS) $(TRACK_LIBS) -ldl -lpthread))
 
 all: $(B)/bin/criu $(B)/bin/phos
 

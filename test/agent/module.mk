@@ -12,5 +12,5 @@ $(B)/test/agent: $(B)/sim/libcuda.so
 
 all: $(B)/test/agent
 
-$(eval $(call program,test/agent_tool,test/agent/tool.cpp,lib/libphos.a,-lprotobuf-c -ldl))
+$(eval $(call program,test/agent_tool,test/agent/tool.cpp,lib/libphos.a,$(IMAGE_LIBS) -ldl))
 all: $(B)/test/agent_tool

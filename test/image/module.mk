@@ -22,7 +22,7 @@ $(B)/obj/sanitized/image.pb-c.c.o: $(B)/gen/gpu-tracker/abi/image.pb-c.c
 $(B)/test/fuzz_images: $(SANITIZED)
 	$(say) LD $@
 	@mkdir -p $(@D)
-	$(Q)$(CXX) $(FUZZ_FLAGS) $(LDFLAGS) -o $@ $^ -lprotobuf-c
+	$(Q)$(CXX) $(FUZZ_FLAGS) $(LDFLAGS) -o $@ $^ $(IMAGE_LIBS)
 OBJS += $(SANITIZED)
 all: $(B)/test/fuzz_images
 
@@ -39,10 +39,10 @@ $(B)/obj/fuzzed/image.pb-c.c.o: $(B)/gen/gpu-tracker/abi/image.pb-c.c
 $(B)/test/fuzz_images_clang: $(FUZZED)
 	$(say) LD $@
 	@mkdir -p $(@D)
-	$(Q)$(CLANG)++ $(FUZZ_FLAGS) -fsanitize=fuzzer -o $@ $^ -lprotobuf-c || { \
+	$(Q)$(CLANG)++ $(FUZZ_FLAGS) -fsanitize=fuzzer -o $@ $^ $(IMAGE_LIBS) || { \
 	  echo "fuzz: clang has no libFuzzer? Debian: apt install libclang-rt-dev"; exit 1; }
 OBJS += $(FUZZED)
 
 # What test_reader.py compares image_reader.py with.
-$(eval $(call program,test/image_tool,test/image/image_tool.cpp,lib/libphos.a,-lprotobuf-c -lpthread))
+$(eval $(call program,test/image_tool,test/image/image_tool.cpp,lib/libphos.a,$(IMAGE_LIBS) -lpthread))
 all: $(B)/test/image_tool

@@ -4,7 +4,7 @@
 TOOLS_TEST_SRCS := $(filter-out test/tools/fake_criu.cpp,$(wildcard test/tools/*.cpp))
 
 $(eval $(call program,test/tools,$(TOOLS_TEST_SRCS),lib/libcriufront.a lib/libphos.a,\
-        -lgtest -lgtest_main -lprotobuf-c -ldl -lpthread))
+        -lgtest -lgtest_main $(IMAGE_LIBS) -ldl -lpthread))
 $(eval $(call program,test/fake_criu,test/tools/fake_criu.cpp))
 
 # The tests run the two programs that lie beside them.

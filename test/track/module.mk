@@ -6,7 +6,7 @@ TRACK_TEST_SRCS := $(wildcard test/track/*.cpp) test/contract/worker.cpp
 
 $(B)/obj/test/track/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 
-$(eval $(call program,test/track,$(TRACK_TEST_SRCS),lib/libphos.a,-L$(B)/sim -lcuda $(TRACK_LIBS) -lprotobuf-c -lgtest -lpthread -ldl))
+$(eval $(call program,test/track,$(TRACK_TEST_SRCS),lib/libphos.a,-L$(B)/sim -lcuda $(TRACK_LIBS) $(IMAGE_LIBS) -lgtest -lpthread -ldl))
 $(B)/test/track: $(B)/sim/libcuda.so
 
 all: $(B)/test/track

@@ -6,7 +6,7 @@ $(B)/obj/test/unit/%.cpp.o: CPPFLAGS += -DPHOS_GOLDEN_DIR='"$(CURDIR)/test/golde
 $(eval $(call program,test/unit,$(wildcard test/unit/*.cpp) test/criu/plugin_test.cpp \
         test/image/wire.cpp test/image/examine.cpp \
         gpu-tracker/agent/relocate.c,lib/libphos.a,\
-        -lboost_program_options -lprotobuf-c -lgtest_main -lgtest -lpthread -ldl \
+        -lboost_program_options $(IMAGE_LIBS) -lgtest_main -lgtest -lpthread -ldl \
         $(TRACK_LIBS),-rdynamic))
 # plugin_test.cpp loads the plugin as criu does.
 $(B)/obj/test/criu/plugin_test.cpp.o: CPPFLAGS += -isystem $(CRIU_INCLUDE)
