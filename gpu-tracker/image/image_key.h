@@ -30,12 +30,14 @@ class ImageKey {
   // file (a symbolic link to one will do) of root's or of the effective user's, on which nobody
   // else has rights. Errors name the file, what is wrong, and what to do.
   static Result<ImageKey> read(const std::string& path);
-  explicit ImageKey(const SecretKey& key);
+  static Result<ImageKey> make(const SecretKey& key);
 
   const KeyId& id() const { return id_; }
   Result<DumpKeys> derive(const DumpId& dump_id) const;
 
  private:
+  ImageKey(const SecretKey& key, const KeyId& id) : key_(key), id_(id) {}
+
   SecretKey key_;
   KeyId id_{};
 };
