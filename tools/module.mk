@@ -20,3 +20,7 @@ $(eval $(call embed_ptx,tools/bench/read.cu,phos_bench_read_ptx))
 $(eval $(call program,test/copy_bench,tools/bench/copy_engine.cpp gen/tools/bench/read.cu.c,\
         lib/libphos.a,-ldl -lpthread))
 all: $(B)/test/copy_bench
+
+# What compressing and encrypting pages costs a thread.
+$(eval $(call program,test/compress_bench,tools/bench/compress.cpp,lib/libphos.a,$(IMAGE_LIBS) -lpthread))
+all: $(B)/test/compress_bench
