@@ -32,24 +32,21 @@ PageHash hash_of_zeros(const PageHashKey& key) {
   return hash_page(key, kZeros.data(), kZeros.size());
 }
 
-// The slots of pages that lie one after the other in a buffer, where they follow each other too.
-struct SlotRun {
-  size_t in_buffer;  // index of the first page
-  uint32_t slot;
-  uint32_t pages;
-};
+std::vector<uint8_t> bytes_of(const PageHashKey& key) {
+  const std::string bytes = key.to_bytes();
+  return {bytes.begin(), bytes.end()};
+}
 
 }  // namespace
 
-// Hashes buffers, unless the GPU has, and writes them to the pages file, on threads of its own, so
-// that the GPU need not wait. The pages of one round all differ, so the order does not matter.
+// Hashes buffers, unless the GPU has, and saves them, on threads of its own, so that the GPU need
+// not wait. A round has each page once, so the order does not matter.
 class CopiedMemory::Writers {
  public:
-  // `record` is called for each buffer, one at a time, and says what of it is to be written where.
-  using Record = std::function<std::vector<SlotRun>(const CopiedPages&)>;
+  // Called for each buffer, on any of the threads.
+  using Save = std::function<Result<void>(const CopiedPages&)>;
 
-  Writers(PageFileWriter& file, const PageHashKey& key, Record record)
-      : file_(file), key_(key), record_(std::move(record)) {
+  Writers(const PageHashKey& key, Save save) : key_(key), save_(std::move(save)) {
     for (int i = 0; i < kWriterThreads; i++) threads_.emplace_back([this] { run(); });
   }
   ~Writers() { (void)finish(false); }
@@ -90,25 +87,15 @@ class CopiedMemory::Writers {
       if (error_) continue;
       hold.unlock();
       copied.hash(key_);
-      hold.lock();
-      const auto runs = record_(copied);
-      hold.unlock();
-      std::optional<Error> failed;
-      for (const SlotRun& r : runs) {
-        auto done = file_.write(r.slot, copied.buffer.data() + r.in_buffer * kPageBytes, r.pages);
-        if (done) continue;
-        failed = done.error();
-        break;
-      }
+      auto saved = save_(copied);
       copied.buffer.reset();
       hold.lock();
-      if (failed && !error_) error_ = std::move(failed);
+      if (!saved && !error_) error_ = saved.error();
     }
   }
 
-  PageFileWriter& file_;
   const PageHashKey& key_;
-  const Record record_;
+  const Save save_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<CopiedPages> work_;
@@ -117,20 +104,26 @@ class CopiedMemory::Writers {
   std::vector<std::thread> threads_;
 };
 
-CopiedMemory::CopiedMemory(GpuEngines::User gpu, int gpu_index,
-                           std::unique_ptr<PageFileWriter> file, const PageHashKey& key)
+CopiedMemory::CopiedMemory(GpuEngines::User gpu, int gpu_index, std::shared_ptr<PageStore> store,
+                           uint32_t file, const PageHashKey& key, const PreviousPages* previous)
     : gpu_(std::move(gpu)),
       gpu_index_(gpu_index),
-      file_(std::move(file)),
+      store_(std::move(store)),
+      file_(file),
       key_(key),
+      key_number_(store_->add_key(bytes_of(key))),
+      previous_(previous),
       zero_(hash_of_zeros(key)) {}
 
 CopiedMemory::~CopiedMemory() {
   (void)release();
+  for (auto& [address, a] : allocations_) {
+    for (uint32_t& where : a.where) drop(&where);
+  }
+  store_->end_file(file_);
 }
 
-Result<void> CopiedMemory::add(const AgentAllocation& allocation, AgentExport handle,
-                               const std::vector<SavedHash>* saved) {
+Result<void> CopiedMemory::add(const AgentAllocation& allocation, AgentExport handle) {
   CopiedAllocation copied;
   copied.seen = allocation;
   auto mapped =
@@ -144,11 +137,16 @@ Result<void> CopiedMemory::add(const AgentAllocation& allocation, AgentExport ha
   const size_t pages = (allocation.size + kPageBytes - 1) / kPageBytes;
   copied.saved.resize(pages);
   copied.where.assign(pages, CopiedAllocation::kNowhere);
-  if (saved && saved->size() == pages) {
-    copied.where.assign(pages, CopiedAllocation::kInParent);
-    for (size_t i = 0; i < pages; i++) copied.saved[i].bytes = (*saved)[i];
+  const AllocationInfo* saved =
+      previous_ ? previous_->find(allocation.device_uuid, allocation.address, allocation.size)
+                : nullptr;
+  for (size_t i = 0; saved && i < pages; i++) copied.saved[i].bytes = saved->hashes[i];
+  for (const PageExtent& e : saved ? saved->extents : std::vector<PageExtent>()) {
+    if (e.source == PageSource::kDropped) continue;
+    std::fill_n(copied.where.begin() + e.first_page, e.pages, CopiedAllocation::kInParent);
   }
-  allocations_.insert_or_assign(allocation.address, std::move(copied));
+  if (auto r = remove(allocation.address); !r) return r;
+  allocations_.emplace(allocation.address, std::move(copied));
   return {};
 }
 
@@ -168,11 +166,7 @@ Result<void> CopiedMemory::remove(uint64_t address) {
   auto it = allocations_.find(address);
   if (it == allocations_.end()) return {};
   auto r = unmap(&it->second);
-  for (uint32_t where : it->second.where) {
-    if (CopiedAllocation::is_slot(where)) free_slots_.push_back(where);
-  }
-  // So that they are handed out in ascending order.
-  std::sort(free_slots_.begin(), free_slots_.end(), std::greater<>());
+  for (uint32_t& where : it->second.where) drop(&where);
   allocations_.erase(it);
   return r;
 }
@@ -188,11 +182,9 @@ Result<void> CopiedMemory::remove_overlapping(const AddressRange& range) {
   return {};
 }
 
-uint32_t CopiedMemory::take_slot() {
-  if (free_slots_.empty()) return next_slot_++;
-  const uint32_t slot = free_slots_.back();
-  free_slots_.pop_back();
-  return slot;
+void CopiedMemory::drop(uint32_t* where) {
+  if (CopiedAllocation::is_stored(*where)) store_->drop(*where);
+  *where = CopiedAllocation::kNowhere;
 }
 
 PageRef CopiedMemory::page_ref(const Page& page) {
@@ -234,45 +226,77 @@ Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown, const std::sto
   std::vector<Page> dirty;
   if (auto r = find_dirty(pace, stop, &dirty, &done); !r) return r.error();
   done.dirty_pages = dirty.size();
+  for (const Page& p : dirty) done.bytes += page_ref(p).bytes;
+  while (!dirty.empty()) {
+    std::vector<Page> again;
+    if (auto r = copy_pages(dirty, pace, stop, &done, &again); !r) return r.error();
+    dirty = std::move(again);
+  }
+  return done;
+}
+
+// `again`: pages that somebody else was to store, who could not.
+Result<void> CopiedMemory::copy_pages(const std::vector<Page>& dirty, const Pace& pace,
+                                      const std::stop_token& stop, CopiedBytes* done,
+                                      std::vector<Page>* again) {
   std::vector<PageRef> refs;
   refs.reserve(dirty.size());
-  for (const Page& p : dirty) refs.push_back(page_ref(p));
-  for (const PageRef& ref : refs) done.bytes += ref.bytes;
-
-  Writers writers(*file_, key_, [&](const CopiedPages& copied) {
-    std::vector<SlotRun> runs;
-    for (size_t i = 0; i < copied.count; i++) {
-      const Page& page = dirty[copied.first + i];
-      uint32_t& where = page.allocation->where[page.index];
-      page.allocation->saved[page.index] = copied.hashes[i];
-      if (copied.hashes[i] == zero_) {
-        if (CopiedAllocation::is_slot(where)) free_slots_.push_back(where);
-        where = CopiedAllocation::kZero;
-        continue;
-      }
-      if (!CopiedAllocation::is_slot(where)) where = take_slot();
-      if (!runs.empty() && runs.back().in_buffer + runs.back().pages == i &&
-          runs.back().slot + runs.back().pages == where) {
-        runs.back().pages++;
-      } else {
-        runs.push_back({i, where, 1});
-      }
-    }
-    return runs;
-  });
+  uint64_t bytes = 0;
+  for (const Page& p : dirty) {
+    refs.push_back(page_ref(p));
+    bytes += refs.back().bytes;
+  }
+  std::vector<Awaited> awaited;
+  Writers writers(key_, [&](const CopiedPages& copied) { return save(dirty, copied, &awaited); });
   auto sink = [&](CopiedPages copied) { return writers.write(std::move(copied)); };
   // While the process runs there is time for that; in the last round there is little to copy.
   if (pace.max_slowdown() > 0) {
-    if (auto r = gpu_->engine->reserve(done.bytes); !r) return r.error();
+    if (auto r = gpu_->engine->reserve(bytes); !r) return r;
   }
   const auto start = std::chrono::steady_clock::now();
   auto copied = gpu_->engine->copy(refs, sink, pace, stop);
-  done.copy_us = static_cast<uint64_t>(since(start).count());
+  done->copy_us += static_cast<uint64_t>(since(start).count());
   auto written = writers.finish(copied.ok());
+  for (const Awaited& a : awaited) {
+    if (store_->wait(a.id)) continue;
+    drop(&a.page.allocation->where[a.page.index]);
+    again->push_back(a.page);
+  }
   // A write that failed is why the copy ended.
-  if (!written) return written.error();
-  if (!copied) return copied.error();
-  return done;
+  return written ? copied : written;
+}
+
+Result<void> CopiedMemory::save(const std::vector<Page>& dirty, const CopiedPages& copied,
+                                std::vector<Awaited>* awaited) {
+  std::vector<PageStore::NewPage> fresh;
+  Result<void> result;
+  {
+    std::lock_guard<std::mutex> hold(mutex_);
+    for (size_t i = 0; result && i < copied.count; i++) {
+      const Page& page = dirty[copied.first + i];
+      const PageHash& hash = copied.hashes[i];
+      uint32_t& where = page.allocation->where[page.index];
+      const uint32_t before = where;
+      if (hash == zero_) {
+        where = CopiedAllocation::kZero;
+      } else {
+        auto claim = store_->claim(file_, key_number_, hash.bytes, previous_);
+        result = claim ? Result<void>() : claim.error();
+        where = claim ? claim->page : CopiedAllocation::kNowhere;
+        if (claim && claim->is_new) {
+          fresh.push_back({claim->page, copied.buffer.data() + i * kPageBytes});
+        } else if (claim && claim->is_under_way) {
+          awaited->push_back({page, claim->page});
+        }
+      }
+      page.allocation->saved[page.index] = hash;
+      // Not sooner: it may be the same page still.
+      if (CopiedAllocation::is_stored(before)) store_->drop(before);
+    }
+  }
+  // What was claimed must be stored, or be known not to be, whatever else has failed.
+  auto stored = store_->store(file_, fresh);
+  return result ? stored : result;
 }
 
 Result<void> CopiedMemory::release() {
@@ -282,18 +306,6 @@ Result<void> CopiedMemory::release() {
     if (!r && first) first = r;
   }
   return first;
-}
-
-Result<void> CopiedMemory::flush() {
-  return file_->flush();
-}
-
-Result<void> CopiedMemory::finish() {
-  if (next_slot_ == 0) {
-    file_.reset();  // nothing is in it
-    return {};
-  }
-  return file_->finish();
 }
 
 uint64_t CopiedMemory::total_bytes() const {

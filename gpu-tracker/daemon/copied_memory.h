@@ -5,13 +5,14 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <stop_token>
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/copy/page_hash.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
-#include "gpu-tracker/image/page_file.h"
+#include "gpu-tracker/image/page_store.h"
 #include "gpu-tracker/inject/agent.h"
 
 namespace phos {
@@ -24,11 +25,12 @@ struct CopiedAllocation {
   uint32_t number = 0;     // tells it from the others
   // By page. `saved` holds for the pages that are somewhere.
   std::vector<PageHash> saved;
-  std::vector<uint32_t> where;  // a slot in the pages file, or one of the constants below
+  std::vector<PageStore::PageId> where;  // or one of the constants below
 
   static constexpr uint32_t kNowhere = UINT32_MAX, kInParent = UINT32_MAX - 1,
                             kZero = UINT32_MAX - 2;
-  static bool is_slot(uint32_t where) { return where < kZero; }
+  static_assert(kZero >= PageStore::kEnd);
+  static bool is_stored(uint32_t where) { return where < PageStore::kEnd; }
   size_t pages() const { return saved.size(); }
 };
 
@@ -43,15 +45,15 @@ struct CopiedBytes {
 // Not thread-safe.
 class CopiedMemory {
  public:
-  // `gpu_index`: in the image. `file` is where pages go.
-  CopiedMemory(GpuEngines::User gpu, int gpu_index, std::unique_ptr<PageFileWriter> file,
-               const PageHashKey& key);
-  // Lets go of the process's memory.
+  // `gpu_index`: in the image. Pages go to `store`, into its file number `file`. `previous`: what
+  // the image builds on, or null; outlives this.
+  CopiedMemory(GpuEngines::User gpu, int gpu_index, std::shared_ptr<PageStore> store, uint32_t file,
+               const PageHashKey& key, const PreviousPages* previous);
+  // Lets go of the process's memory and of what is saved of it.
   ~CopiedMemory();
 
-  // Maps an allocation. `saved`: hashes of its pages in the parent image, or null.
-  Result<void> add(const AgentAllocation& allocation, AgentExport handle,
-                   const std::vector<SavedHash>* saved);
+  // Maps an allocation. What the parent has of it need not be saved again.
+  Result<void> add(const AgentAllocation& allocation, AgentExport handle);
   // By the address in the process; null if there is none.
   CopiedAllocation* find(uint64_t address);
   // The process has freed it.
@@ -67,11 +69,6 @@ class CopiedMemory {
   // Unmaps everything; what is saved stays known.
   Result<void> release();
 
-  // Makes durable what is saved so far.
-  Result<void> flush();
-  // Completes the pages file, if any page went there.
-  Result<void> finish();
-
   int gpu_index() const { return gpu_index_; }
   uint64_t total_bytes() const;
 
@@ -80,23 +77,34 @@ class CopiedMemory {
     CopiedAllocation* allocation;
     uint32_t index;
   };
+  // A page that somebody else is storing.
+  struct Awaited {
+    Page page;
+    PageStore::PageId id;
+  };
   class Writers;
 
   Result<void> unmap(CopiedAllocation* allocation);
-  uint32_t take_slot();
+  void drop(uint32_t* where);
+  Result<void> save(const std::vector<Page>& dirty, const CopiedPages& copied,
+                    std::vector<Awaited>* awaited);
+  Result<void> copy_pages(const std::vector<Page>& dirty, const Pace& pace,
+                          const std::stop_token& stop, CopiedBytes* done, std::vector<Page>* again);
   static PageRef page_ref(const Page& page);
   Result<void> find_dirty(const Pace& pace, const std::stop_token& stop, std::vector<Page>* dirty,
                           CopiedBytes* done);
 
   GpuEngines::User gpu_;
   const int gpu_index_;
-  std::unique_ptr<PageFileWriter> file_;
+  const std::shared_ptr<PageStore> store_;
+  const uint32_t file_;
   const PageHashKey key_;
+  const uint32_t key_number_;
+  const PreviousPages* const previous_;
   const PageHash zero_;
   std::map<uint64_t, CopiedAllocation> allocations_;  // by address in the process
-  std::vector<uint32_t> free_slots_;
-  uint32_t next_slot_ = 0;
   uint32_t next_number_ = 0;
+  std::mutex mutex_;  // of `saved` and `where` while pages are saved
 };
 
 }  // namespace phos

@@ -60,6 +60,14 @@ std::optional<PreviousPages> Session::open_previous(int vpid) const {
   return std::nullopt;
 }
 
+Result<std::shared_ptr<PageStore>> Session::page_store() {
+  if (store_) return store_;
+  auto store = PageStore::create(image_dir_.get(), dump_id_, {});
+  if (!store) return store.error();
+  store_ = std::move(*store);
+  return store_;
+}
+
 bool Session::has_room_for(uint64_t bytes) const {
   struct statvfs disk;
   return fstatvfs(image_dir_.get(), &disk) != 0 || uint64_t{disk.f_bavail} * disk.f_frsize >= bytes;
@@ -82,9 +90,10 @@ bool Session::has_room_for_copies() const {
 Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
   auto status = read_proc_status(pid);
   if (!status) return status.error();
+  auto store = page_store();
+  if (!store) return store.error();
   LiveCopyImages images;
-  images.directory = image_dir_.get();
-  images.dump_id = dump_id_;
+  images.store = *store;
   for (const GpuInfo& gpu : gpus_) images.gpus.push_back(gpu.uuid);
   images.previous = open_previous(status->vpid);
   // From here on there is an agent in it, which another phosd will take out. (A pre-dump's images
@@ -177,27 +186,34 @@ bool Session::has_copies() const {
                      [](const auto& h) { return h.second.copy && !h.second.copy_completed; });
 }
 
-Result<void> Session::complete_copies() {
+Result<void> Session::with_copies(Result<void> (Session::*work)(int, Held*)) {
   std::map<int, std::future<Result<void>>> under_way;
   for (auto& [pid, held] : held_) {
-    if (!held.locked || !held.copy || held.copy_completed) continue;
-    under_way[pid] = std::async(
-        std::launch::async, [this, pid = pid, &held = held, session_log = SessionLog::current()] {
-          SessionLog::Scope scope(session_log);
-          return complete_copy(pid, &held);
-        });
+    if (!held.locked || !held.copy) continue;
+    under_way[pid] = std::async(std::launch::async, [this, work, pid = pid, &held = held,
+                                                     session_log = SessionLog::current()] {
+      SessionLog::Scope scope(session_log);
+      return (this->*work)(pid, &held);
+    });
   }
   Result<void> result;
-  for (auto& [pid, completing] : under_way) {
-    auto r = completing.get();
+  for (auto& [pid, working] : under_way) {
+    auto r = working.get();
     const Held& held = held_.at(pid);
     if (!r && !has_ended(pid, held.restore_tid, held.start_time, r.error())) result = r;
   }
   return result;
 }
 
+// Nothing is released before all is saved: pages of one process may be in another one's file.
+Result<void> Session::complete_copies() {
+  if (auto r = with_copies(&Session::complete_copy); !r) return r;
+  return with_copies(&Session::release_memory);
+}
+
 // The process is locked: nothing changes any more.
 Result<void> Session::complete_copy(int pid, Held* held) {
+  if (held->copy_completed) return {};
   const auto start = steady_clock::now();
   if (held->release) {
     if (auto r = catch_up(pid, held); !r) return r;
@@ -215,7 +231,7 @@ Result<void> Session::complete_copy(int pid, Held* held) {
   }
   held->validate_time = since(start);
   held->copy_completed = done.ok();
-  if (done) return held->release ? release_memory(pid, held) : Result<void>();
+  if (done) return {};
   held->copy.reset();
   if (has_ended(pid, held->restore_tid, held->start_time, done.error())) return done;
   log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
@@ -229,8 +245,14 @@ Result<void> Session::finish_pre_dump() {
     if (!held.copy) continue;
     auto r = held.copy->conclude();
     if (r) r = held.copy->release();
-    if (r) r = write_image(pid, &held, {});
+    if (r) continue;
     // Of one that has ended meanwhile nothing is saved.
+    if (!has_ended(pid, held.restore_tid, held.start_time, r.error())) return r;
+    held.copy.reset();
+  }
+  for (auto& [pid, held] : held_) {
+    if (!held.copy) continue;
+    auto r = write_image(pid, &held, {});
     if (!r && !has_ended(pid, held.restore_tid, held.start_time, r.error())) return r;
   }
   held_.clear();

@@ -48,27 +48,17 @@ bool is_same(const AgentAllocation& a, const AgentAllocation& b) {
   return a.buffer_id == b.buffer_id && a.size == b.size && a.device_uuid == b.device_uuid;
 }
 
-void add_extents(const CopiedAllocation& copied, AllocationInfo* info) {
+void add_pages(const CopiedAllocation& copied, const PageStore& store, ProcessImage* image,
+               AllocationInfo* info) {
+  PageAppender pages(image, info);
   for (size_t i = 0; i < copied.pages(); i++) {
-    info->hashes.push_back(copied.saved[i].bytes);
+    const SavedHash& hash = copied.saved[i].bytes;
     const uint32_t where = copied.where[i];
-    PageExtent extent;
-    extent.first_page = static_cast<uint32_t>(i);
-    extent.pages = 1;
-    extent.source = where == CopiedAllocation::kInParent ? PageSource::kParent
-                    : where == CopiedAllocation::kZero   ? PageSource::kZero
-                                                         : PageSource::kHere;
-    if (extent.source == PageSource::kHere) extent.slot = where;
-    if (!info->extents.empty()) {
-      PageExtent& last = info->extents.back();
-      const bool follows = last.source == extent.source && (extent.source != PageSource::kHere ||
-                                                            last.slot + last.pages == extent.slot);
-      if (follows) {
-        last.pages++;
-        continue;
-      }
+    if (CopiedAllocation::is_stored(where)) {
+      pages.add(hash, store.place(where));
+    } else {
+      pages.add(hash, where == CopiedAllocation::kZero ? PageSource::kZero : PageSource::kParent);
     }
-    info->extents.push_back(extent);
   }
 }
 
@@ -138,9 +128,11 @@ Result<CopiedMemory*> LiveCopy::memory_on(const GpuUuid& gpu) {
   }
   auto user = engines_.use(gpu, key_);
   if (!user) return user.error();
-  auto file = PageFileWriter::create(images_.directory, target_.vpid, index, images_.dump_id);
+  auto file = images_.store->add_file(target_.vpid, index);
   if (!file) return file.error();
-  gpus_.push_back(std::make_unique<CopiedMemory>(std::move(*user), index, std::move(*file), key_));
+  gpus_.push_back(std::make_unique<CopiedMemory>(std::move(*user), index, images_.store, *file,
+                                                 key_,
+                                                 images_.previous ? &*images_.previous : nullptr));
   return gpus_.back().get();
 }
 
@@ -200,9 +192,7 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, Gua
     if (handle.status == ExportStatus::kExported) {
       auto memory = memory_on(a.device_uuid);
       if (!memory) return memory.error();
-      const auto* saved =
-          images_.previous ? images_.previous->find(a.device_uuid, a.address, a.size) : nullptr;
-      added = (*memory)->add(a, std::move(handle), saved);
+      added = (*memory)->add(a, std::move(handle));
     } else {
       added = Error(Domain::kCuda, handle.driver_result,
                     "CUDA error " + std::to_string(handle.driver_result));
@@ -315,13 +305,6 @@ Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& 
   return report;
 }
 
-Result<void> LiveCopy::flush() {
-  for (auto& m : gpus_) {
-    if (auto r = m->flush(); !r) return r;
-  }
-  return {};
-}
-
 // Much may be freed since the last round began, and what is recorded should be there. What is new
 // would have to be copied as a whole, with the process standing still: that is left to the driver.
 Result<void> LiveCopy::forget_freed() {
@@ -400,8 +383,10 @@ Result<void> LiveCopy::release() {
 Result<void> LiveCopy::finish(ProcessImage* image) {
   bool any = false;
   image->allocations = left_to_driver_;
+  if (auto r = images_.store->finish(); !r) return r;
+  image->layout = images_.store->layout();
+  image->key_id = images_.store->key_id();
   for (auto& m : gpus_) {
-    if (auto r = m->finish(); !r) return r;
     for (const auto& [address, copied] : m->all()) {
       AllocationInfo info;
       info.address = address;
@@ -411,7 +396,7 @@ Result<void> LiveCopy::finish(ProcessImage* image) {
       // A dump's own bytes are in CRIU's pages; these are for the next dump to build on.
       info.path = image->stage == DumpStage::kPreDump ? MemoryPath::kReleased : MemoryPath::kDriver;
       info.buffer_id = copied.seen.buffer_id;
-      add_extents(copied, &info);
+      add_pages(copied, *images_.store, image, &info);
       any = true;
       image->allocations.push_back(std::move(info));
     }

@@ -25,6 +25,7 @@
 #include "gpu-tracker/daemon/memory_finder.h"
 #include "gpu-tracker/image/chain.h"
 #include "gpu-tracker/image/image.h"
+#include "gpu-tracker/image/page_store.h"
 #include "gpu-tracker/inject/agent.h"
 
 namespace phos {
@@ -39,8 +40,7 @@ struct LiveCopyTarget {
 };
 
 struct LiveCopyImages {
-  int directory = -1;  // not owned; where the pages files go
-  DumpId dump_id{};
+  std::shared_ptr<PageStore> store;  // where pages go: the dump's
   // Of the GPUs recorded in phos-<pid>.img, in its order.
   std::vector<GpuUuid> gpus;
   // What the directory's parent holds of this process, if anything.
@@ -74,7 +74,7 @@ class LiveCopy {
   // ends it within milliseconds, with ECANCELED; the copy is of no use then.
   Result<RoundReport> round(double max_slowdown, const std::stop_token& stop = {});
   // Makes durable what is saved, while the process runs rather than when it stands still.
-  Result<void> flush();
+  Result<void> flush() { return images_.store->flush(); }
   // No further round(): no breakpoint of phos is left in the process, whose memory may be dumped;
   // if that fails, it must not be. Further calls give the same answer.
   Result<void> stop_watching();
@@ -93,7 +93,7 @@ class LiveCopy {
   // Lets go of the process's memory. Before the driver's checkpoint, which would not free it.
   Result<void> release();
 
-  // Completes the pages files and adds to `image` what they hold.
+  // Adds to `image` what is saved, when all of the dump is: completes the store.
   Result<void> finish(ProcessImage* image);
 
   uint64_t total_bytes() const;

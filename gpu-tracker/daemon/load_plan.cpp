@@ -10,11 +10,7 @@ namespace {
 
 // Pages [first, end) of a run.
 PageRun part(const PageRun& run, uint32_t first, uint32_t end) {
-  PageRun p = run;
-  p.first_page = first;
-  p.pages = end - first;
-  if (run.level != PageRun::kZero) p.slot += first - run.first_page;
-  return p;
+  return run.part(first, end - first);
 }
 
 }  // namespace
@@ -60,7 +56,7 @@ void LoadPlan::add(const PageChain& chain, size_t allocation,
 }
 
 void LoadPlan::add(size_t allocation, PageRun run) {
-  const bool zero = run.level == PageRun::kZero;
+  const bool zero = run.is_zero();
   std::vector<LoadBatch>& batches = zero ? zeros_ : saved_;
   while (run.pages) {
     if (batches.empty() || batches.back().pages == batch_pages_) {

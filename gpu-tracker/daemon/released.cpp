@@ -237,6 +237,7 @@ void Session::leave_to_driver(Held* held) {
 // The process is locked, its gate closed, what is saved is what its memory holds. An error: it is
 // not as it should be for the driver's path either; the dump must fail.
 Result<void> Session::release_memory(int pid, Held* held) {
+  if (!held->release || held->image) return {};  // not to be released, or done
   const auto start = steady_clock::now();
   auto prepared = prepare_release(pid, held);
   held->write_time = since(start);

@@ -218,12 +218,15 @@ class Session {
   static void kill_unrestored(int pid, Held* held);
 
   std::optional<PreviousPages> open_previous(int vpid) const;
+  Result<std::shared_ptr<PageStore>> page_store();
   bool has_room_for(uint64_t bytes) const;  // in the image directory
   bool has_room_for_copies() const;
   Result<void> note(Held* held);
   Result<void> start_copy(int pid, Held* held, TrackerChoice tracker);
   Result<void> run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
                           const CopyProgress& progress, const std::stop_token& stop);
+  // Of all that are locked and copied, at the same time. A failure, if it is not of one that ended.
+  Result<void> with_copies(Result<void> (Session::*work)(int, Held*));
   Result<void> complete_copy(int pid, Held* held);
   Result<void> finish_pre_dump();
 
@@ -246,10 +249,11 @@ class Session {
   const GatePins pins_;
   GpuEngines* const engines_;
   UniqueFd image_dir_;
-  std::string noted_dir_;  // not opened yet
-  std::string left_dump_;  // of a phosd that died; nothing of it is restored by it
-  bool failed_ = false;    // as finish() was told
-  bool went_on_ = false;   // a process that was taken over runs again
+  std::shared_ptr<PageStore> store_;  // of the dump's pages; null: none was needed so far
+  std::string noted_dir_;             // not opened yet
+  std::string left_dump_;             // of a phosd that died; nothing of it is restored by it
+  bool failed_ = false;               // as finish() was told
+  bool went_on_ = false;              // a process that was taken over runs again
   Group held_;
   std::vector<int> inspected_;  // whose trees are dumped
   DumpId dump_id_{};

@@ -10,19 +10,21 @@
 #include <climits>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "gpu-tracker/image/file.h"
+#include "gpu-tracker/image/image_key.h"
 #include "gpu-tracker/image/names.h"
 #include "gpu-tracker/image/saved_index.h"
 
 namespace phos {
 namespace {
 
-// In a run whose level is not known yet.
-constexpr uint16_t kUnresolved = PageRun::kZero - 1;
-static_assert(kMaxChainLevels < kUnresolved);
+// In a run that is in a parent which was not reached yet.
+constexpr uint32_t kUnresolved = PageRun::kDropped - 1;
 
 using DirectoryId = std::pair<dev_t, ino_t>;
 
@@ -30,13 +32,25 @@ Error broken(const std::string& what) {
   return image_error(ImageError::kBrokenChain, what);
 }
 
-PageRun to_run(const PageExtent& e, uint16_t level, int gpu) {
-  PageRun run{e.first_page, e.pages, e.slot, level, static_cast<uint16_t>(gpu)};
-  if (e.source == PageSource::kHere) return run;
-  run.level = e.source == PageSource::kZero ? PageRun::kZero : kUnresolved;
-  run.gpu = 0;
-  return run;
-}
+// Where the packed pages of an allocation are: for each, the unit in which it begins; and for each
+// extent, the index of its first page among them.
+struct PackedPlaces {
+  PackedPlaces(const ProcessImage& image, const AllocationInfo& a) {
+    if (a.packed.empty()) return;
+    for (const PageExtent& e : a.extents) {
+      first.push_back(units.size());
+      if (!is_packed(image, e)) continue;
+      uint32_t unit = e.slot;
+      for (uint32_t i = 0; i < e.pages; i++) {
+        const uint32_t bytes = a.packed[units.size()].bytes;
+        units.push_back(unit);
+        unit += units_of(bytes);
+      }
+    }
+  }
+  std::vector<uint32_t> units;
+  std::vector<size_t> first;
+};
 
 }  // namespace
 
@@ -70,11 +84,15 @@ class PageChain::Builder {
   Builder(PageChain& chain, PageIo io) : chain_(chain), io_(io) {}
 
   Result<void> build(int dir_fd) {
-    if (auto ok = add_level(dir_fd, chain_.image_); !ok) return ok;
-    for (const AllocationInfo& a : chain_.image_.allocations) {
+    const ProcessImage& image = chain_.image_;
+    for (const AllocationInfo& a : image.allocations) {
+      const PackedPlaces packed(image, a);
       std::vector<PageRun>& runs = chain_.runs_.emplace_back();
-      for (const PageExtent& e : a.extents) runs.push_back(to_run(e, 0, a.gpu));
+      for (size_t i = 0; i < a.extents.size(); i++) {
+        runs.push_back(to_run(image, a, packed, i, 0, a.extents[i].pages));
+      }
     }
+    if (auto ok = add_level(dir_fd, image); !ok) return ok;
     DumpId wanted = chain_.image_.parent_dump_id;
     UniqueFd dir;
     while (wanted != DumpId{}) {
@@ -85,6 +103,12 @@ class PageChain::Builder {
       }
       dir = std::move(parent->dir);
       wanted = parent->next;
+    }
+    for (const File& file : chain_.files_) {
+      if (file.pages) continue;
+      return broken(describe_file(dir_fd, name()) + " needs pages of dump " +
+                    format_dump_id(file.ref.dump_id) + " (" +
+                    page_file_name(file.ref.pid, file.ref.gpu) + "), which is none of its parents");
     }
     return {};
   }
@@ -97,7 +121,44 @@ class PageChain::Builder {
 
   std::string name() const { return process_name(chain_.image_.pid); }
 
-  // Opens the pages files that `image` refers to.
+  // The number of a pages file in this chain.
+  uint32_t file_number(const PagesFileRef& ref) {
+    auto [it, is_new] = numbers_.try_emplace({ref.dump_id, ref.pid, ref.gpu},
+                                             static_cast<uint32_t>(chain_.files_.size()));
+    if (is_new) chain_.files_.emplace_back().ref = ref;
+    contradiction_ = contradiction_ || chain_.files_[it->second].ref.layout != ref.layout;
+    return it->second;
+  }
+
+  // Pages [skip, skip + count) of extent `i` of an image's allocation.
+  PageRun to_run(const ProcessImage& image, const AllocationInfo& a, const PackedPlaces& packed,
+                 size_t i, uint32_t skip, uint32_t count) {
+    const PageExtent& e = a.extents[i];
+    PageRun run{e.first_page + skip, count, kUnresolved, 0};
+    if (e.source == PageSource::kParent) return run;
+    if (e.source == PageSource::kZero || e.source == PageSource::kDropped) {
+      run.file = e.source == PageSource::kZero ? PageRun::kZero : PageRun::kDropped;
+      return run;
+    }
+    run.file = file_number(e.source == PageSource::kOther
+                               ? image.other_files[e.file]
+                               : PagesFileRef{image.dump_id, image.pid, a.gpu, image.layout});
+    File& file = chain_.files_[run.file];
+    if (!is_packed(image, e)) {
+      run.place = e.slot + skip;
+      file.slots = std::max(file.slots, uint64_t{run.place} + count);
+      return run;
+    }
+    run.place = static_cast<uint32_t>(file.stored.size());
+    for (size_t k = packed.first[i] + skip; k < packed.first[i] + skip + count; k++) {
+      file.stored.push_back({packed.units[k], a.packed[k]});
+      file.slots = std::max(file.slots, uint64_t{packed.units[k]} + units_of(a.packed[k].bytes));
+    }
+    return run;
+  }
+
+  // Opens the pages files of a level: those that `image` has, and those that others have and that
+  // were found to be needed.
   Result<void> add_level(int dir_fd, const ProcessImage& image) {
     struct stat st;
     if (fstat(dir_fd, &st) != 0) {
@@ -107,42 +168,75 @@ class PageChain::Builder {
       return broken("its parent links lead in a circle, back to " +
                     printable(directory_path(dir_fd)));
     }
-    std::vector<uint64_t> slots(image.gpus.size());
+    // What is not needed must be there all the same: whoever made the image may not have.
     for (const AllocationInfo& a : image.allocations) {
       for (const PageExtent& e : a.extents) {
         if (e.source != PageSource::kHere) continue;
-        uint64_t& needed = slots[static_cast<size_t>(a.gpu)];
-        needed = std::max(needed, uint64_t{e.slot} + e.pages);
+        File& file = chain_.files_[file_number({image.dump_id, image.pid, a.gpu, image.layout})];
+        if (!image.layout.packed) file.slots = std::max(file.slots, uint64_t{e.slot} + e.pages);
       }
     }
-    auto& files = chain_.files_.emplace_back(image.gpus.size());
-    for (size_t gpu = 0; gpu < slots.size(); gpu++) {
-      if (slots[gpu] == 0) continue;
-      auto file = open_pages(dir_fd, image, static_cast<int>(gpu), slots[gpu]);
-      if (!file) return file.error();
-      files[gpu] = std::move(*file);
+    if (contradiction_) {
+      return image_error(ImageError::kBadField,
+                         describe_file(dir_fd, name()) +
+                             " and another image say different things of how a file's pages are "
+                             "stored");
+    }
+    std::optional<SecretKey> key;
+    for (File& file : chain_.files_) {
+      if (file.ref.dump_id != image.dump_id || file.pages) continue;
+      if (file.ref.layout.sealed && !key) {
+        auto found = pages_key(dir_fd, image);
+        if (!found) return found.error();
+        key = *found;
+      }
+      file.level = chain_.levels_.size();
+      if (auto ok = open_pages(dir_fd, key, &file); !ok) return ok;
     }
     chain_.levels_.push_back({directory_path(dir_fd), image.dump_id, image.stage, image.created_us,
                               count_pages(image), st.st_mode});
     return {};
   }
 
-  Result<std::unique_ptr<PageFile>> open_pages(int dir_fd, const ProcessImage& image, int gpu,
-                                               uint64_t slots) {
-    auto file = PageFile::open(dir_fd, image.pid, gpu, image.dump_id, io_);
-    if (!file && file.error().domain() == Domain::kErrno && file.error().code() == ENOENT) {
+  Result<SecretKey> pages_key(int dir_fd, const ProcessImage& image) const {
+    auto key = find_image_key(image.key_id);
+    if (!key) {
+      return image_error(
+          ImageError::kBadField,
+          describe_file(dir_fd, name()) + " has encrypted pages, but does not say with which key");
+    }
+    auto keys = key->derive(image.dump_id);
+    if (!keys) return keys.error();
+    return keys->pages;
+  }
+
+  Result<void> open_pages(int dir_fd, const std::optional<SecretKey>& key, File* file) {
+    const PagesFileRef& ref = file->ref;
+    auto pages = PageFile::open(dir_fd, ref.pid, ref.gpu, ref.dump_id, io_);
+    const std::string refers = describe_file(dir_fd, name()) + " refers to ";
+    const std::string file_name = page_file_name(ref.pid, ref.gpu);
+    if (!pages && pages.error().domain() == Domain::kErrno && pages.error().code() == ENOENT) {
       return image_error(ImageError::kIncomplete,
-                         describe_file(dir_fd, name()) + " refers to pages in " +
-                             page_file_name(image.pid, gpu) +
+                         refers + "pages in " + file_name +
                              ", which is missing: copy it from where it was dumped");
     }
-    if (file && (*file)->slots() < slots) {
-      return image_error(ImageError::kIncomplete,
-                         describe_file(dir_fd, name()) + " refers to slot " +
-                             std::to_string(slots - 1) + " of " + page_file_name(image.pid, gpu) +
-                             ", which has " + std::to_string((*file)->slots()) + " pages");
+    if (!pages) return pages.error();
+    file->pages = std::move(*pages);
+    const PageFileFormat& format = file->pages->format();
+    if (format.layout != ref.layout) {
+      return image_error(ImageError::kBadField,
+                         refers + file_name + ", whose pages are stored in another way");
     }
-    return file;
+    if (file->pages->slots() < file->slots) {
+      return image_error(ImageError::kIncomplete,
+                         refers + "slot " + std::to_string(file->slots - 1) + " of " + file_name +
+                             ", which has " + std::to_string(file->pages->slots()) + " slots");
+    }
+    if (format.layout.packed) {
+      file->codec.emplace(CompressionChoice{format.compression},
+                          ref.layout.sealed ? key : std::nullopt);
+    }
+    return {};
   }
 
   Result<Parent> add_parent(int child_fd, const DumpId& wanted) {
@@ -173,8 +267,8 @@ class PageChain::Builder {
     if (image->hash_key != chain_.image_.hash_key) {
       return broken(need + "the hashes in " + where + " were made with another key");
     }
-    if (auto ok = add_level(dir->get(), *image); !ok) return ok.error();
     if (auto ok = resolve(*image, where); !ok) return ok.error();
+    if (auto ok = add_level(dir->get(), *image); !ok) return ok.error();
     return Parent{std::move(*dir), image->parent_dump_id};
   }
 
@@ -184,7 +278,7 @@ class PageChain::Builder {
     const SavedIndex index(parent);
     for (size_t i = 0; i < image.allocations.size(); i++) {
       std::vector<PageRun>& runs = chain_.runs_[i];
-      auto is_open = [](const PageRun& run) { return run.level == kUnresolved; };
+      auto is_open = [](const PageRun& run) { return run.file == kUnresolved; };
       if (std::none_of(runs.begin(), runs.end(), is_open)) continue;
       const AllocationInfo& a = image.allocations[i];
       const AllocationInfo* from =
@@ -193,20 +287,22 @@ class PageChain::Builder {
         return broken(describe(a) + " has pages in its parent, but " + where +
                       " has none of that memory");
       }
+      const PackedPlaces packed(parent, *from);
       std::vector<PageRun> found;
       for (const PageRun& run : runs) {
         if (!is_open(run)) {
           found.push_back(run);
           continue;
         }
-        if (auto ok = resolve_run(run, a, *from, where, &found); !ok) return ok;
+        if (auto ok = resolve_run(run, a, parent, *from, packed, where, &found); !ok) return ok;
       }
       runs = std::move(found);
     }
     return {};
   }
 
-  Result<void> resolve_run(const PageRun& run, const AllocationInfo& a, const AllocationInfo& from,
+  Result<void> resolve_run(const PageRun& run, const AllocationInfo& a, const ProcessImage& parent,
+                           const AllocationInfo& from, const PackedPlaces& packed,
                            const std::string& where, std::vector<PageRun>* found) {
     // The last extent that begins at or before the run; they have no gaps.
     auto extent =
@@ -216,10 +312,13 @@ class PageChain::Builder {
     for (uint32_t done = 0; done < run.pages; ++extent) {
       const uint32_t page = run.first_page + done;
       const uint32_t skip = page - extent->first_page;
-      PageRun piece = to_run(*extent, static_cast<uint16_t>(depth_), from.gpu);
-      piece.first_page = page;
-      piece.pages = std::min(extent->pages - skip, run.pages - done);
-      if (extent->source == PageSource::kHere) piece.slot += skip;
+      const PageRun piece =
+          to_run(parent, from, packed, static_cast<size_t>(extent - from.extents.begin()), skip,
+                 std::min(extent->pages - skip, run.pages - done));
+      if (piece.is_dropped()) {
+        return broken(describe(a) + " takes page " + std::to_string(page) +
+                      " from its parent, but `phos gc` has dropped it from " + where);
+      }
       auto begin = a.hashes.begin() + page, end = begin + piece.pages;
       auto differs = std::mismatch(begin, end, from.hashes.begin() + page).first;
       if (differs != end) {
@@ -241,8 +340,10 @@ class PageChain::Builder {
 
   PageChain& chain_;
   PageIo io_;
-  size_t depth_ = 0;  // of the level at hand
+  size_t depth_ = 0;            // of the level at hand
+  bool contradiction_ = false;  // two images say different things of a file
   std::set<DirectoryId> visited_;
+  std::map<std::tuple<DumpId, int, int>, uint32_t> numbers_;  // of files: dump, pid, GPU
 };
 
 Result<PageChain> PageChain::open(int dir_fd, int pid, PageIo io) {
@@ -256,39 +357,6 @@ Result<PageChain> PageChain::open(int dir_fd, ProcessImage image, PageIo io) {
   chain.image_ = std::move(image);
   if (auto ok = Builder(chain, io).build(dir_fd); !ok) return ok.error();
   return chain;
-}
-
-std::optional<PageRun> PageChain::locate(size_t allocation, uint64_t page) const {
-  const std::vector<PageRun>& runs = runs_[allocation];
-  if (runs.empty() || page >= uint64_t{runs.back().first_page} + runs.back().pages) return {};
-  auto run = std::upper_bound(runs.begin(), runs.end(), page,
-                              [](uint64_t p, const PageRun& r) { return p < r.first_page; });
-  PageRun one = *--run;
-  if (one.level != PageRun::kZero) one.slot += static_cast<uint32_t>(page - one.first_page);
-  one.first_page = static_cast<uint32_t>(page);
-  one.pages = 1;
-  return one;
-}
-
-Result<void> PageChain::read(const PageRun& run, void* data) const {
-  if (run.level == PageRun::kZero) {
-    memset(data, 0, uint64_t{run.pages} * kImagePageSize);
-    return {};
-  }
-  return files_[run.level][run.gpu]->read(run.slot, data, run.pages);
-}
-
-Result<void> PageChain::read_page(size_t allocation, uint64_t page, void* data) const {
-  auto run = locate(allocation, page);
-  if (run) return read(*run, data);
-  return image_error(ImageError::kIncomplete, process_name(image_.pid) + " has no page " +
-                                                  std::to_string(page) + " of allocation " +
-                                                  std::to_string(allocation));
-}
-
-std::string PageChain::describe(const PageRun& run) const {
-  if (run.level == PageRun::kZero) return "recorded as zero";
-  return files_[run.level][run.gpu]->path() + ", slot " + std::to_string(run.slot);
 }
 
 }  // namespace phos

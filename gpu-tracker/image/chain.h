@@ -17,6 +17,7 @@
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/image/image.h"
+#include "gpu-tracker/image/page_appender.h"
 #include "gpu-tracker/image/page_file.h"
 
 namespace phos {
@@ -32,15 +33,23 @@ inline constexpr size_t kMaxChainLevels = 64;
 // (Who else may replace them is looked at where it is not too late: see read_image_set.)
 Result<UniqueFd> open_parent(int dir_fd);
 
-// A run of pages of one allocation that lie together.
+// A run of pages of one allocation that lie together. Part of one is one: see part().
 struct PageRun {
-  static constexpr uint16_t kZero = UINT16_MAX;
+  static constexpr uint32_t kZero = UINT32_MAX;         // the bytes are zero, in no file
+  static constexpr uint32_t kDropped = UINT32_MAX - 1;  // they are gone
 
   uint32_t first_page = 0;
   uint32_t pages = 0;
-  uint32_t slot = 0;   // of the first page; the others follow
-  uint16_t level = 0;  // index into PageChain::levels(); kZero: the bytes are zero, in no file
-  uint16_t gpu = 0;    // in the file's name; numbering is that level's own
+  uint32_t file = 0;   // a number of the chain's own, or one of the above
+  uint32_t place = 0;  // in the file, of the first page; the others follow
+
+  bool is_zero() const { return file == kZero; }
+  bool is_dropped() const { return file == kDropped; }
+  bool is_stored() const { return file < kDropped; }
+  // Pages [first, first + count) of the allocation, which the run has.
+  PageRun part(uint32_t first, uint32_t count) const {
+    return {first, count, file, is_stored() ? place + (first - first_page) : 0};
+  }
 };
 
 // The saved pages of one process, wherever they are. Movable; calls that are const may be made from
@@ -69,8 +78,17 @@ class PageChain {
   // The run of one page. Nothing: the allocation has no such page, or none is saved.
   std::optional<PageRun> locate(size_t allocation, uint64_t page) const;
 
+  // Of a stored run: index into levels().
+  size_t level(const PageRun& run) const { return files_[run.file].level; }
+  const PagesFileRef& file(const PageRun& run) const { return files_[run.file].ref; }
+  // Where its first page is.
+  PagePlace place(const PageRun& run) const;
+  // Is what is read just what is in the file?
+  bool is_plain(const PageRun& run) const { return !files_[run.file].ref.layout.packed; }
+
   // `run`: one from runs(), or a part of one. Reads its pages, zeros too, into `data`, aligned to
-  // kPageIoAlignment.
+  // kPageIoAlignment; decrypts and decompresses them on the calling thread. Those that were dropped
+  // are an error.
   Result<void> read(const PageRun& run, void* data) const;
   Result<void> read_page(size_t allocation, uint64_t page, void* data) const;
   // Where the run's first page is, for messages.
@@ -78,12 +96,26 @@ class PageChain {
 
  private:
   class Builder;
+  // A page in a packed file.
+  struct StoredPage {
+    uint32_t unit = 0;
+    PackedPage how;
+  };
+  struct File {
+    PagesFileRef ref;
+    size_t level = 0;
+    uint64_t slots = 0;               // that it must have
+    std::vector<StoredPage> stored;   // packed: PageRun::place is an index into it
+    std::unique_ptr<PageFile> pages;  // open once its level is reached
+    std::optional<PageCodec> codec;   // packed
+  };
   PageChain() = default;
+  Result<void> read_packed(const File& file, const PageRun& run, uint8_t* data) const;
 
   ProcessImage image_;
   std::vector<ChainLevel> levels_;
-  std::vector<std::vector<PageRun>> runs_;                     // by allocation
-  std::vector<std::vector<std::unique_ptr<PageFile>>> files_;  // by level and GPU; may be null
+  std::vector<std::vector<PageRun>> runs_;  // by allocation
+  std::vector<File> files_;
 };
 
 // What a parent has, for a dump that builds on it.
@@ -103,9 +135,13 @@ class PreviousPages {
   PreviousPages& operator=(PreviousPages&&) noexcept;
   ~PreviousPages();
 
-  // Hashes of the pages saved from the memory at that place; null: none are. A page whose hash is
-  // equal may be recorded as PageSource::kParent, whatever became of the memory since.
-  const std::vector<SavedHash>* find(const GpuUuid& gpu, uint64_t address, uint64_t size) const;
+  // What is saved of the memory at that place; null: nothing. A page of it that was not dropped and
+  // whose hash is equal may be recorded as PageSource::kParent, whatever became of the memory
+  // since.
+  const AllocationInfo* find(const GpuUuid& gpu, uint64_t address, uint64_t size) const;
+
+  // A page with this hash, wherever it was; may be recorded as PageSource::kOther.
+  std::optional<PagePlace> find(const SavedHash& hash) const;
 
  private:
   struct State;

@@ -30,6 +30,8 @@ static_assert(static_cast<int>(MemoryPath::kShared) == PHOS__IMAGE__MEMORY_PATH_
 static_assert(static_cast<int>(PageSource::kHere) == PHOS__IMAGE__PAGE_SOURCE__HERE);
 static_assert(static_cast<int>(PageSource::kParent) == PHOS__IMAGE__PAGE_SOURCE__PARENT);
 static_assert(static_cast<int>(PageSource::kZero) == PHOS__IMAGE__PAGE_SOURCE__ZERO);
+static_assert(static_cast<int>(PageSource::kOther) == PHOS__IMAGE__PAGE_SOURCE__OTHER);
+static_assert(static_cast<int>(PageSource::kDropped) == PHOS__IMAGE__PAGE_SOURCE__DROPPED);
 static_assert(static_cast<int>(DumpStage::kDump) == PHOS__IMAGE__STAGE__DUMP);
 static_assert(static_cast<int>(DumpStage::kPreDump) == PHOS__IMAGE__STAGE__PRE_DUMP);
 
@@ -61,22 +63,39 @@ std::vector<uint8_t> pack(const ProtobufCMessage& message) {
   return bytes;
 }
 
-// The extents of an allocation, as the schema has them.
-struct ExtentArrays {
-  explicit ExtentArrays(const std::vector<PageExtent>& extents) {
-    pages.reserve(extents.size());
-    sources.reserve(extents.size());
-    for (const PageExtent& e : extents) {
+bool has_slot(PageSource source) {
+  return source == PageSource::kHere || source == PageSource::kOther;
+}
+
+// The pages of an allocation, as the schema has them.
+struct PageArrays {
+  explicit PageArrays(const AllocationInfo& a) {
+    pages.reserve(a.extents.size());
+    sources.reserve(a.extents.size());
+    for (const PageExtent& e : a.extents) {
       pages.push_back(e.pages);
       sources.push_back(static_cast<Phos__Image__PageSource>(e.source));
-      if (e.source == PageSource::kHere) slots.push_back(e.slot);
+      if (has_slot(e.source)) slots.push_back(e.slot);
+      if (e.source == PageSource::kOther) files.push_back(e.file);
+    }
+    bytes.reserve(a.packed.size());
+    bool sealed = false;
+    for (const PackedPage& p : a.packed) {
+      bytes.push_back(p.bytes);
+      sealed = sealed || p.seal != Seal();
+    }
+    if (!sealed) return;
+    for (const PackedPage& p : a.packed) {
+      seals.insert(seals.end(), p.seal.nonce.begin(), p.seal.nonce.end());
+      seals.insert(seals.end(), p.seal.tag.begin(), p.seal.tag.end());
     }
   }
-  std::vector<uint32_t> pages, slots;
+  std::vector<uint32_t> pages, slots, files, bytes;
+  std::vector<uint8_t> seals;
   std::vector<Phos__Image__PageSource> sources;
 };
 
-Phos__Image__Allocation to_message(const AllocationInfo& a, ExtentArrays& extents) {
+Phos__Image__Allocation to_message(const AllocationInfo& a, PageArrays& arrays) {
   Phos__Image__Allocation m = PHOS__IMAGE__ALLOCATION__INIT;
   m.address = a.address;
   m.size = a.size;
@@ -88,12 +107,18 @@ Phos__Image__Allocation to_message(const AllocationInfo& a, ExtentArrays& extent
   m.hashes = {a.hashes.size() * sizeof(SavedHash),
               reinterpret_cast<uint8_t*>(const_cast<SavedHash*>(a.hashes.data()))};
   m.has_hashes = !a.hashes.empty();
-  m.n_extent_pages = extents.pages.size();
-  m.extent_pages = extents.pages.data();
-  m.n_extent_source = extents.sources.size();
-  m.extent_source = extents.sources.data();
-  m.n_extent_slot = extents.slots.size();
-  m.extent_slot = extents.slots.data();
+  m.n_extent_pages = arrays.pages.size();
+  m.extent_pages = arrays.pages.data();
+  m.n_extent_source = arrays.sources.size();
+  m.extent_source = arrays.sources.data();
+  m.n_extent_slot = arrays.slots.size();
+  m.extent_slot = arrays.slots.data();
+  m.n_extent_file = arrays.files.size();
+  m.extent_file = arrays.files.data();
+  m.n_stored_bytes = arrays.bytes.size();
+  m.stored_bytes = arrays.bytes.data();
+  m.seals = borrow(arrays.seals);
+  m.has_seals = !arrays.seals.empty();
   return m;
 }
 
@@ -183,16 +208,38 @@ Result<std::vector<PageExtent>> to_extents(const Phos__Image__Allocation& m) {
   }
   std::vector<PageExtent> extents(m.n_extent_pages);
   uint32_t page = 0;  // may wrap: the rules find the gap
-  size_t slot = 0;
+  size_t slot = 0, file = 0;
   for (size_t i = 0; i < extents.size(); i++) {
     extents[i] = {page, m.extent_pages[i], to_enum<PageSource>(m.extent_source[i])};
     page += m.extent_pages[i];
-    if (extents[i].source != PageSource::kHere) continue;
+    if (!has_slot(extents[i].source)) continue;
     if (slot == m.n_extent_slot) return bad_field("an allocation has an extent without a slot");
     extents[i].slot = m.extent_slot[slot++];
+    if (extents[i].source != PageSource::kOther) continue;
+    if (file == m.n_extent_file) return bad_field("an allocation has an extent without a file");
+    extents[i].file = m.extent_file[file++];
   }
   if (slot != m.n_extent_slot) return bad_field("an allocation has a slot without an extent");
+  if (file != m.n_extent_file) return bad_field("an allocation has a file without an extent");
   return extents;
+}
+
+Result<std::vector<PackedPage>> to_packed(const Phos__Image__Allocation& m) {
+  constexpr size_t kSealBytes = sizeof(Seal::nonce) + sizeof(Seal::tag);
+  if (m.has_seals && m.seals.len != kSealBytes * m.n_stored_bytes) {
+    return bad_field("an allocation has " + std::to_string(m.n_stored_bytes) +
+                     " packed pages, but " + std::to_string(m.seals.len) + " bytes of seals");
+  }
+  std::vector<PackedPage> packed(m.n_stored_bytes);
+  for (size_t i = 0; i < packed.size(); i++) {
+    packed[i].bytes = m.stored_bytes[i];
+    if (!m.has_seals) continue;
+    const uint8_t* seal = m.seals.data + i * kSealBytes;
+    std::copy_n(seal, packed[i].seal.nonce.size(), packed[i].seal.nonce.begin());
+    std::copy_n(seal + packed[i].seal.nonce.size(), packed[i].seal.tag.size(),
+                packed[i].seal.tag.begin());
+  }
+  return packed;
 }
 
 Result<AllocationInfo> to_allocation(const Phos__Image__Allocation& m) {
@@ -210,9 +257,17 @@ Result<AllocationInfo> to_allocation(const Phos__Image__Allocation& m) {
     return bad_field("an allocation has " + std::to_string(m.n_extent_pages) + " extents, but " +
                      std::to_string(a.hashes.size()) + " pages with a hash");
   }
+  if (m.n_stored_bytes > a.hashes.size()) {
+    return bad_field("an allocation has " + std::to_string(m.n_stored_bytes) +
+                     " packed pages, but " + std::to_string(a.hashes.size()) +
+                     " pages with a hash");
+  }
   auto extents = to_extents(m);
   if (!extents) return extents.error();
   a.extents = std::move(*extents);
+  auto packed = to_packed(m);
+  if (!packed) return packed.error();
+  a.packed = std::move(*packed);
   return a;
 }
 
@@ -228,11 +283,21 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
     m.total_bytes = gpu.total_bytes;
     gpus.push_back(m);
   }
-  std::vector<ExtentArrays> extents;
+  std::vector<PageArrays> arrays;
   std::vector<Phos__Image__Allocation> allocations;
-  extents.reserve(image.allocations.size());  // the messages point into it
+  arrays.reserve(image.allocations.size());  // the messages point into it
   for (const AllocationInfo& a : image.allocations) {
-    allocations.push_back(to_message(a, extents.emplace_back(a.extents)));
+    allocations.push_back(to_message(a, arrays.emplace_back(a)));
+  }
+  std::vector<Phos__Image__PagesFile> files;
+  for (const PagesFileRef& file : image.other_files) {
+    Phos__Image__PagesFile m = PHOS__IMAGE__PAGES_FILE__INIT;
+    m.dump_id = borrow(file.dump_id);
+    m.pid = file.pid;
+    m.gpu = static_cast<uint32_t>(file.gpu);
+    m.packed = m.has_packed = file.layout.packed;
+    m.sealed = m.has_sealed = file.layout.sealed;
+    files.push_back(m);
   }
   std::vector<Phos__Image__Round> rounds;
   for (const DumpRound& round : image.rounds) {
@@ -264,6 +329,7 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   auto gpu_pointers = pointers(gpus);
   auto allocation_pointers = pointers(allocations);
   auto round_pointers = pointers(rounds);
+  auto file_pointers = pointers(files);
   Phos__Image__Process m = PHOS__IMAGE__PROCESS__INIT;
   m.dump_id = borrow(image.dump_id);
   m.pid = image.pid;
@@ -289,6 +355,10 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   m.has_hash_key = !image.hash_key.empty();
   m.n_rounds = round_pointers.size();
   m.rounds = round_pointers.data();
+  m.n_other_files = file_pointers.size();
+  m.other_files = file_pointers.data();
+  m.packed = m.has_packed = image.layout.packed;
+  m.sealed = m.has_sealed = image.layout.sealed;
   return pack(m.base);
 }
 
@@ -358,6 +428,18 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
     const Phos__Image__Round& round = *m->rounds[i];
     image.rounds.push_back({round.pages, round.dirty_pages, round.bytes, round.us});
   }
+  for (size_t i = 0; i < m->n_other_files; i++) {
+    const Phos__Image__PagesFile& file = *m->other_files[i];
+    auto id = to_16_bytes(file.dump_id, "a pages file's dump_id");
+    if (!id) return id.error();
+    if (file.gpu >= kMaxGpus)
+      return bad_field("a pages file is of GPU " + std::to_string(file.gpu));
+    image.other_files.push_back({*id,
+                                 file.pid,
+                                 static_cast<int>(file.gpu),
+                                 {file.has_packed && file.packed, file.has_sealed && file.sealed}});
+  }
+  image.layout = {m->has_packed && m->packed, m->has_sealed && m->sealed};
   if (m->has_device_bytes) image.device_bytes = m->device_bytes;
   if (const Phos__Image__Timings* t = m->timings) {
     if (t->has_scan_us) image.timings.scan_us = t->scan_us;

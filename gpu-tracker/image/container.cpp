@@ -69,7 +69,7 @@ Result<void> check_header(const FileHeader& h, size_t got, uint64_t file_size, F
 
 }  // namespace
 
-Result<void> write_container(int dir_fd, const std::string& name, FileKind kind,
+Result<void> write_container(int dir_fd, const std::string& name, FileKind kind, uint32_t version,
                              const std::vector<uint8_t>& payload) {
   if (payload.size() > kMaxPayload) {
     return image_error(ImageError::kBadField,
@@ -79,7 +79,7 @@ Result<void> write_container(int dir_fd, const std::string& name, FileKind kind,
   }
   FileHeader header{};
   memcpy(header.magic, kImageMagic, sizeof header.magic);
-  header.version = kImageVersion;
+  header.version = version;
   header.kind = static_cast<uint32_t>(kind);
   header.payload_length = payload.size();
   header.payload_crc = crc32c(payload.data(), payload.size());

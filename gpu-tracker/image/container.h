@@ -13,7 +13,8 @@
 
 namespace phos {
 
-inline constexpr uint32_t kImageVersion = 1;
+// The newest. A file is written with the oldest version whose readers understand it.
+inline constexpr uint32_t kImageVersion = 2;
 inline constexpr char kImageMagic[8] = {'P', 'H', 'O', 'S', 'I', 'M', 'G', '\0'};
 // The hashes of a terabyte of pages are 256 MiB, and as many extents as there can be less than that
 // again; more than this is not a process but a broken file.
@@ -39,7 +40,7 @@ static_assert(offsetof(FileHeader, payload_length) == 16);
 static_assert(offsetof(FileHeader, payload_crc) == 24);
 static_assert(offsetof(FileHeader, header_crc) == 28);
 
-Result<void> write_container(int dir_fd, const std::string& name, FileKind kind,
+Result<void> write_container(int dir_fd, const std::string& name, FileKind kind, uint32_t version,
                              const std::vector<uint8_t>& payload);
 
 // The payload, checksum verified. Reads at most the file's size.

@@ -70,6 +70,16 @@ Result<std::optional<DumpId>> dump_id_of(int dir_fd, const std::string& name) {
   return pid ? id_or_error(read_process_image(dir_fd, pid)) : id_or_error(read_files_image(dir_fd));
 }
 
+// A process may have ended while it was dumped, and have left pages that others have, too. (These
+// others' chains will find out whether they are there.)
+bool is_needed(const PageFileName& file, const ImageSet& set) {
+  return std::any_of(set.processes.begin(), set.processes.end(), [&](const ProcessImage& p) {
+    return std::any_of(p.other_files.begin(), p.other_files.end(), [&](const PagesFileRef& f) {
+      return f.dump_id == p.dump_id && f.pid == file.pid && f.gpu == file.gpu;
+    });
+  });
+}
+
 // Pages files that are there must be this dump's. Which ones must be there the chains know.
 Result<void> check_page_files(int dir_fd, const std::vector<std::string>& names,
                               const ImageSet& set) {
@@ -78,6 +88,7 @@ Result<void> check_page_files(int dir_fd, const std::vector<std::string>& names,
     if (!parsed.pid) continue;
     auto image = std::find_if(set.processes.begin(), set.processes.end(),
                               [&](const ProcessImage& p) { return p.pid == parsed.pid; });
+    if (image == set.processes.end() && is_needed(parsed, set)) continue;
     if (image == set.processes.end()) {
       return image_error(ImageError::kIncomplete,
                          describe_file(dir_fd, name) + " is there, but no " +
@@ -121,7 +132,9 @@ PageCounts count_pages(const AllocationInfo& allocation) {
   for (const PageExtent& e : allocation.extents) {
     (e.source == PageSource::kHere     ? counts.here
      : e.source == PageSource::kParent ? counts.parent
-                                       : counts.zero) += e.pages;
+     : e.source == PageSource::kOther  ? counts.other
+     : e.source == PageSource::kZero   ? counts.zero
+                                       : counts.dropped) += e.pages;
   }
   return counts;
 }
@@ -133,6 +146,8 @@ PageCounts count_pages(const ProcessImage& image) {
     counts.here += one.here;
     counts.parent += one.parent;
     counts.zero += one.zero;
+    counts.other += one.other;
+    counts.dropped += one.dropped;
   }
   return counts;
 }
@@ -149,17 +164,25 @@ const char* to_string(MemoryPath path) {
   return i < std::size(kNames) ? kNames[i] : "unknown";
 }
 
+// Would a reader of version 1 misunderstand it?
+static uint32_t version_of(const ProcessImage& image) {
+  const bool dropped =
+      std::any_of(image.allocations.begin(), image.allocations.end(),
+                  [](const AllocationInfo& a) { return count_pages(a).dropped != 0; });
+  return image.layout.packed || !image.other_files.empty() || dropped ? 2 : 1;
+}
+
 Result<void> write_process_image(int dir_fd, const ProcessImage& image) {
   std::string name = process_name(image.pid);
   auto payload = encode(image);
   if (!payload) return payload.error().wrap("cannot write " + describe_file(dir_fd, name));
-  return write_container(dir_fd, name, FileKind::kProcess, *payload);
+  return write_container(dir_fd, name, FileKind::kProcess, version_of(image), *payload);
 }
 
 Result<void> write_files_image(int dir_fd, const FilesImage& image) {
   auto payload = encode(image);
   if (!payload) return payload.error().wrap("cannot write " + describe_file(dir_fd, kFilesName));
-  return write_container(dir_fd, kFilesName, FileKind::kFiles, *payload);
+  return write_container(dir_fd, kFilesName, FileKind::kFiles, 1, *payload);
 }
 
 Result<ProcessImage> read_process_image(int dir_fd, int pid) {

@@ -24,6 +24,9 @@ using DumpId = std::array<uint8_t, 16>;
 std::string format_dump_id(const DumpId& id);                  // 32 hexadecimal digits
 std::optional<DumpId> parse_dump_id(const std::string& text);  // nothing: it is none
 
+// Tells keys apart and gives nothing away about them (image_key.h).
+using KeyId = std::array<uint8_t, 8>;
+
 // Codes of Domain::kFormat.
 enum class ImageError {
   kNotAnImage = 1,    // bad magic
@@ -46,6 +49,8 @@ enum class ImageError {
 
 // Pages are cut from the start of an allocation; the rest of its last page counts as zeros.
 inline constexpr uint32_t kImagePageSize = 65536;
+// In a packed file, each page begins at a multiple of this.
+inline constexpr uint32_t kPageUnit = 4096;
 
 enum class MemoryKind { kUnknown = 0, kDevice, kVirtual, kPool, kManaged, kHost };
 const char* to_string(MemoryKind kind);
@@ -55,15 +60,50 @@ enum class MemoryPath { kDriver = 0, kReleased, kShared };
 const char* to_string(MemoryPath path);
 
 // Where a saved page is; see abi/image.proto.
-enum class PageSource { kHere = 0, kParent, kZero };
+enum class PageSource { kHere = 0, kParent, kZero, kOther, kDropped };
 
 // A run of pages.
 struct PageExtent {
   uint32_t first_page = 0;
   uint32_t pages = 0;  // never 0
   PageSource source = PageSource::kHere;
-  uint32_t slot = 0;  // kHere: of the first page; the others follow it
+  // kHere, kOther: of the first page; the others follow it. In a packed file, a unit.
+  uint32_t slot = 0;
+  uint32_t file = 0;  // kOther: index into ProcessImage::other_files
   auto operator<=>(const PageExtent&) const = default;
+};
+
+// How a pages file stores pages; its header says so, and whoever refers to it.
+struct PagesLayout {
+  // In units of 4096 bytes, each page in as many as it takes; else in slots of kImagePageSize.
+  bool packed = false;
+  bool sealed = false;  // encrypted; then also packed
+  auto operator<=>(const PagesLayout&) const = default;
+};
+
+// A pages file of this dump or of one that it builds on.
+struct PagesFileRef {
+  DumpId dump_id{};
+  int pid = 0;
+  int gpu = 0;  // in the file's name
+  PagesLayout layout = {};
+  auto operator<=>(const PagesFileRef&) const = default;
+};
+
+// What it takes, besides the key, to decrypt a page and to know that it is the one that was stored
+// (page_codec.h).
+struct Seal {
+  std::array<uint8_t, 12> nonce{};
+  std::array<uint8_t, 16> tag{};
+  auto operator<=>(const Seal&) const = default;
+};
+static_assert(sizeof(Seal) == 28);
+
+// A page in a packed file.
+struct PackedPage {
+  uint32_t bytes = 0;  // that it takes, 1 to kImagePageSize; kImagePageSize: as it is
+  Seal seal = {};      // of a sealed file
+  auto operator<=>(const PackedPage&) const = default;
 };
 
 // A page's keyed hash. This room compares hashes and never makes one (callbacks of verify.h do).
@@ -80,6 +120,8 @@ struct AllocationInfo {
   // and extents that cover all pages in ascending order.
   std::vector<SavedHash> hashes = {};
   std::vector<PageExtent> extents = {};
+  // Of the pages in packed files, in the extents' order.
+  std::vector<PackedPage> packed = {};
 };
 
 // Pages of 64 KiB in an allocation, the last one perhaps short.
@@ -128,11 +170,27 @@ struct ProcessImage {
   DumpId parent_dump_id{};        // all zeros: no parent
   std::vector<uint8_t> hash_key;  // empty: no pages are saved
   std::vector<DumpRound> rounds;
+  std::vector<PagesFileRef> other_files;
+  PagesLayout layout;  // of its own pages files
+  // Of the key that the file was encrypted with, or is to be; all zeros: it is not encrypted.
+  KeyId key_id{};
 };
+
+// Is the run in a packed file? (One whose `file` is a file.)
+inline bool is_packed(const ProcessImage& image, const PageExtent& extent) {
+  return extent.source == PageSource::kHere    ? image.layout.packed
+         : extent.source == PageSource::kOther ? image.other_files[extent.file].layout.packed
+                                               : false;
+}
+
+// Units that a page takes in a packed file.
+inline uint32_t units_of(uint32_t stored_bytes) {
+  return (stored_bytes + kPageUnit - 1) / kPageUnit;
+}
 
 // Saved pages by where they are.
 struct PageCounts {
-  uint64_t here = 0, parent = 0, zero = 0;
+  uint64_t here = 0, parent = 0, zero = 0, other = 0, dropped = 0;
   auto operator<=>(const PageCounts&) const = default;
 };
 PageCounts count_pages(const AllocationInfo& allocation);

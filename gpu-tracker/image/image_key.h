@@ -14,8 +14,6 @@
 
 namespace phos {
 
-// Tells keys apart and gives nothing away about them.
-using KeyId = std::array<uint8_t, 8>;
 std::string format_key_id(const KeyId& id);  // 16 hexadecimal digits
 
 // A key of one dump each. Never the operator's key itself: what one dump's keys encrypt is limited.

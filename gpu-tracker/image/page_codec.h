@@ -3,7 +3,6 @@
 // encryption (AES-256-GCM). docs/image-format.md specifies both.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -19,9 +18,6 @@ namespace phos {
 enum class Compression : uint8_t { kNone = 0, kZstd = 1, kLz4 = 2 };
 const char* to_string(Compression compression);  // "none", "zstd", "lz4"
 
-// Stored pages begin at multiples of it.
-inline constexpr uint32_t kPageUnit = 4096;
-
 // What is asked of a dump: "none", "zstd" (level 1), "zstd:LEVEL" (1 to 19), "lz4". The level is
 // the writer's business alone: a reader needs none.
 struct CompressionChoice {
@@ -32,15 +28,6 @@ struct CompressionChoice {
 // Error: Domain::kUsage, "must be ...".
 Result<CompressionChoice> parse_compression(const std::string& text);
 std::string format_compression(const CompressionChoice& choice);  // as parse_compression takes it
-
-// What it takes, besides the key, to decrypt a page and to know that it is the one that was stored.
-// Kept in the process image; 28 bytes without padding.
-struct Seal {
-  std::array<uint8_t, 12> nonce{};
-  std::array<uint8_t, 16> tag{};
-  auto operator<=>(const Seal&) const = default;
-};
-static_assert(sizeof(Seal) == 28);
 
 // Copies share nothing that changes: calls that are const may be made from any number of threads
 // at once. A thread keeps up to 2 MiB for the compressors until it ends.

@@ -17,7 +17,7 @@
 namespace phos {
 namespace {
 
-constexpr uint64_t kBlock = kImagePageSize;  // the header's too: all pages are aligned to it
+constexpr uint64_t kBlock = kImagePageSize;  // of the header: slots are aligned to it
 static_assert(sizeof(PageFileHeader) <= kBlock);
 // One call of pread or pwrite moves less than 2 GiB.
 constexpr uint64_t kMaxTransfer = uint64_t{1} << 30;
@@ -38,8 +38,12 @@ Error no_memory() {
   return Error::from_errno(ENOMEM, "64 KiB for a file header");
 }
 
-uint64_t file_size(uint64_t slots) {
-  return (slots + 1) * kBlock;
+uint64_t offset_of(const PageFileFormat& format, uint64_t slot) {
+  return kBlock + slot * format.slot_bytes();
+}
+
+PageFileFormat format_of(const PageFileHeader& h) {
+  return {{h.packed == 1, h.encryption == 1}, static_cast<Compression>(h.compression)};
 }
 
 uint32_t header_checksum(const PageFileHeader& h) {
@@ -73,24 +77,33 @@ Error unaligned(const std::string& path) {
 struct PageFileWriter::State {
   UniqueFd dir;
   PageFileHeader header{};
+  PageFileFormat format;
   std::optional<TempFile> file;  // after `dir`: it uses it to the end
   std::atomic<bool> direct{true};
   std::atomic<uint64_t> slots{0};
   uint64_t reserved = 0;
+
+  // Of the file up to a slot.
+  uint64_t size(uint64_t slots) const { return offset_of(format, slots); }
 };
 
 PageFileWriter::PageFileWriter(std::unique_ptr<State> state) : state_(std::move(state)) {}
 PageFileWriter::~PageFileWriter() = default;
 
 Result<std::unique_ptr<PageFileWriter>> PageFileWriter::create(int dir_fd, int pid, int gpu,
-                                                               const DumpId& id) {
+                                                               const DumpId& id,
+                                                               const PageFileFormat& format) {
   const std::string name = page_file_name(pid, gpu);
   auto state = std::make_unique<State>();
   state->dir.reset(fcntl(dir_fd, F_DUPFD_CLOEXEC, 0));
   if (!state->dir) return Error::from_errno(errno, "cannot use the image directory");
   PageFileHeader& h = state->header;
   memcpy(h.magic, kPageFileMagic, sizeof h.magic);
-  h.version = kImageVersion;
+  h.version = format.layout.packed ? 2 : 1;
+  h.packed = format.layout.packed;
+  h.compression = static_cast<uint8_t>(format.compression);
+  h.encryption = format.layout.sealed;
+  state->format = format;
   h.gpu = static_cast<uint32_t>(gpu);
   h.pid = static_cast<uint32_t>(pid);
   h.page_size = kImagePageSize;
@@ -105,9 +118,9 @@ Result<std::unique_ptr<PageFileWriter>> PageFileWriter::create(int dir_fd, int p
   return std::unique_ptr<PageFileWriter>(new PageFileWriter(std::move(state)));
 }
 
-Result<void> PageFileWriter::reserve(uint64_t pages) {
+Result<void> PageFileWriter::reserve(uint64_t slots) {
   State& s = *state_;
-  const uint64_t size = file_size(std::min(pages, kMaxPageSlots));
+  const uint64_t size = s.size(std::min(slots, kMaxPageSlots));
   if (size <= s.reserved) return {};
   int r;
   do {
@@ -120,22 +133,22 @@ Result<void> PageFileWriter::reserve(uint64_t pages) {
   const int code = errno;
   if (code == EOPNOTSUPP || code == ENOSYS) return {};
   // ext4 keeps the part it could allocate: give it back, and count it as free.
-  if (ftruncate(s.file->fd(), static_cast<off_t>(std::max(s.reserved, file_size(s.slots)))) != 0) {
+  if (ftruncate(s.file->fd(), static_cast<off_t>(std::max(s.reserved, s.size(s.slots)))) != 0) {
     return write_error(errno, s.dir.get(), s.file->name(), size);
   }
   return write_error(code, s.dir.get(), s.file->name(), size);
 }
 
-Result<void> PageFileWriter::write(uint64_t slot, const void* data, uint64_t pages) {
+Result<void> PageFileWriter::write(uint64_t slot, const void* data, uint64_t slots) {
   State& s = *state_;
   if (!aligned(data)) return unaligned(describe_file(s.dir.get(), s.file->name()));
-  if (slot > kMaxPageSlots || pages > kMaxPageSlots - slot) {
+  if (slot > kMaxPageSlots || slots > kMaxPageSlots - slot) {
     return image_error(ImageError::kBadField, describe_file(s.dir.get(), s.file->name()) +
-                                                  ": no more than 2^32 pages fit in one file");
+                                                  ": no more than 2^32 slots fit in one file");
   }
-  if (auto ok = write_at((slot + 1) * kBlock, data, pages * kBlock); !ok) return ok;
+  if (auto ok = write_at(s.size(slot), data, slots * s.format.slot_bytes()); !ok) return ok;
   uint64_t seen = s.slots;
-  while (seen < slot + pages && !s.slots.compare_exchange_weak(seen, slot + pages)) {
+  while (seen < slot + slots && !s.slots.compare_exchange_weak(seen, slot + slots)) {
   }
   return {};
 }
@@ -159,12 +172,12 @@ Result<void> PageFileWriter::write_at(uint64_t offset, const void* data, uint64_
 Result<void> PageFileWriter::flush() {
   const State& s = *state_;
   if (fdatasync(s.file->fd()) == 0) return {};
-  return write_error(errno, s.dir.get(), s.file->name(), file_size(s.slots));
+  return write_error(errno, s.dir.get(), s.file->name(), s.size(s.slots));
 }
 
 Result<void> PageFileWriter::finish() {
   State& s = *state_;
-  const uint64_t size = file_size(s.slots);
+  const uint64_t size = s.size(s.slots);
   // What was reserved and not used; also makes up a header's block that was not written yet.
   if (ftruncate(s.file->fd(), static_cast<off_t>(size)) != 0) {
     return write_error(errno, s.dir.get(), s.file->name(), size);
@@ -191,6 +204,12 @@ Error truncated(const std::string& path, const std::string& what) {
                      path + " is truncated: " + what + "; copy it again from where it was dumped");
 }
 
+bool is_possible(const PageFileHeader& h) {
+  if (h.reserved != 0 || h.packed > 1 || h.encryption > 1) return false;
+  if (!h.packed) return h.compression == 0 && h.encryption == 0;
+  return h.version >= 2 && h.compression <= static_cast<uint8_t>(Compression::kLz4);
+}
+
 // `block`: the first `got` bytes of the file.
 Result<void> check_header(const uint8_t* block, size_t got, uint64_t present,
                           const std::string& path) {
@@ -215,12 +234,14 @@ Result<void> check_header(const uint8_t* block, size_t got, uint64_t present,
                            ", this phos reads up to version " + std::to_string(kImageVersion) +
                            ": use a newer phos");
   }
-  if (h.version == 0 || h.page_size != kImagePageSize || h.slots > kMaxPageSlots || h.reserved) {
-    return image_error(ImageError::kBadField, path + " has an impossible header: version " +
-                                                  std::to_string(h.version) + ", " +
-                                                  std::to_string(h.slots) + " pages of " +
-                                                  std::to_string(h.page_size) +
-                                                  " bytes, reserved " + std::to_string(h.reserved));
+  if (h.version == 0 || h.page_size != kImagePageSize || h.slots > kMaxPageSlots ||
+      !is_possible(h)) {
+    return image_error(ImageError::kBadField,
+                       path + " has an impossible header: version " + std::to_string(h.version) +
+                           ", " + std::to_string(h.slots) + " slots, pages of " +
+                           std::to_string(h.page_size) + " bytes, stored as " +
+                           std::to_string(h.packed) + ", " + std::to_string(h.compression) + ", " +
+                           std::to_string(h.encryption) + ", " + std::to_string(h.reserved));
   }
   if (std::any_of(block + sizeof h, block + kBlock, [](uint8_t byte) { return byte != 0; })) {
     return image_error(ImageError::kChecksum,
@@ -228,7 +249,7 @@ Result<void> check_header(const uint8_t* block, size_t got, uint64_t present,
                            " is damaged: the rest of the header's block is not zero; copy it "
                            "again from where it was dumped");
   }
-  const uint64_t size = file_size(h.slots);
+  const uint64_t size = offset_of(format_of(h), h.slots);
   if (present < size) {
     return truncated(
         path, "it has " + std::to_string(present) + " of " + std::to_string(size) + " bytes");
@@ -271,8 +292,9 @@ Result<PageFileHeader> read_page_header(int fd, uint64_t size, const std::string
   return header;
 }
 
-PageFile::PageFile(UniqueFd fd, std::string path, uint64_t slots, bool direct)
-    : fd_(std::move(fd)), path_(std::move(path)), slots_(slots), direct_(direct) {}
+PageFile::PageFile(UniqueFd fd, std::string path, const PageFileFormat& format, uint64_t slots,
+                   bool direct)
+    : fd_(std::move(fd)), path_(std::move(path)), format_(format), slots_(slots), direct_(direct) {}
 
 Result<std::unique_ptr<PageFile>> PageFile::open(int dir_fd, int pid, int gpu, const DumpId& id,
                                                  PageIo io) {
@@ -290,17 +312,17 @@ Result<std::unique_ptr<PageFile>> PageFile::open(int dir_fd, int pid, int gpu, c
     direct = flags >= 0 && fcntl(fd->get(), F_SETFL, flags | O_DIRECT) == 0;
   }
   return std::unique_ptr<PageFile>(
-      new PageFile(std::move(*fd), std::move(path), header->slots, direct));
+      new PageFile(std::move(*fd), std::move(path), format_of(*header), header->slots, direct));
 }
 
-Result<void> PageFile::read(uint64_t slot, void* data, uint64_t pages) const {
+Result<void> PageFile::read(uint64_t slot, void* data, uint64_t slots) const {
   if (!aligned(data)) return unaligned(path_);
-  if (slot > slots_ || pages > slots_ - slot) {
+  if (slot > slots_ || slots > slots_ - slot) {
     return image_error(ImageError::kIncomplete, path_ + " has " + std::to_string(slots_) +
-                                                    " pages, none in slot " +
-                                                    std::to_string(slot + pages - 1));
+                                                    " slots, but not slot " +
+                                                    std::to_string(slot + slots - 1));
   }
-  const uint64_t size = pages * kBlock, offset = (slot + 1) * kBlock;
+  const uint64_t size = slots * format_.slot_bytes(), offset = offset_of(format_, slot);
   for (uint64_t done = 0; done < size;) {
     const bool was_direct = direct_;
     ssize_t n = pread(fd_.get(), static_cast<char*>(data) + done,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// `phos-pages-<pid>-<gpu>.img`: the saved pages of one process's memory on one GPU, in numbered
-// slots of kImagePageSize bytes. Which page a slot holds, and its hash, is in phos-<pid>.img.
+// `phos-pages-<pid>-<gpu>.img`: saved pages of one process's memory on one GPU, in numbered slots
+// of kImagePageSize bytes, or packed, in numbered units of kPageUnit bytes. Which page is in which
+// slot or from which unit on, and its hash, is in phos-<pid>.img.
 //
 // Pages go around the page cache (O_DIRECT) where the file system takes that: it is faster than
 // through it, and the host's memory is needed for other things while GPU memory is saved.
@@ -15,34 +16,45 @@
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/image/image.h"
+#include "gpu-tracker/image/page_codec.h"
 
 namespace phos {
 
 // What memory that pages are read into or written from must be aligned to, in bytes.
 inline constexpr size_t kPageIoAlignment = 4096;
 
-// Writes a pages file. write() may be called from any number of threads at once, the others from
-// one thread while no write() runs. A writer that is destroyed before finish() succeeded leaves no
-// file.
+// What the file says of how its pages are stored. (Whoever writes pages stores them so.)
+struct PageFileFormat {
+  PagesLayout layout;
+  Compression compression = Compression::kNone;  // of a packed file
+  auto operator<=>(const PageFileFormat&) const = default;
+  // Bytes of a slot or unit.
+  uint64_t slot_bytes() const { return layout.packed ? kPageUnit : kImagePageSize; }
+};
+
+// Writes a pages file. `slot` and `slots` stand for units in a packed one. write() may be called
+// from any number of threads at once, the others from one thread while no write() runs. A writer
+// that is destroyed before finish() succeeded leaves no file.
 class PageFileWriter {
  public:
   // Starts the file under a temporary name. `gpu`: index into ProcessImage::gpus. `dir_fd` is not
   // needed any more after the call.
   static Result<std::unique_ptr<PageFileWriter>> create(int dir_fd, int pid, int gpu,
-                                                        const DumpId& id);
+                                                        const DumpId& id,
+                                                        const PageFileFormat& format = {});
   ~PageFileWriter();
   PageFileWriter(const PageFileWriter&) = delete;
   PageFileWriter& operator=(const PageFileWriter&) = delete;
 
-  // Takes the disk space of `pages` slots in all. Error ENOSPC, with what is needed and what is
+  // Takes the disk space of `slots` slots in all. Error ENOSPC, with what is needed and what is
   // free: before any page is copied, not in the middle. A file system that cannot reserve space is
   // no error; a full disk then shows in write().
-  Result<void> reserve(uint64_t pages);
+  Result<void> reserve(uint64_t slots);
 
-  // Writes `pages` pages from `data`, aligned to kPageIoAlignment, into `slot` and those after it.
+  // Writes `slots` slots from `data`, aligned to kPageIoAlignment, to `slot` and those after it.
   // A slot may be written again when its page has changed; the caller orders writes to one slot.
   // `data` is not used any more when the call returns. The bytes are durable after finish().
-  Result<void> write(uint64_t slot, const void* data, uint64_t pages);
+  Result<void> write(uint64_t slot, const void* data, uint64_t slots);
 
   // Makes durable what is written, so that finish() has little left to do.
   Result<void> flush();
@@ -65,7 +77,8 @@ class PageFileWriter {
 
 enum class PageIo { kDirect, kCached };
 
-// Reads a pages file. read() may be called from any number of threads at once.
+// Reads a pages file. `slot` and `slots` stand for units in a packed one. read() may be called from
+// any number of threads at once.
 class PageFile {
  public:
   // Refuses a file that is damaged, truncated, or does not belong to this process, GPU and dump.
@@ -73,17 +86,21 @@ class PageFile {
   static Result<std::unique_ptr<PageFile>> open(int dir_fd, int pid, int gpu, const DumpId& id,
                                                 PageIo io);
 
+  const PageFileFormat& format() const { return format_; }
   uint64_t slots() const { return slots_; }
   const std::string& path() const { return path_; }  // for messages
 
-  // Reads `pages` pages from `slot` on into `data`, aligned to kPageIoAlignment.
-  Result<void> read(uint64_t slot, void* data, uint64_t pages) const;
+  // Reads `slots` slots from `slot` on into `data`, aligned to kPageIoAlignment, as they are
+  // stored.
+  Result<void> read(uint64_t slot, void* data, uint64_t slots) const;
 
  private:
-  PageFile(UniqueFd fd, std::string path, uint64_t slots, bool direct);
+  PageFile(UniqueFd fd, std::string path, const PageFileFormat& format, uint64_t slots,
+           bool direct);
 
   UniqueFd fd_;
   std::string path_;
+  PageFileFormat format_;
   uint64_t slots_;
   mutable std::atomic<bool> direct_;
 };

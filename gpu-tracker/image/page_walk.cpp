@@ -125,8 +125,7 @@ std::vector<PageRun> parts_of(const PageChain& chain, size_t allocation, uint32_
   std::vector<PageRun> parts;
   for (--run; pages; ++run) {
     const uint32_t skip = first - run->first_page, n = std::min(pages, run->pages - skip);
-    const uint32_t slot = run->level == PageRun::kZero ? 0 : run->slot + skip;
-    parts.push_back({first, n, slot, run->level, run->gpu});
+    parts.push_back(run->part(first, n));
     first += n;
     pages -= n;
   }
@@ -136,14 +135,14 @@ std::vector<PageRun> parts_of(const PageChain& chain, size_t allocation, uint32_
 Result<void> read_checked(const PageChain& chain, size_t allocation, uint32_t first, uint32_t pages,
                           const PageHasher& hash, uint8_t* buffer) {
   const AllocationInfo& a = chain.image().allocations[allocation];
-  for (PageRun part : parts_of(chain, allocation, first, pages)) {
+  for (const PageRun& part : parts_of(chain, allocation, first, pages)) {
     if (auto ok = chain.read(part, buffer); !ok) return ok;
-    for (; part.pages; part.pages--, part.first_page++, part.slot++, buffer += kImagePageSize) {
-      if (hash(buffer) == a.hashes[part.first_page]) continue;
-      part.pages = 1;
+    for (uint32_t i = 0; i < part.pages; i++, buffer += kImagePageSize) {
+      const PageRun one = part.part(part.first_page + i, 1);
+      if (hash(buffer) == a.hashes[one.first_page]) continue;
       return image_error(
           ImageError::kDamagedPage,
-          describe(damage_of(chain, allocation, part, false)) + ": use another copy of the images");
+          describe(damage_of(chain, allocation, one, false)) + ": use another copy of the images");
     }
   }
   return {};

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // A chain as a dump that builds on it sees it.
+#include <algorithm>
 #include <cerrno>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "gpu-tracker/image/chain.h"
 #include "gpu-tracker/image/file.h"
@@ -12,9 +14,23 @@
 namespace phos {
 
 struct PreviousPages::State {
-  explicit State(ProcessImage previous) : image(std::move(previous)), index(image) {}
-  ProcessImage image;
-  SavedIndex index;  // of `image`
+  explicit State(PageChain previous) : chain(std::move(previous)), index(chain.image()) {
+    const auto& all = chain.image().allocations;
+    for (size_t i = 0; i < all.size(); i++) {
+      for (const PageRun& run : chain.runs(i)) {
+        if (!run.is_stored()) continue;
+        for (uint32_t page = run.first_page; page < run.first_page + run.pages; page++) {
+          places.emplace_back(all[i].hashes[page], run.part(page, 1));
+        }
+      }
+    }
+    std::sort(places.begin(), places.end(),
+              [](const auto& a, const auto& b) { return a.first < b.first; });
+  }
+
+  PageChain chain;
+  SavedIndex index;                                   // of its image
+  std::vector<std::pair<SavedHash, PageRun>> places;  // by hash
 };
 
 PreviousPages::PreviousPages(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -43,22 +59,29 @@ Result<std::optional<PreviousPages>> PreviousPages::open(int dir_fd, int pid) {
                            " directories, as many as there can be: start a new one (a dump "
                            "without --prev-images-dir)");
   }
-  auto state = std::make_unique<State>(std::move(*chain).take_image());
+  auto state = std::make_unique<State>(std::move(*chain));
   return std::optional<PreviousPages>(PreviousPages(std::move(state)));
 }
 
 const DumpId& PreviousPages::dump_id() const {
-  return state_->image.dump_id;
+  return state_->chain.image().dump_id;
 }
 
 const std::vector<uint8_t>& PreviousPages::hash_key() const {
-  return state_->image.hash_key;
+  return state_->chain.image().hash_key;
 }
 
-const std::vector<SavedHash>* PreviousPages::find(const GpuUuid& gpu, uint64_t address,
-                                                  uint64_t size) const {
-  const AllocationInfo* a = state_->index.find(gpu, address, size);
-  return a ? &a->hashes : nullptr;
+const AllocationInfo* PreviousPages::find(const GpuUuid& gpu, uint64_t address,
+                                          uint64_t size) const {
+  return state_->index.find(gpu, address, size);
+}
+
+std::optional<PagePlace> PreviousPages::find(const SavedHash& hash) const {
+  const auto& places = state_->places;
+  auto it = std::lower_bound(places.begin(), places.end(), hash,
+                             [](const auto& place, const SavedHash& h) { return place.first < h; });
+  if (it == places.end() || it->first != hash) return std::nullopt;
+  return state_->chain.place(it->second);
 }
 
 }  // namespace phos

@@ -6,6 +6,7 @@
 #include <climits>
 #include <cstdio>
 #include <set>
+#include <tuple>
 
 #include "gpu-tracker/base/json.h"
 #include "gpu-tracker/image/file.h"
@@ -54,6 +55,53 @@ Result<void> check_gpus(const std::vector<GpuInfo>& gpus) {
   return {};
 }
 
+Result<void> check_extent(const PageExtent& e, const ProcessImage& image, const std::string& name) {
+  const bool has_slot = e.source == PageSource::kHere || e.source == PageSource::kOther;
+  if (has_slot && uint64_t{e.slot} + e.pages > kMaxSlots) {
+    return bad_field(name + " has a page in slot 2^32 or above");
+  }
+  if (!has_slot && e.slot != 0) {
+    return bad_field(name + " names a slot for a page that is in none");
+  }
+  if (e.source == PageSource::kOther ? e.file >= image.other_files.size() : e.file != 0) {
+    return bad_field(name + " has a page in file " + std::to_string(e.file) + " of " +
+                     std::to_string(image.other_files.size()));
+  }
+  if (e.source == PageSource::kParent && image.parent_dump_id == DumpId{}) {
+    return bad_field(name + " has a page in the parent, but there is no parent");
+  }
+  if (e.source == PageSource::kDropped && image.stage != DumpStage::kPreDump) {
+    return bad_field(name + " has a page that was dropped, but this is not a pre-dump");
+  }
+  return {};
+}
+
+bool is_sealed(const ProcessImage& image, const PageExtent& e) {
+  return (e.source == PageSource::kHere ? image.layout : image.other_files[e.file].layout).sealed;
+}
+
+// The pages of `e`, which lie in a packed file; the first one's is element `first` of a.packed.
+Result<void> check_packed(const AllocationInfo& a, const PageExtent& e, uint64_t first, bool sealed,
+                          const std::string& name) {
+  if (e.pages > a.packed.size() - first) {
+    return bad_field(name + " has more pages in packed files than it says how they are stored");
+  }
+  uint64_t unit = e.slot;
+  for (uint64_t i = first; i < first + e.pages; i++) {
+    const PackedPage& p = a.packed[i];
+    if (p.bytes == 0 || p.bytes > kImagePageSize) {
+      return bad_field(name + " has a page that is stored in " + std::to_string(p.bytes) +
+                       " bytes");
+    }
+    if (!sealed && p.seal != Seal()) {
+      return bad_field(name + " has a seal for a page that is not encrypted");
+    }
+    unit += units_of(p.bytes);
+  }
+  if (unit > kMaxSlots) return bad_field(name + " has a page in unit 2^32 or above");
+  return {};
+}
+
 // What is saved of one allocation.
 Result<void> check_pages(const AllocationInfo& a, const ProcessImage& image,
                          const std::string& name) {
@@ -69,9 +117,9 @@ Result<void> check_pages(const AllocationInfo& a, const ProcessImage& image,
     return bad_field(name + " has " + std::to_string(pages) + " pages, but " +
                      std::to_string(a.hashes.size()) + " hashes");
   }
-  uint64_t next = 0;
+  uint64_t next = 0, packed = 0;
   for (const PageExtent& e : a.extents) {
-    if (!between(e.source, PageSource::kHere, PageSource::kZero)) {
+    if (!between(e.source, PageSource::kHere, PageSource::kDropped)) {
       return bad_field(name + " has pages of unknown source " +
                        std::to_string(static_cast<int>(e.source)));
     }
@@ -80,15 +128,14 @@ Result<void> check_pages(const AllocationInfo& a, const ProcessImage& image,
                        std::to_string(next) + ")");
     }
     next += e.pages;
-    if (e.source == PageSource::kHere && uint64_t{e.slot} + e.pages > kMaxSlots) {
-      return bad_field(name + " has a page in slot 2^32 or above");
-    }
-    if (e.source != PageSource::kHere && e.slot != 0) {
-      return bad_field(name + " names a slot for a page that is in none");
-    }
-    if (e.source == PageSource::kParent && image.parent_dump_id == DumpId{}) {
-      return bad_field(name + " has a page in the parent, but there is no parent");
-    }
+    if (auto ok = check_extent(e, image, name); !ok) return ok;
+    if (!is_packed(image, e)) continue;
+    if (auto ok = check_packed(a, e, packed, is_sealed(image, e), name); !ok) return ok;
+    packed += e.pages;
+  }
+  if (packed != a.packed.size()) {
+    return bad_field(name + " has " + std::to_string(packed) + " pages in packed files, but says " +
+                     "of " + std::to_string(a.packed.size()) + " how they are stored");
   }
   if (next != pages) {
     return bad_field(name + ": its extents cover " + std::to_string(next) + " of " +
@@ -103,6 +150,20 @@ Result<void> check_chain_fields(const ProcessImage& image) {
   }
   if (image.hash_key.size() > kMaxHashKey) {
     return bad_field("hash_key has " + std::to_string(image.hash_key.size()) + " bytes");
+  }
+  if (image.layout.sealed && !image.layout.packed) {
+    return bad_field("its pages are encrypted, but not packed");
+  }
+  std::set<std::tuple<DumpId, int, int>> seen;
+  for (const PagesFileRef& f : image.other_files) {
+    if (f.dump_id == DumpId{} || f.pid <= 0 || f.gpu < 0 || (f.layout.sealed && !f.layout.packed)) {
+      return bad_field("it has pages in an impossible file (process " + std::to_string(f.pid) +
+                       ", GPU " + std::to_string(f.gpu) + ")");
+    }
+    if (!seen.insert({f.dump_id, f.pid, f.gpu}).second) {
+      return bad_field("it names a pages file twice (process " + std::to_string(f.pid) + ", GPU " +
+                       std::to_string(f.gpu) + ")");
+    }
   }
   if (image.parent_dump_id == DumpId{}) return {};
   if (image.parent_dump_id == image.dump_id) return bad_field("the dump is its own parent");

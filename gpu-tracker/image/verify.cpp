@@ -42,6 +42,7 @@ class ProcessPages {
   void add_to(VerifyReport* report, size_t max_damage) const {
     report->pages += pages_;
     report->zero_pages += zero_pages_;
+    report->dropped_pages += dropped_pages_;
     report->bytes += bytes_;
     if (report->read_error.empty()) report->read_error = read_error_;
     for (size_t i = 0; i < marks_.size(); i++) {
@@ -53,7 +54,11 @@ class ProcessPages {
  private:
   void verify_part(size_t allocation, const PageRun& part, uint8_t* buffer) {
     pages_ += part.pages;
-    if (part.level == PageRun::kZero) {
+    if (part.is_dropped()) {
+      dropped_pages_ += part.pages;
+      return;
+    }
+    if (part.is_zero()) {
       zero_pages_ += part.pages;
       const SavedHash* saved = &chain_.image().allocations[allocation].hashes[part.first_page];
       for (uint32_t i = 0; i < part.pages; i++) {
@@ -67,7 +72,7 @@ class ProcessPages {
     }
     // Which of them is it?
     for (uint32_t i = 0; i < part.pages; i++) {
-      const PageRun one{part.first_page + i, 1, part.slot + i, part.level, part.gpu};
+      const PageRun one = part.part(part.first_page + i, 1);
       if (auto ok = chain_.read(one, buffer)) {
         check(allocation, one, buffer);
       } else {
@@ -101,7 +106,7 @@ class ProcessPages {
       report->damaged_pages += end - i;
       report->damaged_runs++;
       if (report->damage.size() >= max_damage) continue;
-      const PageRun part{run.first_page + i, end - i, run.slot + i, run.level, run.gpu};
+      const PageRun part = run.part(run.first_page + i, end - i);
       report->damage.push_back(damage_of(chain_, allocation, part, marks[i] == Mark::kUnreadable));
     }
   }
@@ -109,7 +114,7 @@ class ProcessPages {
   const PageChain& chain_;
   const PageHasher hash_;
   SavedHash zero_hash_{};
-  std::atomic<uint64_t> pages_{0}, zero_pages_{0}, bytes_{0};
+  std::atomic<uint64_t> pages_{0}, zero_pages_{0}, dropped_pages_{0}, bytes_{0};
   std::mutex mutex_;
   std::vector<std::vector<Mark>> marks_;  // by allocation; empty: all its pages are good
   std::string read_error_;

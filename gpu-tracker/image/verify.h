@@ -46,10 +46,11 @@ struct VerifyOptions {
 
 struct VerifyReport {
   uint64_t processes = 0;
-  uint64_t allocations = 0;  // with pages
-  uint64_t pages = 0;        // all that are saved
-  uint64_t zero_pages = 0;   // of those, the ones that are in no file
-  uint64_t bytes = 0;        // read and hashed
+  uint64_t allocations = 0;    // with pages
+  uint64_t pages = 0;          // all that are saved
+  uint64_t zero_pages = 0;     // of those, the ones that are in no file
+  uint64_t dropped_pages = 0;  // and those of a pre-dump that are gone, since nothing needs them
+  uint64_t bytes = 0;          // read and hashed
   // On a GPU and left to the driver: a restore takes them from CRIU's images. `copied` counts those
   // that have pages all the same, copied while the process ran; these are verified.
   uint64_t driver_allocations = 0, driver_bytes = 0, driver_copied = 0;

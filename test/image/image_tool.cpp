@@ -124,7 +124,7 @@ void dump(const UniqueFd& dir, int level, int pid, const std::vector<GpuUuid>& g
       a.hashes.push_back(hash_of(*key, page.get()));
       const bool is_zero =
           std::all_of(page.get(), page.get() + size, [](auto b) { return b == 0; });
-      const bool in_parent = known && (*known)[i] == a.hashes[i];
+      const bool in_parent = known && known->hashes[i] == a.hashes[i];
       PageExtent one{i, 1,
                      is_zero     ? PageSource::kZero
                      : in_parent ? PageSource::kParent

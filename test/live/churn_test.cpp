@@ -78,9 +78,12 @@ class ChurnTest : public contract::WorkerTest {
   }
 
   Result<std::unique_ptr<LiveCopy>> start(int pid, int directory) {
+    phos::DumpId id;
+    id.fill(7);
+    auto store = phos::PageStore::create(directory, id, {});
+    if (!store) return store.error();
     phos::LiveCopyImages images;
-    images.directory = directory;
-    images.dump_id.fill(7);
+    images.store = std::move(*store);
     for (const phos::GpuInfo& gpu : copier_.gpus()) images.gpus.push_back(gpu.uuid);
     auto tid = copier_.driver().restore_thread_id(pid);
     if (!tid) return tid.error();

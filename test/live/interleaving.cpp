@@ -191,9 +191,10 @@ std::string Interleaving::one_level(unsigned number, bool last) {
   if (mkdir(path.c_str(), 0700)) return "cannot make " + path;
   phos::UniqueFd directory(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   phos::ProcessImage image = new_image(last ? DumpStage::kDump : DumpStage::kPreDump);
+  auto store = phos::PageStore::create(directory.get(), image.dump_id, {});
+  if (!store) return store.error().message();
   phos::LiveCopyImages images;
-  images.directory = directory.get();
-  images.dump_id = image.dump_id;
+  images.store = std::move(*store);
   for (const phos::GpuInfo& gpu : image.gpus) images.gpus.push_back(gpu.uuid);
   if (number) {
     const std::string parent = "../" + std::to_string(number - 1);

@@ -127,9 +127,12 @@ class LoaderTest : public contract::WorkerTest {
     ASSERT_EQ(mkdir(path.c_str(), 0700), 0);
     phos::UniqueFd fd(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     const int pid = process_->pid();
+    phos::ProcessImage image;
+    image.dump_id.fill(static_cast<uint8_t>(level));
+    auto store = phos::PageStore::create(fd.get(), image.dump_id, {});
+    ASSERT_OK(store);
     phos::LiveCopyImages images;
-    images.directory = fd.get();
-    images.dump_id.fill(static_cast<uint8_t>(level));
+    images.store = std::move(*store);
     for (const phos::GpuInfo& gpu : gpus_) images.gpus.push_back(gpu.uuid);
     if (level > 1) {
       ASSERT_EQ(symlink(("../" + std::to_string(level - 1)).c_str(), (path + "/parent").c_str()),
@@ -140,8 +143,6 @@ class LoaderTest : public contract::WorkerTest {
       ASSERT_OK(previous);
       images.previous = std::move(*previous);
     }
-    phos::ProcessImage image;
-    image.dump_id = images.dump_id;
     image.pid = pid;
     image.comm = "worker";
     image.driver_release = "none";

@@ -49,11 +49,11 @@ class MemoryLoaderTest : public LoaderTest {
   // Changes one byte of what is saved. Returns the name of the file.
   std::string damage(size_t allocation, uint64_t page, uint64_t byte) {
     const auto run = chain_->locate(allocation, page);
-    EXPECT_TRUE(run && run->level != phos::PageRun::kZero);
+    EXPECT_TRUE(run && run->is_stored());
     const std::string where = chain_->describe(*run);
     const std::string path = where.substr(0, where.find(", slot"));
     const phos::UniqueFd fd(open(path.c_str(), O_RDWR | O_CLOEXEC));
-    const auto at = static_cast<off_t>((run->slot + 1) * kPage + byte);
+    const auto at = static_cast<off_t>((chain_->place(*run).slot + 1) * kPage + byte);
     char value = 0;
     EXPECT_EQ(pread(fd.get(), &value, 1, at), 1);
     value ^= 0x10;
@@ -278,7 +278,7 @@ TEST_F(MemoryLoaderTest, FileThatEndsEarlyIsNamed) {
   ASSERT_TRUE(run);
   const std::string where = chain_->describe(*run);
   const std::string path = where.substr(0, where.find(", slot"));
-  ASSERT_EQ(truncate(path.c_str(), static_cast<off_t>(run->slot * kPage)), 0);
+  ASSERT_EQ(truncate(path.c_str(), static_cast<off_t>(chain_->place(*run).slot * kPage)), 0);
   const int before = imported();
   auto report = loader_->load(exported());
   ASSERT_FALSE(report);

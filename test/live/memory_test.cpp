@@ -49,9 +49,12 @@ class LiveCopyMemory : public contract::WorkerTest {
   }
 
   void start() {
+    phos::DumpId id;
+    id.fill(7);
+    auto store = phos::PageStore::create(fd_.get(), id, {});
+    ASSERT_OK(store);
     phos::LiveCopyImages images;
-    images.directory = fd_.get();
-    images.dump_id.fill(7);
+    images.store = std::move(*store);
     for (const phos::GpuInfo& gpu : copier_.gpus()) images.gpus.push_back(gpu.uuid);
     const int pid = process_->pid();
     auto tid = copier_.driver().restore_thread_id(pid);

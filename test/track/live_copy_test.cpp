@@ -56,7 +56,9 @@ class WatchedCopyTest : public testing::Test {
     auto gpus = driver_->gpus();
     ASSERT_TRUE(gpus) << gpus.error().message();
     phos::LiveCopyImages images;
-    images.directory = images_.get();
+    auto store = phos::PageStore::create(images_.get(), phos::DumpId(), {});
+    ASSERT_TRUE(store) << store.error().message();
+    images.store = std::move(*store);
     for (const phos::GpuInfo& gpu : *gpus) images.gpus.push_back(gpu.uuid);
     auto copy = LiveCopy::start({target_.pid(), target_.pid(), *tid, tracker}, std::move(images),
                                 *engines_);

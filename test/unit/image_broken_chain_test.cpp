@@ -118,7 +118,7 @@ TEST_F(BrokenChain, PagesFileMissingOrShort) {
   AlignedPages pages(2);
   ASSERT_TRUE(writer->write(0, pages[0], 2));
   ASSERT_TRUE(writer->finish());
-  expect_refused(3, ImageError::kIncomplete, "slot 2 of phos-pages-7-0.img, which has 2 pages");
+  expect_refused(3, ImageError::kIncomplete, "slot 2 of phos-pages-7-0.img, which has 2 slots");
   // Of another dump.
   write_bytes(path(1, "phos-pages-7-0.img"), read_bytes(path(2, "phos-pages-7-0.img")));
   expect_refused(3, ImageError::kMixedDumps, "is from dump " + format_dump_id(dump_id(2)));

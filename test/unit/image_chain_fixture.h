@@ -134,7 +134,7 @@ class ChainTest : public testing::Test {
         a.hashes.push_back(toy_hash(key_, page[0], kPage));
         if (std::all_of(page[0], page[0] + kPage, [](uint8_t b) { return b == 0; })) {
           append(&a.extents, PageSource::kZero, i, 0);
-        } else if (known && (*known)[i] == a.hashes[i]) {
+        } else if (known && known->hashes[i] == a.hashes[i]) {
           append(&a.extents, PageSource::kParent, i, 0);
         } else {
           if (!file) file = create(level, pid, memory.gpu);

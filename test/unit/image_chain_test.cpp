@@ -118,12 +118,12 @@ TEST_F(ChainTest, LevelsTellWhereThePagesAre) {
   ASSERT_EQ(chain->runs(0).size(), 3u);
   auto second = chain->locate(0, 1);
   ASSERT_TRUE(second);
-  EXPECT_EQ(second->level, 1u);
-  EXPECT_EQ(second->gpu, 1u);
-  EXPECT_EQ(second->slot, 1u);
+  EXPECT_EQ(chain->level(*second), 1u);
+  EXPECT_EQ(chain->file(*second).gpu, 1);
+  EXPECT_EQ(chain->place(*second).slot, 1u);
   EXPECT_EQ(second->pages, 1u);
-  EXPECT_EQ(chain->locate(0, 2)->level, 0u);
-  EXPECT_EQ(chain->locate(0, 3)->level, PageRun::kZero);
+  EXPECT_EQ(chain->level(*chain->locate(0, 2)), 0u);
+  EXPECT_TRUE(chain->locate(0, 3)->is_zero());
 }
 
 // A GPU may have another index in the parent; its pages are in the parent's file of that index.
@@ -174,7 +174,7 @@ TEST_F(ChainTest, PreviousPagesAreFoundByPlace) {
   ASSERT_TRUE(*previous);
   const GpuUuid uuid = two_gpus()[0].uuid, other = two_gpus()[1].uuid;
   ASSERT_TRUE((*previous)->find(uuid, 0x1000000, 3 * kPage));
-  EXPECT_EQ((*previous)->find(uuid, 0x1000000, 3 * kPage)->size(), 3u);
+  EXPECT_EQ((*previous)->find(uuid, 0x1000000, 3 * kPage)->hashes.size(), 3u);
   EXPECT_FALSE((*previous)->find(other, 0x1000000, 3 * kPage));
   EXPECT_FALSE((*previous)->find(uuid, 0x1000000, 3 * kPage - 1));
   EXPECT_FALSE((*previous)->find(uuid, 0x1010000, 2 * kPage));

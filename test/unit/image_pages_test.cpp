@@ -208,7 +208,7 @@ TEST_F(PagesFile, BitFlipsInTheHeadersBlock) {
 TEST_F(PagesFile, ImpossibleHeaders) {
   EXPECT_EQ(refusal(pages_file(1)), ImageError{});
   EXPECT_EQ(refusal(pages_file(0, 0, 0)), ImageError::kBadField);
-  EXPECT_EQ(refusal(pages_file(0, 0, 2)), ImageError::kNewerVersion);
+  EXPECT_EQ(refusal(pages_file(0, 0, 3)), ImageError::kNewerVersion);
   EXPECT_EQ(refusal(pages_file(0, 0, 1, 4096)), ImageError::kBadField);
   EXPECT_EQ(refusal(pages_file(1ull << 33)), ImageError::kBadField);
   EXPECT_EQ(refusal(pages_file(UINT64_MAX)), ImageError::kBadField);
