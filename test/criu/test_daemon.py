@@ -190,6 +190,28 @@ class Start(DaemonTest):
         self.assertEqual(self.errors(), [])
         self.assert_runs_on(target)
 
+    def answers_beside_a_dying_phosd(self, clients, *command):
+        with fake_phosd(self.socket, lambda client: None, clients):
+            result = self.phos(*command)
+        self.assertEqual([line for line in result.stderr.splitlines() if ', round ' not in line],
+                         [], command)
+        return result.returncode
+
+    def test_phosd_that_is_dying_when_a_command_asks_it(self):
+        target = self.counter()
+        for clients in (0, 1):  # waiting to be let in when it dies; let in
+            # There is none; what is left of it is its name.
+            for code, command in (1, 'status'), (0, 'stop'):
+                self.assertEqual(self.answers_beside_a_dying_phosd(clients, 'daemon', command), code)
+                os.unlink(self.socket)
+            images = os.path.join(self.directory, str(clients))
+            for command in (('daemon', 'start'),
+                            ('pre-dump', '--gpu-only', '-t', str(target.pid), '-D', images)):
+                self.assertEqual(self.answers_beside_a_dying_phosd(clients, *command), 0)
+                self.assertEqual(len(self.phosd_pids()), 1)
+                self.stop_phosd()
+        self.assert_runs_on(target)
+
     def test_nothing_of_its_starter_stays(self):
         secret = os.open(os.path.join(self.directory, 'secret'), os.O_CREAT | os.O_RDWR)
         self.addCleanup(os.close, secret)
