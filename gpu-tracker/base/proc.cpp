@@ -79,6 +79,20 @@ Result<uint64_t> read_start_time(int pid) {
   return start;
 }
 
+// Not by a stream: of a task that has ended since the file was opened, reading fails with ESRCH,
+// and an istreambuf_iterator throws then.
+std::string read_proc_text(const std::string& path) {
+  File f(fopen(path.c_str(), "re"), fclose);
+  std::string text;
+  char buf[4096];
+  while (f) {
+    const size_t n = fread(buf, 1, sizeof buf, f.get());
+    text.append(buf, n);
+    if (n < sizeof buf) break;
+  }
+  return f && !ferror(f.get()) ? text : "";
+}
+
 bool is_cgroup_frozen(int pid) {
   auto f = open_proc(pid, "cgroup");
   if (!f) return false;

@@ -26,6 +26,9 @@ Result<ProcStatus> read_proc_status(int pid);
 // Start time in clock ticks since boot: with the pid it names a process for good.
 Result<uint64_t> read_start_time(int pid);
 
+// What a file below /proc says; empty if it cannot be read, as that of a task which has just ended.
+std::string read_proc_text(const std::string& path);
+
 // Has a cgroup freezer (v1 or v2) stopped it? False also where that cannot be seen.
 bool is_cgroup_frozen(int pid);
 

@@ -8,7 +8,6 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
-#include <fstream>
 #include <memory>
 #include <optional>
 #include <string>
@@ -63,14 +62,9 @@ class AddressSpace {
   std::vector<ProcMapping> maps_;
 };
 
-std::string read_text(const std::string& path) {
-  std::ifstream in(path);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
 // How often the thread has stopped running; the kernel counts before it picks another.
 std::optional<uint64_t> count_switches(const std::string& task) {
-  const std::string status = read_text(task + "/status");
+  const std::string status = read_proc_text(task + "/status");
   uint64_t sum = 0;
   for (const char* key : {"\nvoluntary_ctxt_switches:", "\nnonvoluntary_ctxt_switches:"}) {
     const size_t at = status.find(key);
@@ -106,7 +100,7 @@ std::string look_at_thread(int pid, int tid, const AddressSpace& space) {
   const std::string thread = "thread " + std::to_string(tid);
   const auto switches = count_switches(task);
   if (!switches) return "";
-  const std::string before = read_text(task + "/syscall");
+  const std::string before = read_proc_text(task + "/syscall");
   uint64_t stack_pointer = 0, code = 0;
   if (!parse_registers(before, &stack_pointer, &code)) return thread + " is running";
   const ProcMapping* mapping = space.find(stack_pointer);
@@ -119,7 +113,7 @@ std::string look_at_thread(int pid, int tid, const AddressSpace& space) {
   if (process_vm_readv(pid, &here, 1, &there, 1, 0) != static_cast<ssize_t>(here.iov_len)) {
     return thread + " has a stack that cannot be read";
   }
-  if (read_text(task + "/syscall") != before || count_switches(task) != switches) {
+  if (read_proc_text(task + "/syscall") != before || count_switches(task) != switches) {
     return thread + " was running";
   }
   return is_outside(space, code, stack) ? "" : thread + " is in a call into libcuda";

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <fstream>
 #include <future>
+#include <sstream>
 
 #include "test/contract/fixture.h"
 
@@ -39,6 +40,7 @@ class Simulation : public testing::Test {
     if (dir_.empty()) return;
     unlink((dir_ + "/machine").c_str());
     unlink((dir_ + "/faults").c_str());
+    unlink((dir_ + "/faults.held").c_str());
     rmdir(dir_.c_str());
   }
   std::vector<std::string> environment() const {
@@ -46,6 +48,11 @@ class Simulation : public testing::Test {
   }
   void write_file(const char* name, const std::string& text) {
     std::ofstream(dir_ + "/" + name) << text;
+  }
+  std::string read_file(const char* name) {
+    std::stringstream text;
+    text << std::ifstream(dir_ + "/" + name).rdbuf();
+    return text.str();
   }
   void machine_has(const char* uuid) {
     write_file("machine", std::string("gpu ") + uuid + " 1073741824 Simulated GPU for tests\n");
@@ -116,6 +123,21 @@ TEST_F(Simulation, SlowCallWorksInTheEnd) {
   EXPECT_EQ(lock(worker.pid()), CUDA_SUCCESS);
   EXPECT_GE(std::chrono::steady_clock::now() - begin, std::chrono::milliseconds(400));
   EXPECT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
+}
+
+TEST_F(Simulation, HeldCallSaysSoAndWorksOnceItIsLetGo) {
+  machine_has(kUuidA);
+  Worker worker("cuda", environment());
+  write_file("faults", "cuCheckpointProcessLock 1 hold\ncuCheckpointProcessLock 2 999\n");
+  auto answer = std::async(std::launch::async, [&] { return lock(worker.pid()); });
+  const std::string expected = std::to_string(worker.pid()) + " cuCheckpointProcessLock 1\n";
+  while (read_file("faults.held") != expected) usleep(1000);
+  EXPECT_EQ(answer.wait_for(std::chrono::milliseconds(100)), std::future_status::timeout);
+  write_file("faults", "cuCheckpointProcessLock 2 999\n");
+  EXPECT_EQ(answer.get(), CUDA_SUCCESS);
+  EXPECT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(lock(worker.pid()), CUDA_ERROR_UNKNOWN);
+  EXPECT_EQ(read_file("faults.held"), expected);
 }
 
 TEST_F(Simulation, HangEndsWithTheTarget) {

@@ -5,6 +5,7 @@ The same tests run on the simulated GPU and, with PHOS_GPU=real, on a real one. 
 line a tick to a file; a test compares what it printed before and after with what an undisturbed
 counter would have printed.
 """
+import contextlib
 import ctypes
 import os
 import re
@@ -152,6 +153,17 @@ class Worker(Target):
         return self.ask('alloc', size).split()[1]
 
 
+def threads_of(pid):
+    """(tid, name) of each that has not ended meanwhile."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for tid in os.listdir(f'/proc/{pid}/task'):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                with open(f'/proc/{pid}/task/{tid}/comm') as f:
+                    found.append((int(tid), f.read().strip()))
+    return found
+
+
 def session_of(pid):
     try:
         return os.getsid(int(pid))
@@ -285,11 +297,38 @@ class CriuTest(unittest.TestCase):
             f.write(''.join(line + '\n' for line in lines))
 
     def fail_in_driver(self, *lines):
-        """Faults of the simulated driver, for targets started afterwards (test/sim/README.md)."""
+        """Faults of the simulated driver (test/sim/README.md), in place of those before."""
         if REAL_GPU:
             self.skipTest('a real driver does not fail on request')
-        with open(self.faults, 'w') as f:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.faults + '.held')
+        with open(self.faults + '.new', 'w') as f:
             f.write(''.join(line + '\n' for line in lines))
+        os.replace(self.faults + '.new', self.faults)  # it is read at any time
+
+    def hold_in_driver(self, call):
+        """FUNCTION N: who makes that call next stays in it until let_driver_go(), or until other
+        faults are wanted."""
+        self.fail_in_driver(call + ' hold')
+
+    def is_held(self, call, target=None):
+        """Is the target (None: phosd) in it?"""
+        try:
+            with open(self.faults + '.held') as f:
+                held = [line.split() for line in f]
+        except FileNotFoundError:
+            return False
+        pids = [target.pid] if target else self.phosd_pids()
+        return any(name == call.split()[0] and int(pid) in pids for pid, name, _ in held)
+
+    def wait_held(self, call, target=None, command=None, log='dump.log'):
+        """Until it is. `command` must not end before."""
+        wait_until(lambda: self.is_held(call, target) or command and command.poll() is not None,
+                   call)
+        self.assertTrue(self.is_held(call, target), self.log_tail(log))
+
+    def let_driver_go(self):
+        os.unlink(self.faults)
 
     def counter(self, *args, env=None, pass_fds=()):
         program = os.path.join(BUILD, 'test', 'counter')
@@ -347,7 +386,8 @@ class CriuTest(unittest.TestCase):
         """Alive, not stopped, not locked: it ticks; and every tick was right."""
         target.wait_more()
         target.check_output(self)
-        self.assertEqual(status_field(target.pid, 'TracerPid'), '0')
+        # phosd may stop a thread for a moment as it leaves.
+        wait_until(lambda: status_field(target.pid, 'TracerPid') == '0', 'nobody to trace it')
 
     def wait_no_phos_images(self):
         """They go once the process is left: what phos has taken away is in them."""

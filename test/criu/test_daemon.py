@@ -3,15 +3,17 @@
 import json
 import os
 import re
+import select
 import signal
 import socket
 import stat
 import subprocess
 import unittest
 
-from harness import BUILD, CriuTest, alive, reap, status_field, wait_until
-from wire import Client, fake_phosd, refuse
+from harness import BUILD, CriuTest, alive, ended, reap, status_field, wait_until
+from wire import LIMIT, Client, fake_phosd, refuse
 
+CHECKPOINT = 'cuCheckpointProcessCheckpoint 1'
 PHOSD = os.path.join(BUILD, 'libexec', 'phos', 'phosd')
 NOBODY = 65534
 
@@ -39,6 +41,20 @@ class DaemonTest(CriuTest):
         wait_until(lambda: os.path.exists(self.socket), 'phosd to listen')
         return process
 
+    def listener(self):
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        made.bind(self.socket)
+        made.listen()
+        return made
+
+    def activate(self, listener, idle_timeout):
+        """phosd, started as systemd does: once somebody waits to be let in."""
+        self.assertTrue(select.select([listener], [], [], LIMIT)[0])
+        command = (f'LISTEN_PID=$$ LISTEN_FDS=1 exec {PHOSD} --foreground --idle-timeout '
+                   f'{idle_timeout} 3<&{listener.fileno()}')
+        return subprocess.Popen(['/bin/sh', '-c', command], env=self.env(),
+                                stdin=subprocess.DEVNULL, pass_fds=[listener.fileno()])
+
     def phosd_log(self):
         with open(os.path.join(self.directory, 'log')) as f:
             return f.read()
@@ -56,37 +72,29 @@ class DaemonTest(CriuTest):
         self.images = images
         return self.dump(target, *args, wait=False)
 
-    def wait_for_hook(self, images, number):
-        def reached():
-            try:
-                with open(os.path.join(images, 'dump.log'), errors='replace') as f:
-                    return f'hook {number}' in f.read()
-            except FileNotFoundError:
-                return False
-        wait_until(reached, f'hook {number} of the dump into {images}')
-
     def wait_no_session(self):
         wait_until(lambda: not self.status()['sessions'], 'no session to be left')
 
 
 class Sessions(DaemonTest):
-    def two_slow_dumps(self):
+    def two_dumps(self):
         """Two targets, each frozen in a dump of its own; (target, criu, images) of each."""
-        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 slow:700')
+        self.hold_in_driver(CHECKPOINT)
         targets = [self.counter(), self.counter()]
         images = [self.image_dir('first'), self.image_dir('second')]
         dumps = [(t, self.dump_to(i, t), i) for t, i in zip(targets, images)]
-        for path in images:
-            self.wait_for_hook(path, 11)
+        for target, criu, _ in dumps:
+            self.wait_held(CHECKPOINT, target, criu)
         return dumps
 
     def test_two_dumps_at_once(self):
-        dumps = self.two_slow_dumps()
+        dumps = self.two_dumps()
         sessions = self.status()['sessions']
         self.assertEqual({s['client_pid'] for s in sessions}, {criu.pid for _, criu, _ in dumps})
         self.assertEqual({s['pid'] for s in sessions}, {t.pid for t, _, _ in dumps})
         self.assertEqual(len({s['checkpoint'] for s in sessions}), 2)
         self.assertEqual(len(self.phosd_pids()), 1)
+        self.let_driver_go()
         for target, criu, images in dumps:
             criu.communicate(timeout=60)
             self.images = images
@@ -104,9 +112,10 @@ class Sessions(DaemonTest):
         self.assertEqual(len(self.phosd_pids()), 1)
 
     def test_criu_killed_beside_a_session_that_goes_on(self):
-        (killed, victim, _), (saved, criu, images) = self.two_slow_dumps()
+        (killed, victim, _), (saved, criu, images) = self.two_dumps()
         victim.kill()
         victim.wait()
+        self.let_driver_go()
         criu.communicate(timeout=60)
         self.images = images
         self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
@@ -115,9 +124,11 @@ class Sessions(DaemonTest):
         self.wait_no_session()
 
     def test_phosd_killed_under_two_dumps(self):
-        dumps = self.two_slow_dumps()
+        dumps = self.two_dumps()
         before = self.phosd_pids()
         self.kill_phosd()
+        wait_until(lambda: all(map(ended, before)), 'phosd to be dead')
+        self.let_driver_go()
         for target, criu, _ in dumps:
             criu.communicate(timeout=60)
             self.assertNotEqual(criu.returncode, 0)
@@ -129,18 +140,17 @@ class Sessions(DaemonTest):
 
     def test_one_more_than_max_sessions(self):
         self.configure('max_sessions = 1')
-        self.fail_in_driver('cuCheckpointProcessLock 1 slow:700')
+        self.hold_in_driver(CHECKPOINT)
         first, second = self.counter(), self.counter()
-        images = self.image_dir('first')
-        criu = self.dump_to(images, first)
-        self.wait_for_hook(images, 10)
-        wait_until(lambda: (self.status() or {}).get('sessions'), 'the first session')
+        criu = self.dump_to(self.image_dir('first'), first)
+        self.wait_held(CHECKPOINT, first, criu)
         self.images = self.image_dir('second')
         result = self.dump(second)
         self.assertNotEqual(result.returncode, 0)
         self.assertTrue(any('as many sessions as it may (1)' in e for e in self.errors()),
                         self.errors())
         self.assert_runs_on(second)
+        self.let_driver_go()
         criu.communicate(timeout=60)
         self.assertEqual(criu.returncode, 0)
 
@@ -190,6 +200,28 @@ class Start(DaemonTest):
         self.assertEqual(self.errors(), [])
         self.assert_runs_on(target)
 
+    def answers_beside_a_dying_phosd(self, clients, *command):
+        with fake_phosd(self.socket, lambda client: None, clients):
+            result = self.phos(*command)
+        self.assertEqual([line for line in result.stderr.splitlines() if ', round ' not in line],
+                         [], command)
+        return result.returncode
+
+    def test_phosd_that_is_dying_when_a_command_asks_it(self):
+        target = self.counter()
+        for clients in (0, 1):  # waiting to be let in when it dies; let in
+            # There is none; what is left of it is its name.
+            for code, command in (1, 'status'), (0, 'stop'):
+                self.assertEqual(self.answers_beside_a_dying_phosd(clients, 'daemon', command), code)
+                os.unlink(self.socket)
+            images = os.path.join(self.directory, str(clients))
+            for command in (('daemon', 'start'),
+                            ('pre-dump', '--gpu-only', '-t', str(target.pid), '-D', images)):
+                self.assertEqual(self.answers_beside_a_dying_phosd(clients, *command), 0)
+                self.assertEqual(len(self.phosd_pids()), 1)
+                self.stop_phosd()
+        self.assert_runs_on(target)
+
     def test_nothing_of_its_starter_stays(self):
         secret = os.open(os.path.join(self.directory, 'secret'), os.O_CREAT | os.O_RDWR)
         self.addCleanup(os.close, secret)
@@ -232,30 +264,24 @@ class Start(DaemonTest):
         self.assert_runs_on(target)
 
     def test_socket_that_systemd_made(self):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(self.socket)
-            listener.listen()
-            with open(os.path.join(self.directory, 'log'), 'w') as log:
-                command = (f'LISTEN_PID=$$ LISTEN_FDS=1 exec {PHOSD} --foreground '
-                           f'--idle-timeout 1 3<&{listener.fileno()}')
-
-                def activate():
-                    return subprocess.Popen(['/bin/sh', '-c', command], env=self.env(), stderr=log,
-                                            stdin=subprocess.DEVNULL,
-                                            pass_fds=[listener.fileno()])
-                phosd = activate()
-                target = self.counter()
-                self.dump_ok(target, '--leave-running')
-                self.assertEqual(self.phosd_pids(), [phosd.pid])
-                self.assertEqual(self.status()['socket'], self.socket)
-                self.assertEqual(phosd.wait(timeout=30), 0)
-                # It is gone; who comes now waits for the next one.
-                waiting = subprocess.Popen([os.path.join(BUILD, 'bin', 'phos'), 'daemon', 'status'],
-                                           env=self.env(), stdout=subprocess.DEVNULL)
-                phosd = activate()
-                self.assertEqual(waiting.wait(timeout=30), 0)
-                self.assertEqual(phosd.wait(timeout=30), 0)
-            self.assert_runs_on(target)
+        target = self.counter()
+        with self.listener() as listener:
+            criu = self.dump(target, '--leave-running', wait=False)
+            phosd = self.activate(listener, 3600)
+            criu.communicate(timeout=60)
+            self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
+            self.assertEqual(self.phosd_pids(), [phosd.pid])
+            self.assertEqual(self.status()['socket'], self.socket)
+            self.wait_no_session()
+            phosd.terminate()
+            self.assertEqual(phosd.wait(timeout=30), 0)
+            # It is gone; who comes now waits for the next one.
+            waiting = subprocess.Popen([os.path.join(BUILD, 'bin', 'phos'), 'daemon', 'status'],
+                                       env=self.env(), stdout=subprocess.DEVNULL)
+            phosd = self.activate(listener, 1)
+            self.assertEqual(waiting.wait(timeout=30), 0)
+            self.assertEqual(phosd.wait(timeout=30), 0)
+        self.assert_runs_on(target)
         os.unlink(self.socket)
 
 
@@ -316,29 +342,30 @@ class End(DaemonTest):
         target = self.counter()
         self.dump_ok(target, '--leave-running')
         # To be asked is no work.
-        wait_until(lambda: not self.status(), 'phosd to leave', limit=10)
+        wait_until(lambda: not self.status(), 'phosd to leave')
         wait_until(lambda: not self.phosd_pids(), 'phosd to end')
         self.assertFalse(os.path.exists(self.socket))
         self.dump_ok(target, '--leave-running')
         self.assert_runs_on(target)
 
     def test_session_keeps_it_from_leaving(self):
-        self.configure('idle_timeout = 1')
-        pid = self.start_phosd()
-        with Client(self.socket) as client:
+        with self.listener() as listener, Client(self.socket) as client:
+            phosd = self.activate(listener, 1)
             self.assertTrue(client.hello(self.images).ok)
-            with self.assertRaises(AssertionError):
-                wait_until(lambda: not alive(pid), 'this is not to happen', limit=2)
+            with self.assertRaises(subprocess.TimeoutExpired):
+                phosd.wait(timeout=2)
             result = self.phos('daemon', 'stop')
             self.assertNotEqual(result.returncode, 0)
             self.assertIn('1 session is open', result.stderr)
-        wait_until(lambda: not self.phosd_pids(), 'phosd to leave')
+            client.socket.close()
+            self.assertEqual(phosd.wait(timeout=LIMIT), 0)
+        os.unlink(self.socket)
 
     def held_by(self, client, target):
         """Locks the target in a session of this test's own."""
         self.assertTrue(client.hello(self.images).ok)
         self.assertTrue(client.inspect(target.pid).ok)
-        reply = client.lock(5000)
+        reply = client.lock(LIMIT * 1000)
         self.assertTrue(reply.ok, reply.error)
 
     def test_sigterm_waits_for_the_sessions(self):

@@ -6,10 +6,11 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 import unittest
 
-from harness import (BUILD, REAL_GPU, CriuTest, Target, alive, children, gpu_device_files,
-                     wait_until)
+from harness import (BUILD, REAL_GPU, CriuTest, Target, alive, children, ended,
+                     gpu_device_files, threads_of, wait_until)
 
 PHOS = os.path.join(BUILD, 'bin', 'phos')
 
@@ -275,7 +276,10 @@ class WithoutAttaching(PreDumpTest):
         target.check_output(self)
 
 
-SLOW = 'cuMemcpyDtoHAsync * slow:'  # phosd's copies; targets do not use that function
+# phosd's copies and hashes; targets do not use the one function, and are not asked about the other.
+COPY = 'cuMemcpyDtoHAsync *'
+HASH = 'cuLaunchKernel *'
+LOCK = 'cuCheckpointProcessLock 1'
 
 
 class EndedEarly(PreDumpTest):
@@ -334,19 +338,14 @@ class EndedEarly(PreDumpTest):
         self.dump_and_restore(target, '2', '1')
 
     def has_agent(self, target):
-        for thread in os.listdir(f'/proc/{target.pid}/task'):
-            with open(f'/proc/{target.pid}/task/{thread}/comm') as f:
-                if f.read().startswith('phos-agent'):
-                    return True
-        return False
+        return any(name.startswith('phos-agent') for _, name in threads_of(target.pid))
 
-    def begin(self, target, *slow):
-        """A pre-dump whose every copy takes long; returns when it is copying."""
-        self.fail_in_driver(*slow)
+    def begin(self, target, call=COPY):
+        """A pre-dump that is held in the middle of its first round."""
+        self.hold_in_driver(call)
         process = self.start_phos('pre-dump', '--gpu-only', '-t', str(target.pid), '-D',
                                   self.path('1'))
-        wait_until(lambda: any(n.endswith('.tmp') for n in self.phos_images('1')),
-                   'a pages file under way')
+        self.wait_held(call, None if call == COPY else target, process)
         return process
 
     def assert_nothing_is_left(self, target):
@@ -356,128 +355,124 @@ class EndedEarly(PreDumpTest):
 
     def test_phos_killed(self):
         target = self.counter('--mib', '64')
-        process = self.begin(target, SLOW + '400')
+        process = self.begin(target)
         process.kill()
         process.wait()
+        self.let_driver_go()
         self.assert_nothing_is_left(target)
-        os.unlink(self.faults)
         self.assert_others_are_served()
 
     def test_phosd_killed(self):
         target = self.counter('--mib', '64')
-        process = self.begin(target, SLOW + '400')
+        process = self.begin(target)
+        wait_until(lambda: self.phos_images('1'), 'a pages file under way')
         self.kill_phosd()
         _, errors = process.communicate(timeout=60)
         self.assertNotEqual(process.returncode, 0)
-        self.assertIn('phosd', errors)
+        self.assertIn('has ended before it answered', errors)
         self.assert_runs_on(target)
-        os.unlink(self.faults)
+        self.let_driver_go()
         # What it left is no image, and the next one cleans it away.
         self.assertTrue(all(n.endswith('.tmp') for n in self.phos_images('1')))
         self.pre_dump(target, '1')
         self.assertFalse(any(n.endswith('.tmp') for n in self.phos_images('1')))
         self.assert_runs_on(target)
 
-    def test_target_killed(self):
-        target = self.counter('--mib', '64')
-        process = self.begin(target, SLOW + '400')
-        target.kill()
-        _, errors = process.communicate(timeout=60)
-        os.unlink(self.faults)
-        self.assertNotEqual(process.returncode, 0)
-        self.assertIn('nothing was saved', errors)
-        self.assertEqual(self.phos_images('1'), [])
-        self.assert_others_are_served()
-
-    def test_target_killed_after_its_first_round(self):
-        # Slow enough that its next round, which only hashes, is still to end.
-        target = self.counter('--mib', '64')
-        process = self.begin(target, SLOW + '400')
-        self.assertIn('round 1', process.stderr.readline())
-        phosd = self.phosd_pids()
-        for pid in phosd:
-            os.kill(pid, signal.SIGSTOP)
+    def assert_nothing_saved_of_the_dead(self, target, process):
         target.kill()
         wait_until(target.gone, 'the target to be gone')
-        for pid in phosd:
-            os.kill(pid, signal.SIGCONT)
+        self.let_driver_go()
         _, errors = process.communicate(timeout=60)
-        os.unlink(self.faults)
         self.assertNotEqual(process.returncode, 0)
         self.assertIn('nothing was saved', errors)
         self.assertEqual(self.phos_images('1'), [])
         self.assert_others_are_served()
 
+    def test_target_killed(self):
+        target = self.counter('--mib', '64')
+        self.assert_nothing_saved_of_the_dead(target, self.begin(target))
+
+    def test_target_killed_after_its_first_round(self):
+        target = self.counter('--mib', '64')
+        process = self.begin(target)
+        self.hold_in_driver(HASH)
+        self.assertIn('round 1', process.stderr.readline())
+        self.wait_held(HASH, command=process)
+        self.assert_nothing_saved_of_the_dead(target, process)
+
     def test_target_killed_while_it_is_searched(self):
-        self.fail_in_driver('cuPointerGetAttributes 1 slow:1000')
+        search = 'cuPointerGetAttributes 1'
         target = self.counter()
-        process = self.start_phos('pre-dump', '--gpu-only', '-t', str(target.pid), '-D',
-                                  self.path('1'))
-        wait_until(lambda: self.has_agent(target), 'the agent to be there')
+        process = self.begin(target, search)
+        self.assertTrue(self.has_agent(target))
         target.kill()
         process.communicate(timeout=60)
         self.assertEqual(self.phos_images('1'), [])
-        os.unlink(self.faults)
+        self.let_driver_go()
         self.assert_others_are_served()
 
 
 class InCriu(PreDumpTest):
     def test_copies_that_take_longer_than_its_timeout(self):
         """CRIU's alarm is for its own wait; copying may take as long as it takes."""
-        self.fail_in_driver('cuMemcpyDtoHAsync 1 slow:3000')
+        self.hold_in_driver(COPY)
         target = self.counter()
-        self.dump_ok(target, '--timeout', '1')
+        criu = self.dump(target, '--timeout', '4', wait=False)
+        self.wait_held(COPY, command=criu)
+        time.sleep(4.5)
+        self.let_driver_go()
+        criu.communicate(timeout=60)
+        self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
         wait_until(target.gone, 'the dumped process to be gone')
         took = re.search(r'round 1: .* in (\d+)\.\d ms', self.log('dump.log'))
-        self.assertGreater(int(took.group(1)), 2900)
+        self.assertGreater(int(took.group(1)), 4400)
         ticks = target.last_tick()
-        os.unlink(self.faults)
         self.restore_ok()
         target.wait_tick(ticks + 3)
         target.check_output(self)
 
-    def end_in(self, text, who):
-        """Kills one of them in the round after the one that the log tells of; None: in the first."""
-        self.fail_in_driver(SLOW + '300')
+    def end_in(self, calls, who):
+        """Kills one of them in the last of these calls, which come one after the other."""
         target = self.counter('--mib', '64')
+        self.hold_in_driver(calls[0])
         criu = self.dump(target, wait=False)
-
-        def reached():
-            if not text:
-                return any(n.startswith('phos-pages') for n in os.listdir(self.images))
-            try:
-                return text in self.log('dump.log')
-            except FileNotFoundError:
-                return False
-        wait_until(reached, f'"{text}" in the log')
+        for i, call in enumerate(calls):
+            if i:
+                self.hold_in_driver(call)
+            self.wait_held(call, target if call == LOCK else None, criu)
         if who == 'phosd':
+            pids = self.phosd_pids()
             self.kill_phosd()
+            wait_until(lambda: all(map(ended, pids)), 'phosd to be dead')
         else:
             os.kill(criu.pid if who == 'criu' else target.pid, signal.SIGKILL)
+        if who == 'criu':
+            criu.wait()
+        self.let_driver_go()
         criu.communicate(timeout=60)
-        os.unlink(self.faults)
         return target
 
-    def test_criu_killed_in_a_round(self):
-        target = self.end_in(None, 'criu')
+    def assert_only_the_images_go(self, target):
         self.assert_runs_on(target)
-        wait_until(lambda: not [n for n in os.listdir(self.images) if n.startswith('phos-')],
-                   'the images to be removed')
+        self.wait_no_phos_images()
+
+    def test_criu_killed_in_the_first_round(self):
+        self.assert_only_the_images_go(self.end_in([COPY], 'criu'))
+
+    def test_criu_killed_in_the_second_round(self):
+        self.assert_only_the_images_go(self.end_in([COPY, HASH], 'criu'))
 
     def test_criu_killed_in_the_last_round(self):
-        target = self.end_in('round 2: ', 'criu')
-        self.assert_runs_on(target)
-        wait_until(lambda: not [n for n in os.listdir(self.images) if n.startswith('phos-')],
-                   'the images to be removed')
+        self.assert_only_the_images_go(self.end_in([COPY, HASH, LOCK, HASH], 'criu'))
 
     def test_phosd_killed_in_a_round(self):
-        target = self.end_in('round 1: ', 'phosd')
+        target = self.end_in([COPY, HASH], 'phosd')
         self.assert_runs_on(target)
         self.assertFalse([n for n in os.listdir(self.images)
                           if n.startswith('phos-') and n.endswith('.img')])
 
     def test_target_killed_in_a_round(self):
-        self.end_in('round 1: ', 'target')
+        self.end_in([COPY, HASH], 'target')
         self.assertFalse([n for n in os.listdir(self.images) if n.startswith('phos-pages')])
 
 

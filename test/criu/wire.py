@@ -4,6 +4,7 @@ encoded by hand, so that the tests do not share the code they test."""
 import array
 import contextlib
 import os
+import select
 import socket
 import threading
 
@@ -110,7 +111,8 @@ class Client:
 
 @contextlib.contextmanager
 def fake_phosd(path, answer, clients=1):
-    """Calls answer(connected socket) for each client; then nobody listens, but the name stays."""
+    """Calls answer(connected socket) for each client; then nobody listens, but the name stays. With
+    no clients the first is left waiting until then."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(path)
     listener.listen()
@@ -118,6 +120,7 @@ def fake_phosd(path, answer, clients=1):
 
     def serve():
         with listener:
+            select.select([listener], [], [], LIMIT)
             accepted = [listener.accept()[0] for _ in range(clients)]
         for client in accepted:
             with client:

@@ -11,12 +11,17 @@
 //           hang: the call never ends (a cuCheckpointProcess* request is never answered, and the
 //                 restore thread serves no other)
 //           slow:MS: sleeps that long first, then works
+//           hold: waits until the file does not hold this line any more, then works. Who waits is
+//                 in a file of that name and ".held": a line "PID FUNCTION N" for each call, so
+//                 that a test knows when, and need not hurry
 //           exit: the process dies by SIGKILL
 //           elsewhere: cuMemAddressReserve pays no heed to the hint, as long as three reservations
 //                      that it has made so do not exist
 //
 // cuCheckpointProcess* faults belong to the target: its restore thread reads its file and counts.
 // cuCheckpointProcessGetRestoreThreadId never asks the target, so it has none.
+#include <fcntl.h>
+#include <limits.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -71,6 +76,47 @@ void plain_name(const char* function, char* out, size_t size) {
   if (suffix && suffix[1] == 'v' && suffix[2] >= '0' && suffix[2] <= '9') *suffix = 0;
 }
 
+constexpr size_t kMaxFile = 4096;
+struct Fault {
+  char function[64], when[16], what[32];
+  bool operator==(const Fault& other) const {
+    return !strcmp(function, other.function) && !strcmp(when, other.when) &&
+           !strcmp(what, other.what);
+  }
+};
+
+// Calls handle(Fault) for each line of the file until it returns false.
+template <typename Handle>
+void read_faults(Handle handle) {
+  char text[kMaxFile];
+  if (read_small_file(process().faults_path, text, sizeof text) <= 0) return;
+  char* next = nullptr;
+  for (char* line = strtok_r(text, "\n", &next); line; line = strtok_r(nullptr, "\n", &next)) {
+    Fault f;
+    if (sscanf(line, "%63s %15s %31s", f.function, f.when, f.what) != 3) continue;
+    if (!handle(f)) return;
+  }
+}
+
+void sleep_ms(long ms) {
+  timespec left = {ms / 1000, ms % 1000 * 1000000};
+  while (nanosleep(&left, &left)) {
+  }
+}
+
+void hold(const Fault& fault, int nth) {
+  char path[PATH_MAX + 8];
+  snprintf(path, sizeof path, "%s.held", process().faults_path);
+  const int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  dprintf(fd, "%d %s %d\n", getpid(), fault.function, nth);
+  close(fd);
+  for (bool held = true; held;) {
+    sleep_ms(2);
+    held = false;
+    read_faults([&](const Fault& f) { return !(held = f == fault); });
+  }
+}
+
 CUresult act(const char* what) {
   if (!strcmp(what, "hang")) {
     for (;;) pause();
@@ -80,10 +126,7 @@ CUresult act(const char* what) {
     for (;;) pause();
   }
   if (!strncmp(what, "slow:", 5)) {
-    long ms = strtol(what + 5, nullptr, 10);
-    timespec left = {ms / 1000, ms % 1000 * 1000000};
-    while (nanosleep(&left, &left)) {
-    }
+    sleep_ms(strtol(what + 5, nullptr, 10));
     return CUDA_SUCCESS;
   }
   if (!strcmp(what, "elsewhere")) {
@@ -102,21 +145,23 @@ bool wants_elsewhere() {
 CUresult act_out_fault(const char* function) {
   char name[64];
   plain_name(function, name, sizeof name);
-  int nth = count_call(name);
-  char text[4096];
-  if (read_small_file(process().faults_path, text, sizeof text) <= 0) return CUDA_SUCCESS;
-  char* next = nullptr;
-  for (char* line = strtok_r(text, "\n", &next); line; line = strtok_r(nullptr, "\n", &next)) {
-    char which[64], when[16], what[32];
-    if (sscanf(line, "%63s %15s %31s", which, when, what) != 3 || strcmp(which, name)) continue;
-    if (strcmp(when, "*")) {
+  const int nth = count_call(name);
+  CUresult result = CUDA_SUCCESS;
+  read_faults([&](const Fault& f) {
+    if (strcmp(f.function, name)) return true;
+    if (strcmp(f.when, "*")) {
       char* end = nullptr;
-      const long n = strtol(when, &end, 10);
-      if (*end == '+' ? nth < n : nth != n) continue;
+      const long n = strtol(f.when, &end, 10);
+      if (*end == '+' ? nth < n : nth != n) return true;
     }
-    if (CUresult r = act(what)) return r;
-  }
-  return CUDA_SUCCESS;
+    if (!strcmp(f.what, "hold")) {
+      hold(f, nth);
+    } else {
+      result = act(f.what);
+    }
+    return result == CUDA_SUCCESS;
+  });
+  return result;
 }
 
 }  // namespace phos_sim

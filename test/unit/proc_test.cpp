@@ -201,6 +201,14 @@ TEST(Proc, MappingsOfThisProcess) {
   munmap(base, 5 * page);
 }
 
+// Reading it fails, as of a task that has ended since its file was opened.
+TEST(Proc, TextThatCannotBeReadIsEmpty) {
+  EXPECT_EQ(read_proc_text("/proc/sys/kernel/ostype"), "Linux\n");
+  EXPECT_GT(read_proc_text("/proc/kallsyms").size(), 4096u);
+  EXPECT_EQ(read_proc_text("/proc/self"), "");
+  EXPECT_EQ(read_proc_text("/proc/self/no-such-file"), "");
+}
+
 TEST(Proc, GoneProcessIsEsrch) {
   Child child([] {});
   ASSERT_TRUE(child.ready());

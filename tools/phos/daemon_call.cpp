@@ -21,6 +21,11 @@ Error no_answer(const std::string& why) {
                "phosd at " + daemon_socket_path() + " does not answer: " + why);
 }
 
+Error ended() {
+  return Error(Domain::kProtocol, ECONNRESET,
+               "phosd at " + daemon_socket_path() + " has ended before it answered");
+}
+
 Result<void> send_request(int socket, const Phos__Wire__Request& request, int fd) {
   std::vector<uint8_t> packet(phos__wire__request__get_packed_size(&request));
   phos__wire__request__pack(&request, packet.data());
@@ -39,10 +44,19 @@ Result<void> send_request(int socket, const Phos__Wire__Request& request, int fd
     memcpy(CMSG_DATA(c), &fd, sizeof fd);
   }
   // One that turns us away answers before it is asked, and hangs up.
-  if (sendmsg(socket, &message, MSG_NOSIGNAL) < 0 && errno != EPIPE) {
+  if (sendmsg(socket, &message, MSG_NOSIGNAL) < 0 && errno != EPIPE && errno != ECONNRESET) {
     return no_answer(strerror(errno));
   }
   return {};
+}
+
+// 0: it hung up, for which an error may come first.
+ssize_t receive_packet(int socket, std::vector<uint8_t>* packet) {
+  ssize_t n;
+  do {
+    n = recv(socket, packet->data(), packet->size(), 0);
+  } while (n < 0 && (errno == EINTR || errno == ECONNRESET));
+  return n;
 }
 
 }  // namespace
@@ -71,9 +85,9 @@ Result<ReplyPtr> call_daemon(int socket, const Phos__Wire__Request& request, int
   for (;;) {
     auto readable = wait_for_daemon(socket, timeout_ms);
     if (!readable) return readable.error();
-    const ssize_t n = recv(socket, packet.data(), packet.size(), 0);
+    const ssize_t n = receive_packet(socket, &packet);
     if (n < 0) return no_answer(strerror(errno));
-    if (n == 0) return no_answer("it hung up");
+    if (n == 0) return ended();
     ReplyPtr reply(phos__wire__reply__unpack(nullptr, static_cast<size_t>(n), packet.data()));
     if (!reply) return no_answer("what came is no reply");
     if (on_progress) on_progress(*reply);
@@ -81,6 +95,10 @@ Result<ReplyPtr> call_daemon(int socket, const Phos__Wire__Request& request, int
     if (reply->ok) return reply;
     return Error(Domain::kProtocol, EPROTO, reply->error ? reply->error : "phosd gave no reason");
   }
+}
+
+bool is_end_of_daemon(const Error& error) {
+  return error.domain() == Domain::kProtocol && error.code() == ECONNRESET;
 }
 
 Result<UniqueFd> connect_or_start_daemon() {

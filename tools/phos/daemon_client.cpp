@@ -92,30 +92,36 @@ bool has_left_processes() {
 }  // namespace
 
 Result<std::optional<DaemonInfo>> ask_daemon() {
-  auto socket = connect_to_daemon();
-  if (!socket) return socket.error();
-  if (!socket->has_value() && !has_left_processes()) return std::optional<DaemonInfo>();
-  auto info = socket->has_value() ? ask((*socket)->get()) : start_daemon();
-  if (!info) return info.error();
-  return std::optional<DaemonInfo>(std::move(*info));
+  return ask_living_daemon([]() -> Result<std::optional<DaemonInfo>> {
+    auto socket = connect_to_daemon();
+    if (!socket) return socket.error();
+    if (!socket->has_value() && !has_left_processes()) return std::optional<DaemonInfo>();
+    auto info = socket->has_value() ? ask((*socket)->get()) : start_daemon();
+    if (!info) return info.error();
+    return std::optional<DaemonInfo>(std::move(*info));
+  });
 }
 
 Result<DaemonInfo> start_daemon() {
-  auto socket = connect_or_start_daemon();
-  if (!socket) return socket.error();
-  return ask(socket->get());
+  return ask_living_daemon([]() -> Result<DaemonInfo> {
+    auto socket = connect_or_start_daemon();
+    if (!socket) return socket.error();
+    return ask(socket->get());
+  });
 }
 
 Result<bool> stop_daemon() {
-  auto socket = connect_to_daemon();
-  if (!socket) return socket.error();
-  if (!socket->has_value()) return false;
-  auto reply = call((*socket)->get(), PHOS__WIRE__REQUEST__OP_SHUTDOWN);
-  if (!reply) return reply.error();
-  // It hangs up once it does not listen any more.
-  auto readable = wait_for_daemon((*socket)->get(), kAnswerMs);
-  if (!readable) return readable.error();
-  return true;
+  return ask_living_daemon([]() -> Result<bool> {
+    auto socket = connect_to_daemon();
+    if (!socket) return socket.error();
+    if (!socket->has_value()) return false;
+    auto reply = call((*socket)->get(), PHOS__WIRE__REQUEST__OP_SHUTDOWN);
+    if (!reply) return reply.error();
+    // It hangs up once it does not listen any more.
+    auto readable = wait_for_daemon((*socket)->get(), kAnswerMs);
+    if (!readable) return readable.error();
+    return true;
+  });
 }
 
 std::string describe(const DaemonInfo& info) {

@@ -15,11 +15,15 @@ constexpr int kAnswerMs = 60000, kForEver = -1;
 
 class PreDump {
  public:
-  PreDump(UniqueFd socket, const std::function<void(const PreDumpRound&)>& on_round,
+  PreDump(const std::function<void(const PreDumpRound&)>& on_round,
           const std::function<void(unsigned, const char*)>& on_log)
-      : socket_(std::move(socket)), on_round_(on_round), on_log_(on_log) {}
+      : on_round_(on_round), on_log_(on_log) {}
 
+  // May be called again.
   Result<void> hello(int image_dir) {
+    auto socket = connect_or_start_daemon();
+    if (!socket) return socket.error();
+    socket_ = std::move(*socket);
     Phos__Wire__Hello hello = PHOS__WIRE__HELLO__INIT;
     hello.protocol = PHOS_PROTOCOL_VERSION;
     hello.stage = PHOS__WIRE__STAGE__PRE_DUMP;
@@ -90,15 +94,13 @@ class PreDump {
 Result<PreDumpResult> pre_dump_gpus(int pid, int image_dir, const PreDumpLimits& limits,
                                     const std::function<void(const PreDumpRound&)>& on_round,
                                     const std::function<void(unsigned, const char*)>& on_log) {
-  auto socket = connect_or_start_daemon();
-  if (!socket) return socket.error();
   PreDumpResult result;
   const std::function<void(const PreDumpRound&)> note = [&](const PreDumpRound& round) {
     result.rounds.push_back(round);
     on_round(round);
   };
-  PreDump session(std::move(*socket), note, on_log);
-  if (auto r = session.hello(image_dir); !r) return r.error();
+  PreDump session(note, on_log);
+  if (auto r = ask_living_daemon([&] { return session.hello(image_dir); }); !r) return r.error();
   auto found = session.inspect(pid);
   if (!found) return found.error();
   result.processes = *found;

@@ -5,8 +5,6 @@
 #include <cctype>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <sstream>
 
 namespace phos::cli {
@@ -16,11 +14,6 @@ namespace fs = std::filesystem;
 
 std::string proc_path(int pid) {
   return "/proc/" + std::to_string(pid);
-}
-
-std::string read_file(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
 }
 
 // The numeric entries of a /proc directory, sorted; empty when it is gone.
@@ -49,7 +42,7 @@ bool is_restore_thread_name(const std::string& comm) {
 std::optional<int> find_restore_thread(int pid) {
   std::string tasks = proc_path(pid) + "/task";
   for (int tid : numbers_in(tasks)) {
-    std::string comm = read_file(tasks + "/" + std::to_string(tid) + "/comm");
+    std::string comm = read_proc_text(tasks + "/" + std::to_string(tid) + "/comm");
     if (!comm.empty() && comm.back() == '\n') comm.pop_back();
     if (is_restore_thread_name(comm)) return tid;
   }
@@ -69,7 +62,7 @@ std::vector<int> process_tree(int pid) {
   for (size_t i = 0; i < tree.size(); i++) {
     std::string tasks = proc_path(tree[i]) + "/task";
     for (int tid : numbers_in(tasks)) {
-      std::istringstream children(read_file(tasks + "/" + std::to_string(tid) + "/children"));
+      std::istringstream children(read_proc_text(tasks + "/" + std::to_string(tid) + "/children"));
       for (int child; children >> child;) {
         if (std::find(tree.begin(), tree.end(), child) == tree.end()) tree.push_back(child);
       }
@@ -79,7 +72,7 @@ std::vector<int> process_tree(int pid) {
 }
 
 std::string command_of(int pid, const ProcStatus& status) {
-  std::string line = read_file(proc_path(pid) + "/cmdline");
+  std::string line = read_proc_text(proc_path(pid) + "/cmdline");
   while (!line.empty() && line.back() == '\0') line.pop_back();
   if (line.empty()) return "[" + status.comm + "]";
   for (char& c : line) {
@@ -91,11 +84,11 @@ std::string command_of(int pid, const ProcStatus& status) {
 }
 
 bool is_cgroup_frozen(int pid) {
-  std::istringstream groups(read_file(proc_path(pid) + "/cgroup"));
+  std::istringstream groups(read_proc_text(proc_path(pid) + "/cgroup"));
   for (std::string line; std::getline(groups, line);) {
     if (line.compare(0, 3, "0::") != 0) continue;
     for (const char* root : {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"}) {
-      std::string events = read_file(root + line.substr(3) + "/cgroup.events");
+      std::string events = read_proc_text(root + line.substr(3) + "/cgroup.events");
       if (events.find("frozen 1") != std::string::npos) return true;
     }
   }
