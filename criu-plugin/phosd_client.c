@@ -245,6 +245,7 @@ int phosd_start(Phos__Wire__Stage stage)
 	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
 	Phos__Wire__Hello hello = PHOS__WIRE__HELLO__INIT;
 	Phos__Wire__Reply *reply;
+	const char *encrypt;
 	int error = 0;
 	size_t i;
 
@@ -252,6 +253,11 @@ int phosd_start(Phos__Wire__Stage stage)
 		return 0;
 	hello.protocol = PHOS_PROTOCOL_VERSION;
 	hello.stage = stage;
+	/* secure_getenv: a criu with file capabilities must not let its caller choose. */
+	hello.compress = secure_getenv(PHOS_COMPRESS_ENV);
+	encrypt = secure_getenv(PHOS_ENCRYPT_ENV);
+	hello.has_encrypt = hello.encrypt = encrypt && !strcmp(encrypt, "1");
+	hello.key_file = secure_getenv(PHOS_KEY_FILE_ENV);
 	request.op_case = PHOS__WIRE__REQUEST__OP_HELLO;
 	request.hello = &hello;
 	reply = say_hello(&request, &error);

@@ -13,6 +13,7 @@
 #include <optional>
 #include <set>
 #include <sstream>
+#include <thread>
 
 #include "gpu-tracker/abi/protocol.h"
 
@@ -26,6 +27,7 @@ namespace po = boost::program_options;
 constexpr uint64_t kPoolDivisor = 4, kPoolMax = uint64_t{16} << 30;
 constexpr unsigned kMaxSessions = 4096;
 constexpr unsigned kMaxIdleSeconds = 365 * 24 * 3600;
+constexpr unsigned kMaxCompressThreads = 1024, kDefaultCompressThreads = 16;
 
 Error usage(const std::string& what) {
   return Error(Domain::kUsage, EINVAL, what);
@@ -78,6 +80,23 @@ Result<bool> parse_release(const std::string& text) {
   if (text == "auto") return true;
   if (text == "off") return false;
   return usage("must be auto or off");
+}
+
+Result<bool> parse_switch(const std::string& text) {
+  if (text == "on") return true;
+  if (text == "off") return false;
+  return usage("must be on or off");
+}
+
+// phosd's working directory is the root directory.
+Result<std::string> parse_file(const std::string& text) {
+  if (text.empty() || text[0] != '/') return usage("must be an absolute path");
+  return text;
+}
+
+// As many as a dump may take of a machine that has other things to do.
+unsigned default_compress_threads() {
+  return std::clamp(std::thread::hardware_concurrency() / 2, 1u, kDefaultCompressThreads);
 }
 
 template <typename T>
@@ -137,6 +156,24 @@ constexpr Setting kSettings[] = {
      "(default: off)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_release(text), &config->release);
+     }},
+    {"compress",
+     "how pages of GPU memory are stored: none, zstd, zstd:LEVEL or lz4 (default: none)",
+     [](const std::string& text, DaemonConfig* config) {
+       return assign(parse_compression(text), &config->compress);
+     }},
+    {"compress-threads",
+     "threads that a dump compresses and encrypts with (default: half the processors, at most 16)",
+     [](const std::string& text, DaemonConfig* config) {
+       return assign(parse_number(text, 1, kMaxCompressThreads), &config->compress_threads);
+     }},
+    {"key-file", "key that images are encrypted with: 32 bytes or 64 hexadecimal digits",
+     [](const std::string& text, DaemonConfig* config) {
+       return assign(parse_file(text), &config->key_file);
+     }},
+    {"encrypt", "on: phos's images are encrypted with the key of key-file (default: off)",
+     [](const std::string& text, DaemonConfig* config) {
+       return assign(parse_switch(text), &config->encrypt);
      }},
     {"log-level", "error, warning, info or debug (default: info)",
      [](const std::string& text, DaemonConfig* config) {
@@ -229,6 +266,7 @@ DaemonConfig default_config(const std::string& run_dir) {
   config.run_dir = run_dir.empty() ? PHOS_RUN_DIR : run_dir;
   config.socket = config.run_dir + "/" PHOS_SOCKET_NAME;
   config.pool_size = std::min(machine_memory() / kPoolDivisor, kPoolMax);
+  config.compress_threads = default_compress_threads();
   return config;
 }
 
@@ -277,6 +315,9 @@ Result<DaemonCommandLine> parse_daemon_command_line(const std::vector<std::strin
     if (auto r = read_config_file(file, &result.config); !r) return r.error();
   }
   if (auto r = apply_values(values, &result.config); !r) return r.error();
+  if (result.config.encrypt && result.config.key_file.empty()) {
+    return usage("encrypt = on needs a key: set key-file in " + file);
+  }
   return result;
 }
 

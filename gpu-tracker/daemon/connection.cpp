@@ -16,6 +16,7 @@
 #include "gpu-tracker/abi/version.h"
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/daemon/image_storage.h"
 
 namespace phos {
 namespace {
@@ -303,6 +304,8 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
   auto engines = node_.engines();
   if (!engines) return engines.error();
   if (auto r = make_run_dir(lock_dir(node_)); !r) return r;
+  auto storage = choose_storage(node_.config(), hello);
+  if (!storage) return storage.error();
   session_ = std::make_unique<Session>(**driver, lock_dir(node_), *engines);
   if (hello.stage == PHOS__WIRE__STAGE__RESTORE) {
     auto files = session_->begin_restore(std::move(image_dir));
@@ -317,7 +320,7 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
   }
   const auto stage =
       hello.stage == PHOS__WIRE__STAGE__PRE_DUMP ? DumpStage::kPreDump : DumpStage::kDump;
-  if (auto r = session_->begin_dump(std::move(image_dir), stage); !r) return r;
+  if (auto r = session_->begin_dump(std::move(image_dir), stage, *storage); !r) return r;
   if (leaves_running(peer_.pid)) session_->expect_to_go_on();
   entry_->log.set_checkpoint(format_dump_id(session_->dump_id()));
   return {};
@@ -337,6 +340,10 @@ void bring_back_left(Node& node, const LeftProcess& left) {
   SessionLog::Scope scope(&(*entry)->log);
   (*entry)->log.set_pid(left.pid);
   (*entry)->recovering = true;
+  if (auto key = load_image_key(node.config()); !key) {
+    log(LogLevel::kWarn, "daemon", "encrypted images cannot be read: %s",
+        key.error().message().c_str());
+  }
   insist([&] {
     // A criu that lives has its tasks traced, or its plugin asks for them.
     while (is_traced_or_stopped(left.pid)) {

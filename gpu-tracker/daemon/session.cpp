@@ -46,9 +46,10 @@ void Session::ends_soon() const {
   for (const auto& [pid, held] : held_) held.lock.ends_soon();
 }
 
-Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage) {
+Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, PageStoreOptions storage) {
   image_dir_ = std::move(image_dir);
   stage_ = stage;
+  storage_ = std::move(storage);
   if (getrandom(dump_id_.data(), dump_id_.size(), 0) != static_cast<ssize_t>(dump_id_.size())) {
     return Error::from_errno(errno, "getrandom");
   }
@@ -136,7 +137,28 @@ Result<ProcessImage> Session::describe(int pid, const Held& held) const {
   image.phos_version = PHOS_VERSION;
   image.gpus = gpus_;
   image.device_bytes = held.memory.own;
+  if (storage_.key) image.key_id = storage_.key->id();
   return image;
+}
+
+// Whoever has asked for encryption should not believe that everything is encrypted.
+void Session::log_unencrypted(int pid, const ProcessImage& image) {
+  uint64_t released = 0;
+  for (const AllocationInfo& a : image.allocations) {
+    if (a.path == MemoryPath::kReleased) released += a.size;
+  }
+  if (released == 0) {
+    log(LogLevel::kWarn, "daemon",
+        "%s: its GPU memory, which NVIDIA's driver saved, and its CPU memory are in CRIU's images, "
+        "which are not encrypted; release = auto in phosd.conf keeps GPU memory out of them",
+        process(pid).c_str());
+    return;
+  }
+  log(LogLevel::kInfo, "daemon",
+      "%s: %s of GPU memory are encrypted; what NVIDIA's driver saved of it, and CPU memory, are "
+      "in "
+      "CRIU's images, which are not",
+      process(pid).c_str(), megabytes(released).c_str());
 }
 
 Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_time) {
@@ -158,6 +180,7 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   timings.write_us = us(held->write_time);
   timings.release_us = us(held->release_time);
   if (held->stopped) timings.stopped_us = us(since(*held->stopped));
+  if (storage_.key && stage_ == DumpStage::kDump) log_unencrypted(pid, *held->image);
   return write_process_image(image_dir_.get(), *held->image);
 }
 

@@ -27,6 +27,7 @@
 #include "gpu-tracker/daemon/process_lock.h"
 #include "gpu-tracker/driver/gpu_driver.h"
 #include "gpu-tracker/image/image.h"
+#include "gpu-tracker/image/page_store.h"
 
 namespace phos {
 
@@ -63,8 +64,10 @@ class Session {
   void ends_soon() const;
 
   // A dump or pre-dump into `image_dir` (takes ownership). Removes phos images of an earlier dump
-  // there. It builds on what the directory's link `parent` leads to.
-  Result<void> begin_dump(UniqueFd image_dir, DumpStage stage = DumpStage::kDump);
+  // there. It builds on what the directory's link `parent` leads to. `storage`: how the images are
+  // stored.
+  Result<void> begin_dump(UniqueFd image_dir, DumpStage stage = DumpStage::kDump,
+                          PageStoreOptions storage = {});
 
   // A restore from `image_dir`: refuses images this machine cannot take.
   Result<FilesImage> begin_restore(UniqueFd image_dir);
@@ -231,6 +234,7 @@ class Session {
   Result<void> finish_pre_dump();
 
   Result<ProcessImage> describe(int pid, const Held& held) const;
+  static void log_unencrypted(int pid, const ProcessImage& image);
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
   static void stop_passing(int pid, Held* held);
   Result<void> bring_back(int pid, CudaState target, Held* held);
@@ -258,6 +262,7 @@ class Session {
   std::vector<int> inspected_;  // whose trees are dumped
   DumpId dump_id_{};
   DumpStage stage_ = DumpStage::kDump;
+  PageStoreOptions storage_;
   bool dumping_ = false;
   bool release_wanted_ = false;
   bool will_go_on_ = false;

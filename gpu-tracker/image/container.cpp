@@ -41,7 +41,9 @@ Result<void> check_header(const FileHeader& h, size_t got, uint64_t file_size, F
   if (h.version == 0) {
     return image_error(ImageError::kBadField, path + " has format version 0, which never existed");
   }
-  if (h.kind != static_cast<uint32_t>(kind)) {
+  const bool sealed =
+      kind == FileKind::kProcess && h.kind == static_cast<uint32_t>(FileKind::kSealed);
+  if (h.kind != static_cast<uint32_t>(kind) && !sealed) {
     return image_error(ImageError::kWrongName,
                        path + " holds a phos image of kind " + std::to_string(h.kind) +
                            ", under this name it must be kind " +
@@ -100,7 +102,7 @@ Result<void> write_container(int dir_fd, const std::string& name, FileKind kind,
   return file.commit(size);
 }
 
-Result<std::vector<uint8_t>> read_container(int dir_fd, const std::string& name, FileKind kind) {
+Result<Payload> read_container(int dir_fd, const std::string& name, FileKind kind) {
   uint64_t size = 0;
   auto fd = open_image(dir_fd, name, 0, &size);
   if (!fd) return fd.error();
@@ -110,7 +112,9 @@ Result<std::vector<uint8_t>> read_container(int dir_fd, const std::string& name,
   if (!got) return got.error();
   if (auto ok = check_header(header, *got, size, kind, path); !ok) return ok.error();
 
-  std::vector<uint8_t> payload(header.payload_length);  // equals what the file has, see above
+  // The length equals what the file has, see above.
+  Payload read{static_cast<FileKind>(header.kind), std::vector<uint8_t>(header.payload_length)};
+  std::vector<uint8_t>& payload = read.bytes;
   got = read_at(fd->get(), payload.data(), payload.size(), sizeof header, path);
   if (!got) return got.error();
   if (*got < payload.size()) {
@@ -122,7 +126,7 @@ Result<std::vector<uint8_t>> read_container(int dir_fd, const std::string& name,
                            " is damaged: the payload's checksum is wrong; copy it again from "
                            "where it was dumped");
   }
-  return payload;
+  return read;
 }
 
 }  // namespace phos

@@ -20,7 +20,8 @@ inline constexpr char kImageMagic[8] = {'P', 'H', 'O', 'S', 'I', 'M', 'G', '\0'}
 // again; more than this is not a process but a broken file.
 inline constexpr uint64_t kMaxPayload = 1u << 30;
 
-enum class FileKind : uint32_t { kProcess = 1, kFiles = 2 };
+// kSealed: an encrypted kProcess.
+enum class FileKind : uint32_t { kProcess = 1, kFiles = 2, kSealed = 3 };
 
 // On disk, little-endian. This layout and the header's checksum stay the same in every version, so
 // that an old reader can tell a newer file from a damaged one.
@@ -43,7 +44,12 @@ static_assert(offsetof(FileHeader, header_crc) == 28);
 Result<void> write_container(int dir_fd, const std::string& name, FileKind kind, uint32_t version,
                              const std::vector<uint8_t>& payload);
 
-// The payload, checksum verified. Reads at most the file's size.
-Result<std::vector<uint8_t>> read_container(int dir_fd, const std::string& name, FileKind kind);
+struct Payload {
+  FileKind kind{};
+  std::vector<uint8_t> bytes;
+};
+// The payload, checksum verified. Reads at most the file's size. A file of `kind` kProcess may be
+// kSealed.
+Result<Payload> read_container(int dir_fd, const std::string& name, FileKind kind);
 
 }  // namespace phos

@@ -18,6 +18,7 @@
 #include "gpu-tracker/image/names.h"
 #include "gpu-tracker/image/page_file.h"
 #include "gpu-tracker/image/page_header.h"
+#include "gpu-tracker/image/sealed.h"
 
 namespace phos {
 namespace {
@@ -44,18 +45,32 @@ Result<void> remove_file(int dir_fd, const std::string& name) {
   return Error::from_errno(errno, "cannot remove " + describe_file(dir_fd, name));
 }
 
-struct PageFileId {
+struct FileOwner {
   DumpId dump_id;
 };
 
 // Whose pages file it is.
-Result<PageFileId> read_page_file_id(int dir_fd, const std::string& name) {
+Result<FileOwner> read_page_file_owner(int dir_fd, const std::string& name) {
   uint64_t size = 0;
   auto fd = open_image(dir_fd, name, 0, &size);
   if (!fd) return fd.error();
   auto header = read_page_header(fd->get(), size, describe_file(dir_fd, name));
   if (!header) return header.error();
-  return PageFileId{std::to_array(header->dump_id)};
+  return FileOwner{std::to_array(header->dump_id)};
+}
+
+// The same of a process's image; an encrypted one tells it without its key.
+Result<FileOwner> read_process_owner(int dir_fd, int pid) {
+  auto payload = read_container(dir_fd, process_name(pid), FileKind::kProcess);
+  if (!payload) return payload.error();
+  if (payload->kind == FileKind::kSealed) {
+    auto header = read_sealed_header(payload->bytes);
+    if (!header) return header.error();
+    return FileOwner{header->dump_id};
+  }
+  auto image = read_process_image(dir_fd, pid);
+  if (!image) return image.error();
+  return FileOwner{image->dump_id};
 }
 
 // nullopt: the file is not a sound image, so it is nobody's. Error: it could not be read at all.
@@ -65,9 +80,9 @@ Result<std::optional<DumpId>> dump_id_of(int dir_fd, const std::string& name) {
     if (image.error().domain() == Domain::kFormat) return std::optional<DumpId>();
     return image.error();
   };
-  if (parse_page_file_name(name).pid) return id_or_error(read_page_file_id(dir_fd, name));
-  int pid = pid_in_name(name);
-  return pid ? id_or_error(read_process_image(dir_fd, pid)) : id_or_error(read_files_image(dir_fd));
+  if (parse_page_file_name(name).pid) return id_or_error(read_page_file_owner(dir_fd, name));
+  const int pid = pid_in_name(name);
+  return pid ? id_or_error(read_process_owner(dir_fd, pid)) : id_or_error(read_files_image(dir_fd));
 }
 
 // A process may have ended while it was dumped, and have left pages that others have, too. (These
@@ -169,14 +184,20 @@ static uint32_t version_of(const ProcessImage& image) {
   const bool dropped =
       std::any_of(image.allocations.begin(), image.allocations.end(),
                   [](const AllocationInfo& a) { return count_pages(a).dropped != 0; });
-  return image.layout.packed || !image.other_files.empty() || dropped ? 2 : 1;
+  const bool sealed = image.key_id != KeyId{};
+  return image.layout.packed || !image.other_files.empty() || dropped || sealed ? 2 : 1;
 }
 
 Result<void> write_process_image(int dir_fd, const ProcessImage& image) {
   std::string name = process_name(image.pid);
   auto payload = encode(image);
+  FileKind kind = FileKind::kProcess;
+  if (payload && image.key_id != KeyId{}) {
+    payload = seal(*payload, image.dump_id, image.key_id);
+    kind = FileKind::kSealed;
+  }
   if (!payload) return payload.error().wrap("cannot write " + describe_file(dir_fd, name));
-  return write_container(dir_fd, name, FileKind::kProcess, version_of(image), *payload);
+  return write_container(dir_fd, name, kind, version_of(image), *payload);
 }
 
 Result<void> write_files_image(int dir_fd, const FilesImage& image) {
@@ -189,8 +210,24 @@ Result<ProcessImage> read_process_image(int dir_fd, int pid) {
   std::string name = process_name(pid);
   auto payload = read_container(dir_fd, name, FileKind::kProcess);
   if (!payload) return payload.error();
-  auto image = decode_process(*payload);
+  std::optional<SealedHeader> sealed;
+  if (payload->kind == FileKind::kSealed) {
+    auto header = read_sealed_header(payload->bytes);
+    if (!header) return header.error().wrap(describe_file(dir_fd, name));
+    auto opened = unseal(std::move(payload->bytes), *header);
+    if (!opened) return opened.error().wrap(describe_file(dir_fd, name));
+    payload->bytes = std::move(*opened);
+    sealed = *header;
+  }
+  auto image = decode_process(payload->bytes);
   if (!image) return image.error().wrap(describe_file(dir_fd, name));
+  if (sealed && sealed->dump_id != image->dump_id) {
+    return image_error(ImageError::kBadField,
+                       describe_file(dir_fd, name) + " says that it is of dump " +
+                           format_dump_id(sealed->dump_id) + ", but what is encrypted in it of " +
+                           format_dump_id(image->dump_id));
+  }
+  if (sealed) image->key_id = sealed->key_id;
   if (image->pid != pid) {
     return image_error(ImageError::kWrongName,
                        describe_file(dir_fd, name) + " is the image of process " +
@@ -202,7 +239,7 @@ Result<ProcessImage> read_process_image(int dir_fd, int pid) {
 Result<FilesImage> read_files_image(int dir_fd) {
   auto payload = read_container(dir_fd, kFilesName, FileKind::kFiles);
   if (!payload) return payload.error();
-  auto image = decode_files(*payload);
+  auto image = decode_files(payload->bytes);
   if (!image) return image.error().wrap(describe_file(dir_fd, kFilesName));
   return image;
 }

@@ -45,6 +45,7 @@ enum class ImageError {
   kIncomplete = 14,   // a file of the dump is missing, or holds too few pages
   kPreDumpOnly = 15,  // made by a pre-dump: nothing to restore from
   kDamagedPage = 16,  // a page's bytes are not those that were saved
+  kNoKey = 17,        // it is encrypted, and its key was not given
 };
 
 // Pages are cut from the start of an allocation; the rest of its last page counts as zeros.

@@ -10,6 +10,7 @@
 #include "gpu-tracker/base/json.h"
 #include "gpu-tracker/image/container.h"
 #include "gpu-tracker/image/image.h"
+#include "gpu-tracker/image/image_key.h"
 
 namespace phos {
 namespace {
@@ -115,6 +116,7 @@ void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<Ch
   json.member("driver_release", p.driver_release).member("driver_api", p.driver_api);
   json.member("created_us", p.created_us).member("phos_version", p.phos_version);
   if (p.device_bytes) json.member("device_bytes", p.device_bytes);
+  if (p.key_id != KeyId{}) json.member("key_id", format_key_id(p.key_id));
   json.key("gpus").begin_array();
   for (const GpuInfo& gpu : p.gpus) {
     json.begin_object().member("uuid", format_gpu_uuid(gpu.uuid)).member("name", gpu.name);
@@ -191,6 +193,9 @@ std::string process_table(const ProcessImage& p, const std::vector<ChainLevel>& 
   if (p.device_bytes) {
     out += "  memory   " + human_bytes(p.device_bytes) + " on the GPUs" +
            (p.hash_key.empty() ? ", saved by the driver\n" : "\n");
+  }
+  if (p.key_id != KeyId{}) {
+    out += "  key      " + format_key_id(p.key_id) + " (phos's images are encrypted)\n";
   }
   struct Sum {
     uint64_t count = 0, bytes = 0;

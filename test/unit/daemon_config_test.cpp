@@ -64,6 +64,10 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
                                   "max-slowdown = 2.5%\n"
                                   "tracker = verify\n"
                                   "release = off\n"
+                                  "compress = zstd:3\n"
+                                  "compress_threads = 5\n"
+                                  "key-file = /etc/phos/image key\n"
+                                  "encrypt = on\n"
                                   "log_level = debug"),
                             &config);
   ASSERT_TRUE(r.ok()) << r.error().message();
@@ -75,6 +79,10 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
   EXPECT_EQ(config.max_slowdown, 2.5);
   EXPECT_EQ(config.tracker, TrackerChoice::kVerify);
   EXPECT_FALSE(config.release);
+  EXPECT_EQ(config.compress, (CompressionChoice{Compression::kZstd, 3}));
+  EXPECT_EQ(config.compress_threads, 5u);
+  EXPECT_EQ(config.key_file, "/etc/phos/image key");
+  EXPECT_TRUE(config.encrypt);
   EXPECT_EQ(config.log_level, LogLevel::kDebug);
 }
 
@@ -86,10 +94,12 @@ TEST_F(DaemonConfigTest, ErrorsNameTheFileAndTheLine) {
   EXPECT_EQ(refused("max_sessions\n"), at + "1: 'max_sessions' is not of the form KEY = VALUE");
   EXPECT_EQ(refused("log_level=info\nlog-level=info\n"), at + "2: log-level is set a second time");
   EXPECT_EQ(refused("\n [phosd]\n"), at + "2: there are no sections");
-  for (const char* line : {"max_sessions = 0", "idle_timeout = -1", "max_slowdown = 0",
-                           "max_slowdown = 101", "max_slowdown = nan", "log_level = loud",
-                           "tracker = none", "release = on", "socket = relative", "socket =",
-                           "pool_size = much", "config = /etc/passwd", "foreground = 1"}) {
+  for (const char* line :
+       {"max_sessions = 0", "idle_timeout = -1", "max_slowdown = 0", "max_slowdown = 101",
+        "max_slowdown = nan", "log_level = loud", "tracker = none", "release = on",
+        "socket = relative", "socket =", "pool_size = much", "compress = gzip",
+        "compress = zstd:20", "compress_threads = 0", "key_file = key",
+        "key_file =", "encrypt = yes", "config = /etc/passwd", "foreground = 1"}) {
     EXPECT_EQ(refused(line).rfind(at + "1: ", 0), 0u) << line << ": " << refused(line);
   }
   EXPECT_NE(refused("socket = /" + std::string(200, 'x')), "");
@@ -112,6 +122,16 @@ TEST_F(DaemonConfigTest, RunDirectoryHoldsSocketAndFile) {
   EXPECT_EQ(r->config.socket, dir_ + "/phosd.sock");
   EXPECT_EQ(r->config.max_sessions, 7u);
   EXPECT_FALSE(r->foreground);
+}
+
+TEST_F(DaemonConfigTest, EncryptingNeedsAKey) {
+  const std::string file = write("encrypt = on\n");
+  auto r = parse_daemon_command_line({"--config", file}, dir_);
+  ASSERT_FALSE(r.ok());
+  EXPECT_EQ(r.error().message(), "encrypt = on needs a key: set key-file in " + file);
+  EXPECT_TRUE(parse_daemon_command_line({"--config", file, "--key-file=/k"}, dir_).ok());
+  write("key-file = /k\n");
+  EXPECT_TRUE(parse_daemon_command_line({"--encrypt=on"}, dir_).ok());
 }
 
 TEST_F(DaemonConfigTest, OnlyAFileThatWasNamedMustExist) {

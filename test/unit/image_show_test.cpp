@@ -68,6 +68,15 @@ TEST(ImageShow, Json) {
 )");
 }
 
+TEST(ImageShow, NamesTheKeyOfEncryptedImages) {
+  ImageSet set = small_set();
+  EXPECT_EQ(to_table(set).find("encrypted"), std::string::npos);
+  set.processes[0].key_id = {0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef};
+  EXPECT_NE(to_json(set).find("\n      \"key_id\": \"0123456789abcdef\",\n"), std::string::npos)
+      << to_json(set);
+  EXPECT_NE(to_table(set).find("\n  key      0123456789abcdef "), std::string::npos);
+}
+
 // The process whose pages phos saved, with a parent.
 ImageSet saved_set() {
   ImageSet set;

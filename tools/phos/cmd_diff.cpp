@@ -9,6 +9,7 @@
 #include "tools/phos/image_dir.h"
 #include "tools/phos/page_hasher.h"
 #include "tools/phos/progress_line.h"
+#include "tools/phos/storage_options.h"
 #include "tools/phos/table.h"
 
 namespace phos::cli {
@@ -29,6 +30,7 @@ Syntax syntax() {
       "not they differ.\n";
   s.positional = "directory";
   s.options.add_options()("json", "print JSON, with every allocation");
+  add_key_option(&s);
   return s;
 }
 
@@ -211,6 +213,7 @@ int run_diff(const std::vector<std::string>& args) {
   auto options = parse(s, args);
   if (!options) return fail(kName, options.error().message(), kExitUsage);
   if (options->help) return kExitOk;
+  if (auto ok = use_keys(*options); !ok) return fail(kName, ok.error().message(), kExitUsage);
   const std::vector<std::string> dirs = options->words("directory");
   if (dirs.size() != 2) return fail(kName, "give two directories of images", kExitUsage);
   return diff(dirs[0], dirs[1], options->has("json"));

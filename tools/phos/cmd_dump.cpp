@@ -15,6 +15,7 @@
 #include "tools/phos/gpu_images.h"
 #include "tools/phos/image_dir.h"
 #include "tools/phos/processes.h"
+#include "tools/phos/storage_options.h"
 
 namespace phos::cli {
 namespace {
@@ -44,6 +45,8 @@ Syntax syntax() {
       "how long CRIU may take to stop the processes (CRIU's default: 10)")(
       "force,f", "replace the dump that DIR holds")("verbose,v", "print what the plugin does")(
       "json", "print the summary as JSON");
+  add_storage_options(&s);
+  add_key_option(&s);
   return s;
 }
 
@@ -92,7 +95,11 @@ void print_summary(bool json, int pid, const std::string& comm, const DumpDir& d
 int dump(const Parsed& options) {
   int pid = options.values["tree"].as<int>();
   bool force = options.has("force");
+  if (auto ok = use_storage_options(options); !ok) {
+    return fail(kName, ok.error().message(), kExitUsage);
+  }
   if (geteuid() != 0) return fail(kName, "run as root: CRIU must stop and read other processes");
+  if (auto ok = use_keys(options); !ok) return fail(kName, ok.error().message(), kExitUsage);
   auto target = check_target(pid);
   if (!target) return fail(kName, target.error().message());
   if (auto free = check_untraced(process_tree(pid)); !free) {

@@ -17,6 +17,7 @@
 #include "tools/phos/output_file.h"
 #include "tools/phos/page_hasher.h"
 #include "tools/phos/progress_line.h"
+#include "tools/phos/storage_options.h"
 
 namespace phos::cli {
 namespace {
@@ -47,6 +48,7 @@ Syntax syntax() {
       "live-copy",
       "of memory that was left to the driver, take the copy that phos made before, while the "
       "process ran; it may have changed after that");
+  add_key_option(&s);
   return s;
 }
 
@@ -139,6 +141,7 @@ int run_extract(const std::vector<std::string>& args) {
   auto options = parse(s, args);
   if (!options) return fail(kName, options.error().message(), kExitUsage);
   if (options->help) return kExitOk;
+  if (auto ok = use_keys(*options); !ok) return fail(kName, ok.error().message(), kExitUsage);
   const std::vector<std::string> dirs = options->words("directory");
   if (dirs.size() != 1) return fail(kName, "give one directory of images", kExitUsage);
   const std::string text = options->values["address"].as<std::string>();

@@ -18,6 +18,7 @@
 #include "tools/phos/image_dir.h"
 #include "tools/phos/pre_dump_gpus.h"
 #include "tools/phos/processes.h"
+#include "tools/phos/storage_options.h"
 
 namespace phos::cli {
 namespace {
@@ -53,6 +54,8 @@ Syntax syntax() {
       "with --gpu-only: how much slower the application may get; 0: no limit")(
       "force,f", "replace the images that DIR holds")("verbose,v", "print what phos does")(
       "json", "print the summary as JSON");
+  add_storage_options(&s);
+  add_key_option(&s);
   return s;
 }
 
@@ -214,7 +217,11 @@ int pre_dump(const Parsed& options) {
   const int pid = options.values["tree"].as<int>();
   auto limits = check_options(options, options.has("gpu-only"));
   if (!limits) return fail(kName, limits.error().message(), kExitUsage);
+  if (auto ok = use_storage_options(options); !ok) {
+    return fail(kName, ok.error().message(), kExitUsage);
+  }
   if (geteuid() != 0) return fail(kName, "run as root: phos must read other processes");
+  if (auto ok = use_keys(options); !ok) return fail(kName, ok.error().message(), kExitUsage);
   auto target = check_target(pid);
   if (!target) return fail(kName, target.error().message());
   if (auto free = check_untraced(process_tree(pid)); !free) {

@@ -24,6 +24,7 @@
 #include "tools/phos/gpu_images.h"
 #include "tools/phos/image_dir.h"
 #include "tools/phos/processes.h"
+#include "tools/phos/storage_options.h"
 
 namespace phos::cli {
 namespace {
@@ -49,6 +50,7 @@ Syntax syntax() {
       "foreground,F", "stay until the root process ends")(
       "shell-job,j", "give the processes this terminal")("verbose,v", "print what the plugin does")(
       "json", "print the summary as JSON");
+  add_key_option(&s);
   return s;
 }
 
@@ -204,6 +206,7 @@ int restore(const Parsed& options) {
     return fail(kName, "--detach and --foreground exclude each other", kExitUsage);
   }
   if (geteuid() != 0) return fail(kName, "run as root: CRIU must make processes of other users");
+  if (auto ok = use_keys(options); !ok) return fail(kName, ok.error().message(), kExitUsage);
   auto fd = open_existing(path);
   if (!fd) return fail(kName, fd.error().message());
   // First of all: a pre-dump of GPU memory alone has no inventory.

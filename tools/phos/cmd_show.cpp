@@ -6,6 +6,7 @@
 #include "tools/phos/command.h"
 #include "tools/phos/gpu_images.h"
 #include "tools/phos/image_dir.h"
+#include "tools/phos/storage_options.h"
 
 namespace phos::cli {
 namespace {
@@ -22,6 +23,7 @@ Syntax syntax() {
       "(`phos verify` does). Needs neither a GPU nor root, only the right to read DIR.\n";
   s.positional = "directory";
   s.options.add_options()("json", "print JSON");
+  add_key_option(&s);
   return s;
 }
 
@@ -32,6 +34,7 @@ int run_show(const std::vector<std::string>& args) {
   auto options = parse(s, args);
   if (!options) return fail(kName, options.error().message(), kExitUsage);
   if (options->help) return kExitOk;
+  if (auto ok = use_keys(*options); !ok) return fail(kName, ok.error().message(), kExitUsage);
   const std::vector<std::string> dirs = options->words("directory");
   if (dirs.size() != 1) return fail(kName, "give one directory of images", kExitUsage);
   auto fd = open_existing(dirs[0]);

@@ -11,6 +11,7 @@
 #include "tools/phos/image_dir.h"
 #include "tools/phos/page_hasher.h"
 #include "tools/phos/progress_line.h"
+#include "tools/phos/storage_options.h"
 
 namespace phos::cli {
 namespace {
@@ -36,6 +37,7 @@ Syntax syntax() {
   s.options.add_options()("jobs,j", po::value<int>()->value_name("N"),
                           "threads that read and hash; as many as there are processors, 4 at "
                           "least, unless given")("json", "print JSON");
+  add_key_option(&s);
   return s;
 }
 
@@ -159,6 +161,7 @@ int run_verify(const std::vector<std::string>& args) {
   auto options = parse(s, args);
   if (!options) return fail(kName, options.error().message(), kExitUsage);
   if (options->help) return kExitOk;
+  if (auto ok = use_keys(*options); !ok) return fail(kName, ok.error().message(), kExitUsage);
   const std::vector<std::string> dirs = options->words("directory");
   if (dirs.size() != 1) return fail(kName, "give one directory of images", kExitUsage);
   const int jobs = options->has("jobs") ? options->values["jobs"].as<int>() : 0;

@@ -2,6 +2,8 @@
 #include "tools/phos/pre_dump_gpus.h"
 
 #include <cerrno>
+#include <cstdlib>
+#include <cstring>
 
 #include "gpu-tracker/abi/protocol.h"
 #include "gpu-tracker/image/image.h"
@@ -27,6 +29,10 @@ class PreDump {
     Phos__Wire__Hello hello = PHOS__WIRE__HELLO__INIT;
     hello.protocol = PHOS_PROTOCOL_VERSION;
     hello.stage = PHOS__WIRE__STAGE__PRE_DUMP;
+    // As the plugin does.
+    hello.compress = secure_getenv(PHOS_COMPRESS_ENV);
+    const char* encrypt = secure_getenv(PHOS_ENCRYPT_ENV);
+    hello.has_encrypt = hello.encrypt = encrypt && strcmp(encrypt, "1") == 0;
     Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
     request.op_case = PHOS__WIRE__REQUEST__OP_HELLO;
     request.hello = &hello;

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// How the images of a session are stored, and with which key: what phosd is configured to do, and
+// what its client asks for.
+#pragma once
+
+#include <memory>
+
+#include "gpu-tracker/abi/phosd.pb-c.h"
+#include "gpu-tracker/base/result.h"
+#include "gpu-tracker/daemon/config.h"
+#include "gpu-tracker/image/image_key.h"
+#include "gpu-tracker/image/page_store.h"
+
+namespace phos {
+
+// The key of phosd.conf; null: it names none. Read anew, so that a file that was put right is
+// heeded without a restart. From now on images that were encrypted with it can be read.
+Result<std::shared_ptr<const ImageKey>> load_image_key(const DaemonConfig& config);
+
+// Loads the keys, too. A key that only reading would take is missed with a warning. Only a restore
+// brings a key of its own: should phosd die while memory is away, the next one must find the key of
+// its images by itself.
+Result<PageStoreOptions> choose_storage(const DaemonConfig& config, const Phos__Wire__Hello& hello);
+
+}  // namespace phos
