@@ -38,6 +38,11 @@ bool leaves_running(int criu) {
   return false;
 }
 
+bool has_hung_up(int client, int timeout_ms) {
+  pollfd p = {client, POLLRDHUP, 0};
+  return poll(&p, 1, timeout_ms) == 1;
+}
+
 // Until it returns, again and again: no memory, for one, may be for now only.
 template <typename Work>
 void insist(const Work& work) {
@@ -246,9 +251,8 @@ Result<void> Connection::copy(const Phos__Wire__Copy& request) {
   std::stop_source gone;
   // A client that is killed says so by hanging up.
   std::jthread watch([this, &gone](const std::stop_token& copied) {
-    pollfd client = {socket_.get(), POLLRDHUP, 0};
     while (!copied.stop_requested()) {
-      if (poll(&client, 1, kLookForClientMs) == 1) {
+      if (has_hung_up(socket_.get(), kLookForClientMs)) {
         gone.request_stop();
         return;
       }
@@ -307,6 +311,7 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
   auto storage = choose_storage(node_.config(), hello);
   if (!storage) return storage.error();
   session_ = std::make_unique<Session>(**driver, lock_dir(node_), *engines);
+  session_->set_client_gone([client = socket_.get()] { return has_hung_up(client, 0); });
   if (hello.stage == PHOS__WIRE__STAGE__RESTORE) {
     auto files = session_->begin_restore(std::move(image_dir));
     if (!files) return files.error();

@@ -28,16 +28,6 @@ constexpr milliseconds kLockPoll{20};
 // With these settings NCCL talks through plain shared memory, which restores (seen on driver 580).
 #define PHOS_NCCL_REMEDY "NCCL_P2P_DISABLE=1 NCCL_CUMEM_HOST_ENABLE=0"
 
-// A session that has restored or dumped it may be about to end: it unpins all host buffers.
-Result<ProcessLock> take_lock(const std::string& directory, int pid, uint64_t start_time) {
-  const auto deadline = steady_clock::now() + kEndOfSession;
-  for (;;) {
-    auto lock = ProcessLock::take(directory, pid, start_time);
-    if (lock || lock.error().code() != EAGAIN || steady_clock::now() > deadline) return lock;
-    std::this_thread::sleep_for(kLockPoll);
-  }
-}
-
 // Memory that another process exported: the driver (580) checkpoints such a process and then
 // cannot restore it (errors 1 and 801).
 Error refuse_imports(int pid, uint64_t bytes) {
@@ -62,6 +52,16 @@ void let_run_for_a_moment() {
 }
 
 }  // namespace
+
+// A session that has restored or dumped it may be about to end: it unpins all host buffers.
+Result<ProcessLock> Session::wait_for_lock(int pid, uint64_t start_time) const {
+  const auto deadline = steady_clock::now() + kEndOfSession;
+  for (;;) {
+    auto lock = take_lock(pid, start_time);
+    if (lock || lock.error().code() != EAGAIN || steady_clock::now() > deadline) return lock;
+    std::this_thread::sleep_for(kLockPoll);
+  }
+}
 
 Result<std::optional<Session::Held>> Session::inspect_one(int pid) {
   auto tid = driver_.restore_thread_id(pid);
@@ -100,7 +100,7 @@ Result<std::optional<Session::Held>> Session::inspect_living(int pid, int restor
         "its cgroup is frozen, and NVIDIA's driver needs it running; use CRIU 4.2 or newer, "
         "which thaws it for phos, or resume the container first");
   }
-  auto lock = take_lock(lock_dir_, pid, start_time);
+  auto lock = wait_for_lock(pid, start_time);
   if (!lock) return lock.error();
   auto state = driver_.state(pid);
   if (!state) return state.error();

@@ -11,9 +11,10 @@
 #include <cerrno>
 #include <cstdio>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <set>
+#include <utility>
 
 #include "gpu-tracker/daemon/messages.h"
 
@@ -22,13 +23,14 @@ namespace {
 
 constexpr char kDeleted[] = " (deleted)";  // of the kernel, in links of /proc
 
-// Locks of this process that are about to go, by path.
+// Of locks of this process, by path: are they about to go?
 std::mutex g_mutex;
-std::set<std::string> g_ending;
+std::map<std::string, std::function<bool()>> g_ending;
 
 bool is_ending(const std::string& path) {
   std::lock_guard<std::mutex> hold(g_mutex);
-  return g_ending.contains(path);
+  const auto it = g_ending.find(path);
+  return it != g_ending.end() && it->second();
 }
 
 }  // namespace
@@ -60,8 +62,12 @@ Result<ProcessLock> ProcessLock::take(const std::string& directory, int pid, uin
 }
 
 void ProcessLock::ends_soon() const {
+  held_for([] { return true; });
+}
+
+void ProcessLock::held_for(std::function<bool()> gone) const {
   std::lock_guard<std::mutex> hold(g_mutex);
-  g_ending.insert(path_);
+  g_ending[path_] = std::move(gone);
 }
 
 Result<void> ProcessLock::note(CudaState found, int image_dir, const std::string& dump) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -42,6 +43,10 @@ class ProcessLock {
 
   // Nothing will happen to the process any more, but what belongs to it takes a while to go.
   void ends_soon() const;
+  // The same as soon as gone() says that whoever it is held for has gone: he may do so, and want
+  // the process for something else, before we have come to notice. Called on other threads, at
+  // once, and no more after ends_soon().
+  void held_for(std::function<bool()> gone) const;
 
   ProcessLock() = default;
   ProcessLock(ProcessLock&&) = default;

@@ -437,7 +437,7 @@ Result<void> Session::restore_memory(int pid, const ProcessImage& image) {
   if (!tid) return tid.error();
   auto start_time = read_start_time(pid);
   if (!start_time) return start_time.error();
-  auto lock = ProcessLock::take(lock_dir_, pid, *start_time);
+  auto lock = take_lock(pid, *start_time);
   if (!lock) return lock.error();
   auto release = MemoryRelease::find(pid, *tid, pins_);
   if (!release) return release.error();

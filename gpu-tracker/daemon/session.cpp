@@ -46,6 +46,12 @@ void Session::ends_soon() const {
   for (const auto& [pid, held] : held_) held.lock.ends_soon();
 }
 
+Result<ProcessLock> Session::take_lock(int pid, uint64_t start_time) const {
+  auto lock = ProcessLock::take(lock_dir_, pid, start_time);
+  if (lock && client_gone_) lock->held_for(client_gone_);
+  return lock;
+}
+
 Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, PageStoreOptions storage) {
   image_dir_ = std::move(image_dir);
   stage_ = stage;
@@ -218,7 +224,7 @@ Result<void> Session::bring_back(int pid, CudaState target, Held* held) {
 
 Result<void> Session::take_over(const LeftProcess& left) {
   // Of one that has ended only the file is left, which goes with the lock.
-  auto lock = ProcessLock::take(lock_dir_, left.pid, left.start_time);
+  auto lock = take_lock(left.pid, left.start_time);
   if (!lock) return lock.error();
   auto tid = driver_.restore_thread_id(left.pid);
   auto start_time = read_start_time(left.pid);

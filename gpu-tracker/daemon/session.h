@@ -62,6 +62,8 @@ class Session {
   ~Session() { ends_soon(); }
   // Its client has gone: who wants to dump one of its processes waits until it has ended.
   void ends_soon() const;
+  // Says at once, on any thread, until ends_soon(), whether the client has gone.
+  void set_client_gone(std::function<bool()> gone) { client_gone_ = std::move(gone); }
 
   // A dump or pre-dump into `image_dir` (takes ownership). Removes phos images of an earlier dump
   // there. It builds on what the directory's link `parent` leads to. `storage`: how the images are
@@ -178,6 +180,8 @@ class Session {
   };
   using Group = std::map<int, Held>;  // by pid
 
+  Result<ProcessLock> take_lock(int pid, uint64_t start_time) const;
+  Result<ProcessLock> wait_for_lock(int pid, uint64_t start_time) const;
   // Nothing: no CUDA in it, or it is gone.
   Result<std::optional<Held>> inspect_one(int pid);
   Result<std::optional<Held>> inspect_living(int pid, int restore_tid, uint64_t start_time);
@@ -252,6 +256,7 @@ class Session {
   const std::string lock_dir_;
   const GatePins pins_;
   GpuEngines* const engines_;
+  std::function<bool()> client_gone_;  // may be empty
   UniqueFd image_dir_;
   std::shared_ptr<PageStore> store_;  // of the dump's pages; null: none was needed so far
   std::string noted_dir_;             // not opened yet

@@ -4,7 +4,7 @@ import os
 import subprocess
 import unittest
 
-from harness import BUILD, CriuTest, wait_until
+from harness import BUILD, CriuTest, threads_of, wait_until
 
 
 class AgentInside(CriuTest):
@@ -20,11 +20,7 @@ class AgentInside(CriuTest):
         return result.stdout
 
     def threads(self, target):
-        names = []
-        for tid in os.listdir(f'/proc/{target.pid}/task'):
-            with open(f'/proc/{target.pid}/task/{tid}/comm') as f:
-                names.append(f.read().strip())
-        return sorted(names)
+        return sorted(name for _, name in threads_of(target.pid))
 
     def agent_mappings(self, target):
         with open(f'/proc/{target.pid}/maps') as f:

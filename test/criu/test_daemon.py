@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
+import time
 import unittest
 
 from harness import BUILD, CriuTest, alive, ended, reap, status_field, wait_until
@@ -367,6 +368,25 @@ class End(DaemonTest):
         self.assertTrue(client.inspect(target.pid).ok)
         reply = client.lock(LIMIT * 1000)
         self.assertTrue(reply.ok, reply.error)
+
+    def test_client_that_has_gone_is_in_nobodys_way(self):
+        # phosd is busy with its request, and cannot notice.
+        lock = 'cuCheckpointProcessLock 1'
+        self.hold_in_driver(lock)
+        target = self.counter()
+        self.start_phosd()
+        with Client(self.socket) as client:
+            self.assertTrue(client.hello(self.images).ok)
+            self.assertTrue(client.inspect(target.pid).ok)
+            client.send_lock(LIMIT * 1000)
+            self.wait_held(lock, target)
+        self.images = self.image_dir('next')
+        criu = self.dump(target, '--leave-running', wait=False)
+        time.sleep(1)  # enough for the next one to be told to wait; if not, it is told nothing
+        self.let_driver_go()
+        criu.communicate(timeout=60)
+        self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
+        self.assert_runs_on(target)
 
     def test_sigterm_waits_for_the_sessions(self):
         target = self.counter()

@@ -142,9 +142,10 @@ class PreDumpsOfAllMemory(TrackingTest):
         self.goes_on(target, ticks)
 
     def test_copies_that_take_longer_than_the_timeout(self):
-        self.fail_in_driver('cuMemcpyDtoHAsync 1 slow:3000')
+        # CRIU's own part is to have time enough on an emulated processor.
+        self.fail_in_driver('cuMemcpyDtoHAsync 1 slow:7000')
         target = self.counter('--mib', '4')
-        self.criu_tool('pre-dump', '1', '-t', str(target.pid), '--timeout', '1')
+        self.criu_tool('pre-dump', '1', '-t', str(target.pid), '--timeout', '6')
         self.assert_runs_on(target)
 
 

@@ -3,13 +3,14 @@
 pages, in a restore and in every way a dump can end."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import unittest
 
 from harness import (BUILD, REAL_GPU, CriuTest, Target, alive, children, gpu_device_files,
-                     wait_until)
+                     threads_of, wait_until)
 
 PHOS = os.path.join(BUILD, 'bin', 'phos')
 MIB = 1 << 20
@@ -44,19 +45,8 @@ class ReleasedTest(CriuTest):
         with open(f'/proc/{target.pid}/maps') as f:
             return f.read()
 
-    def threads(self, pid):
-        """(tid, name) of all."""
-        found = []
-        for tid in os.listdir(f'/proc/{pid}/task'):
-            try:
-                with open(f'/proc/{pid}/task/{tid}/comm') as f:
-                    found.append((int(tid), f.read().strip()))
-            except FileNotFoundError:
-                pass
-        return found
-
     def has_agent(self, target):
-        return any(name.startswith('phos-agent') for _, name in self.threads(target.pid))
+        return any(name.startswith('phos-agent') for _, name in threads_of(target.pid))
 
     def assert_left_alone(self, target):
         """It runs on with its memory, and nothing of phos is in its way."""
@@ -240,11 +230,13 @@ class UnderLoad(ReleasedTest):
 
     def test_criu_killed(self):
         target = self.hammer()
-        self.fail_in_driver('cuCheckpointProcessCheckpoint 1 slow:1000')
+        checkpoint = 'cuCheckpointProcessCheckpoint 1'
+        self.hold_in_driver(checkpoint)
         criu = self.dump(target, wait=False)
-        wait_until(lambda: 'hook 11' in self.log_tail('dump.log'), 'the checkpoint')
+        self.wait_held(checkpoint, target, criu)
         criu.kill()
         criu.wait()
+        self.let_driver_go()
         self.assert_left_alone(target)
 
 
@@ -260,11 +252,28 @@ class GoesOn(ReleasedTest):
             self.assertIn('loaded and verified', self.log('dump.log'))
             self.assert_left_alone(target)
 
+    @staticmethod
+    def bytes_read_by(pid):
+        with open(f'/proc/{pid}/io') as f:
+            return int(re.search(r'rchar: (\d+)', f.read()).group(1))
+
     def test_leave_running_reads_ahead(self):
-        # What it will need was read while CRIU saved the rest, for which there is time here.
-        self.fail_in_driver('cuCheckpointProcessRestore 1 slow:1000')
+        # What it will need is read while CRIU saves the rest; here CRIU has to wait for it.
+        checkpoint, restore = 'cuCheckpointProcessCheckpoint 1', 'cuCheckpointProcessRestore 1'
+        self.hold_in_driver(checkpoint)
         target = self.counter()
-        self.dump_ok(target, '--leave-running')
+        criu = self.dump(target, '--leave-running', wait=False)
+        self.wait_held(checkpoint, target, criu)
+        phosd, = self.phosd_pids()
+        before = self.bytes_read_by(phosd)
+        self.hold_in_driver(restore)
+        self.wait_held(restore, target, criu)
+        pages = os.path.join(self.images, f'phos-pages-{target.pid}-0.img')
+        size = os.path.getsize(pages) - (64 << 10)  # without its header
+        wait_until(lambda: self.bytes_read_by(phosd) >= before + size, 'phosd to read')
+        self.let_driver_go()
+        criu.communicate(timeout=60)
+        self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
         self.assertRegex(self.log('dump.log'), r'loaded and verified.* \(16 MiB read ahead')
         self.assert_left_alone(target)
 

@@ -5,93 +5,78 @@ import os
 import signal
 import time
 
-from harness import ended, status_field, wait_until
+from harness import ended, wait_until
 from test_released import MIB, ReleasedTest
 
-NANOSLEEP = ('35', '230')  # nanosleep, clock_nanosleep: a call that a fault makes slow
-
-# Where a dump is when a call of the driver takes its time: who makes it, and which.
+# Where a dump is in some call of the driver, which its process makes.
 STEPS = {
-    'first_lock': ('cuda', 'cuCheckpointProcessLock 1'),
-    'second_lock': ('cuda', 'cuCheckpointProcessLock 2'),
-    'unlock_to_catch_up': ('cuda', 'cuCheckpointProcessUnlock 2'),
-    'third_lock': ('cuda', 'cuCheckpointProcessLock 3'),
-    'unlock_to_release': ('cuda', 'cuCheckpointProcessUnlock 3'),
-    'release': ('phos-agent', 'cuMemAddressReserve 6'),  # the others are made before it frees
-    'last_lock': ('cuda', 'cuCheckpointProcessLock 4'),
-    'checkpoint': ('cuda', 'cuCheckpointProcessCheckpoint 1'),
+    'first_lock': 'cuCheckpointProcessLock 1',
+    'second_lock': 'cuCheckpointProcessLock 2',
+    'unlock_to_catch_up': 'cuCheckpointProcessUnlock 2',
+    'third_lock': 'cuCheckpointProcessLock 3',
+    'unlock_to_release': 'cuCheckpointProcessUnlock 3',
+    'release': 'cuMemAddressReserve 6',  # the others are made before it frees
+    'last_lock': 'cuCheckpointProcessLock 4',
+    'checkpoint': 'cuCheckpointProcessCheckpoint 1',
 }
 # The same of what follows where the process is left running.
 STEPS_BACK = {
-    'driver_restore': ('cuda', 'cuCheckpointProcessRestore 1'),
-    'driver_unlock': ('cuda', 'cuCheckpointProcessUnlock 4'),
-    'map_back': ('phos-agent', 'cuMemAlloc 3'),
-    'load': ('phosd', 'cuMemcpyHtoDAsync *'),  # once the driver has restored
+    'driver_restore': 'cuCheckpointProcessRestore 1',
+    'driver_unlock': 'cuCheckpointProcessUnlock 4',
+    'map_back': 'cuMemAlloc 3',
+    'load': 'cuMemcpyHtoDAsync *',  # phosd's, once the driver has restored
 }
 
 
 class Steps(ReleasedTest):
     """A dump that is stopped in the middle."""
 
-    def sleeping(self, target, who):
-        """Threads with that name, of the target or phosd, in a sleep; and which sleep it is."""
-        found = set()
-        for pid in self.phosd_pids() if who == 'phosd' else [target.pid]:
-            for tid, name in self.threads(pid):
-                if not name.startswith(who) or name.startswith('cuda-'):
-                    continue
-                try:
-                    with open(f'/proc/{pid}/task/{tid}/syscall') as f:
-                        call = f.read().split()[0]
-                except OSError:
-                    continue
-                switches = status_field(tid, 'voluntary_ctxt_switches')
-                if call in NANOSLEEP:
-                    found.add((tid, switches))
-        return found
-
-    def is_in_slow_call(self, target, who):
-        before = self.sleeping(target, who)
-        time.sleep(0.05)  # longer than any sleep but that of a slow call
-        return before & self.sleeping(target, who)
-
     def dump_until(self, step, *args, start=None):
+        """The driver stays in that call until let_driver_go()."""
         target = criu = None
         for stop in ['driver_restore', 'load'] if step == 'load' else [step]:
-            who, call = {**STEPS, **STEPS_BACK}[stop]
-            self.fail_in_driver(call + ' slow:2000')
+            call = {**STEPS, **STEPS_BACK}[stop]
+            self.hold_in_driver(call)
             if not criu:
                 target = (start or self.counter)()
                 criu = self.dump(target, *args, wait=False)
-            wait_until(lambda: criu.poll() is not None or self.is_in_slow_call(target, who), stop)
-            self.assertIsNone(criu.poll(), self.log_tail('dump.log'))
-        os.unlink(self.faults)
+            self.wait_held(call, None if stop == 'load' else target, criu)
         return target, criu
 
     def kill_criu(self, criu):
         criu.kill()
         criu.wait()
 
+    def kill_phosd_for_good(self):
+        pids = self.phosd_pids()
+        self.kill_phosd()
+        wait_until(lambda: all(map(ended, pids)), 'phosd to be dead')
+
+    def kill_both(self, criu):
+        criu.send_signal(signal.SIGSTOP)  # it is not to start another phosd
+        self.kill_phosd_for_good()
+        self.kill_criu(criu)
+
+    def wait_successor(self, criu):
+        """Until criu has started another phosd, or has ended."""
+        wait_until(lambda: self.phosd_pids() or criu.poll() is not None, 'another phosd')
+
 
 class BroughtBackForTheDriver(Steps):
     def test_nobody_maps_it_in_the_drivers_checkpoint(self):
         """phosd is slow to let go of memory that it has loaded, since not all could be released."""
+        step = STEPS['checkpoint']
         self.fail_in_driver('cuMemAddressReserve 6+ 2', 'cuMemAlloc 3 2',
-                            'cuIpcCloseMemHandle * slow:1000',
-                            'cuCheckpointProcessCheckpoint 1 slow:1000')
+                            'cuIpcCloseMemHandle * slow:1000', step + ' hold')
         target = self.counter()
-        before = len(self.phosd_pids())
-        self.assertEqual(before, 0)
+        self.assertEqual(self.phosd_pids(), [])
         criu = self.dump(target, wait=False)
-        wait_until(lambda: criu.poll() is not None or 'hook 11' in self.log_tail('dump.log'),
-                   'the checkpoint')
-        wait_until(lambda: criu.poll() is not None or self.is_in_slow_call(target, 'cuda'),
-                   'the driver to be at it')
-        self.assertIsNone(criu.poll(), self.log_tail('dump.log'))
+        self.wait_held(step, target, criu)
         with open(f'/proc/{self.phosd_pids()[0]}/maps') as f:
             maps = f.read()
         with open(f'/proc/{target.pid}/maps') as f:
             own = f.read()
+        self.let_driver_go()
         criu.communicate(timeout=60)
         self.assertIn('would be lost', self.log('dump.log'))
         shared = {line.split()[4] for line in own.split('\n') if 'phos-sim-vram' in line}
@@ -104,13 +89,17 @@ class KilledAt(Steps):
     def criu_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)
         self.kill_criu(criu)
+        self.let_driver_go()
         self.assert_left_alone(target)
         if not args:
             self.wait_no_phos_images()
 
     def phosd_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)
-        self.kill_phosd()
+        self.kill_phosd_for_good()
+        # The next one meets a driver that is still at work.
+        self.wait_successor(criu)
+        self.let_driver_go()
         criu.communicate(timeout=60)
         # With --leave-running the images are complete, whoever brings the process back.
         self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
@@ -123,10 +112,11 @@ class KilledAt(Steps):
         for name in os.listdir(self.images):
             os.unlink(os.path.join(self.images, name))
         self.kill_criu(criu)
+        self.let_driver_go()
         self.assert_left_alone(target)
 
-    def agent_in_use(self, seconds):
-        """phosd is killed, and something of it has the agent in the target for that long."""
+    def agent_in_use(self, until):
+        """phosd is killed, and something of it has the agent in the target until then."""
         target, criu = self.dump_until('checkpoint')
         with open(f'/proc/{target.pid}/maps') as f:
             mailbox, = (line.split()[0] for line in f if 'phos-mailbox' in line)
@@ -136,28 +126,31 @@ class KilledAt(Steps):
             # Taken while phosd dies, it is in nobody else's hands meanwhile.
             fcntl.flock(file, fcntl.LOCK_EX)
             wait_until(lambda: ended(phosd), 'phosd to be dead')
-            time.sleep(seconds)
+            self.let_driver_go()
+            until(criu)
         criu.communicate(timeout=60)
         self.assertNotEqual(criu.returncode, 0)
         self.assert_left_alone(target)
         self.wait_no_phos_images()
 
     def test_phosd_that_takes_long_to_be_gone(self):
-        self.agent_in_use(2)
+        def until(criu):
+            self.wait_successor(criu)
+            time.sleep(2)
+        self.agent_in_use(until)
         self.assertIn('back to running', self.log('dump.log'))
 
     def test_phosd_that_takes_longer_than_criu_waits(self):
-        self.agent_in_use(13)  # phosd waits for 10 s while criu has the process
+        # phosd waits for 10 s while criu has the process.
+        self.agent_in_use(lambda criu: criu.communicate(timeout=60))
         self.assertIn('phosd goes on trying', self.log('dump.log'))
 
     def both_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)
-        phosd, = self.phosd_pids()
-        self.kill_phosd()
-        self.kill_criu(criu)
-        wait_until(lambda: ended(phosd), 'phosd to be dead')
-        # Any command will do.
+        self.kill_both(criu)
+        # Any command will do. The driver is still at work.
         self.ok('daemon', 'status')
+        self.let_driver_go()
         self.assert_left_alone(target)
         if not args:
             self.wait_no_phos_images()
@@ -165,6 +158,7 @@ class KilledAt(Steps):
     def target_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)
         os.kill(target.pid, signal.SIGKILL)
+        self.let_driver_go()
         criu.communicate(timeout=60)
         self.assertNotEqual(criu.returncode, 0)
         wait_until(target.gone, 'the target to be gone')

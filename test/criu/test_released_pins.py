@@ -4,20 +4,12 @@ import os
 import time
 import unittest
 
-import test_released
-import test_released_killed
-from harness import reap, wait_until
+import test_sleepers
+from harness import wait_until
 
 
-class KilledWhileAThreadIsElsewhere(test_released.ReleasedTest):
+class KilledWhileAThreadIsElsewhere(test_sleepers.SleepersTest):
     """It comes to the driver when phosd is gone, and its memory away."""
-    sleeping = test_released_killed.Steps.sleeping
-    is_in_slow_call = test_released_killed.Steps.is_in_slow_call
-    dump_until = test_released_killed.Steps.dump_until
-    kill_criu = test_released_killed.Steps.kill_criu
-
-    def counter(self, *args, **kwargs):
-        return super().counter('--interval-ms', '1500', *args, **kwargs)
 
     def pins(self, target):
         found = []
@@ -29,27 +21,33 @@ class KilledWhileAThreadIsElsewhere(test_released.ReleasedTest):
 
     def parked(self, target):
         """Threads that wait in the agent's handler: in a futex(2) with five arguments."""
-        with open(f'/proc/{target.pid}/task/{target.pid}/syscall') as f:
-            call = f.read().split()
-        return call[0] == '202' and int(call[5], 16) > 1 << 32
+        found = []
+        for tid in self.sleeping_threads(target):
+            with open(f'/proc/{target.pid}/task/{tid}/syscall') as f:
+                call = f.read().split()
+            if call[0] == '202' and int(call[5], 16) > 1 << 32:
+                found.append(tid)
+        return found
+
+    def wait_parked(self, target):
+        wait_until(lambda: len(self.parked(target)) == test_sleepers.SLEEPERS,
+                   'the threads to be parked')
 
     def comes_after(self, step):
-        target, criu = self.dump_until(step)
-        elsewhere = not self.parked(target)
+        target, criu = self.dump_until(step, start=self.sleepers)
         self.assertEqual(len(self.pins(target)), 1)
-        phosd, = self.phosd_pids()
-        self.kill_phosd()
-        self.kill_criu(criu)
-        wait_until(lambda: reap() or not os.path.exists(f'/proc/{phosd}'), 'phosd to be dead')
-        self.assertTrue(elsewhere, 'the test came too late')
-        wait_until(lambda: self.parked(target), 'the thread to be parked')
-        ticks = target.last_tick()
+        self.assertEqual(self.parked(target), [])
+        self.kill_both(criu)
+        self.let_driver_go()
+        self.wake(target)
+        self.wait_parked(target)
         time.sleep(2)
-        self.assertEqual(target.last_tick(), ticks, 'until its memory is back, and no shorter')
+        self.assertFalse(any('sleeper' in line for line in target.lines()),
+                         'until its memory is back, and no shorter')
         # Now and then the handler wakes up to look at its lease.
-        wait_until(lambda: self.parked(target), 'the thread to be parked, still')
+        self.wait_parked(target)
         self.ok('daemon', 'status')
-        self.assert_left_alone(target)
+        self.assert_sleepers_left_alone(target)
         self.assertEqual(self.pins(target), [])
 
     def test_while_it_is_released(self):
@@ -59,14 +57,12 @@ class KilledWhileAThreadIsElsewhere(test_released.ReleasedTest):
         self.comes_after('last_lock')
 
     def test_process_that_does_not_come_back(self):
-        target, criu = self.dump_until('last_lock')
-        phosd, = self.phosd_pids()
-        self.kill_phosd()
-        self.kill_criu(criu)
+        target, criu = self.dump_until('last_lock', start=self.sleepers)
+        self.kill_both(criu)
         self.assertEqual(len(self.pins(target)), 1)
         target.kill()
-        wait_until(lambda: reap() or target.gone(), 'the target to be gone')
-        wait_until(lambda: reap() or not os.path.exists(f'/proc/{phosd}'), 'phosd to be dead')
+        self.let_driver_go()
+        wait_until(target.gone, 'the target to be gone')
         self.ok('daemon', 'start')
         wait_until(lambda: not self.pins(target), 'its pin to be removed')
 

@@ -27,7 +27,6 @@ class KilledAtAnyMoment(ReleasedTest):
         ticks = target.last_tick()
         wait_until(lambda: target.gone() or target.last_tick() >= ticks + 3,
                    'the target to go on, or to be gone')
-        self.outcomes.append('gone' if target.gone() else 'goes on')
         if target.gone():
             self.assertTrue(os.path.exists(os.path.join(self.images, 'inventory.img')))
             self.restore_and_check(target)
@@ -36,7 +35,6 @@ class KilledAtAnyMoment(ReleasedTest):
         self.assert_left_alone(target)
 
     def sweep(self, kill):
-        self.outcomes = []
         for i in range(MOMENTS):
             self.images_in(str(i))
             criu = self.dump(self.target, wait=False)
@@ -47,7 +45,6 @@ class KilledAtAnyMoment(ReleasedTest):
             kill(criu)
             criu.communicate(timeout=60)
             self.assert_goes_on_or_is_saved(criu)
-        return self.outcomes
 
     def end_phosd(self):
         pids = self.phosd_pids()
@@ -56,7 +53,7 @@ class KilledAtAnyMoment(ReleasedTest):
             wait_until(lambda: all(map(ended, pids)), 'phosd to be dead')
 
     def test_criu(self):
-        self.assertEqual(self.sweep(lambda criu: criu.kill())[0], 'goes on')
+        self.sweep(lambda criu: criu.kill())
 
     def kill_phosd_alone(self, _criu):
         self.end_phosd()
@@ -70,4 +67,5 @@ class KilledAtAnyMoment(ReleasedTest):
             criu.wait()
             self.end_phosd()
             self.ok('daemon', 'start')  # any phosd takes over what it finds
-        self.assertEqual(self.sweep(both)[0], 'goes on')
+        self.sweep(both)
+

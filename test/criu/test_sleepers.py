@@ -7,7 +7,7 @@ import signal
 import unittest
 
 import test_released_killed as released
-from harness import BUILD, Target, alive, children, status_field, wait_until
+from harness import BUILD, Target, alive, children, threads_of, wait_until
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 TGKILL = 234
@@ -26,7 +26,7 @@ class SleepersTest(released.Steps):
         return target
 
     def sleeping_threads(self, target):
-        return [tid for tid, name in self.threads(target.pid)
+        return [tid for tid, name in threads_of(target.pid)
                 if name == 'sleeper' and tid != target.pid]
 
     def send(self, target, tid, number):
@@ -72,13 +72,9 @@ class GoesOn(SleepersTest):
         self.assert_sleepers_left_alone(target)
 
     def test_leave_running(self):
-        target = self.sleepers()
-        self.fail_in_driver('cuCheckpointProcessRestore 1 slow:1000')
-        criu = self.dump(target, '--leave-running', wait=False)
-        wait_until(lambda: status_field(target.pid, 'TracerPid') != '0' or criu.poll() is not None,
-                   'CRIU to freeze it')
-        self.assertIsNone(criu.poll(), self.log_tail('dump.log'))
+        target, criu = self.dump_until('driver_restore', '--leave-running', start=self.sleepers)
         self.wake(target)
+        self.let_driver_go()
         criu.communicate(timeout=60)
         self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
         self.assertEqual(self.released_bytes(), RELEASED_BYTES)
@@ -100,6 +96,7 @@ class CriuKilled(SleepersTest):
         target, criu = self.dump_until(step, *args, start=self.sleepers)
         self.wake(target)
         self.kill_criu(criu)
+        self.let_driver_go()
         self.assert_sleepers_left_alone(target)
 
 
@@ -107,6 +104,7 @@ class CriuKilled(SleepersTest):
         target, criu = self.dump_until('checkpoint',
                                        start=lambda: self.counter('--blocked-ms', '3'))
         self.kill_criu(criu)
+        self.let_driver_go()
         self.assert_left_alone(target)
 
 
@@ -117,7 +115,9 @@ class PhosdKilled(SleepersTest):
     def killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args, start=self.sleepers)
         self.wake(target)
-        self.kill_phosd()
+        self.kill_phosd_for_good()
+        self.wait_successor(criu)
+        self.let_driver_go()
         criu.communicate(timeout=60)
         self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
         self.assert_sleepers_left_alone(target)
@@ -130,7 +130,7 @@ class PassesTheGate(SleepersTest):
         target, criu = self.dump_until(step, start=self.sleepers)
         self.send(target, self.sleeping_threads(target)[0], signal.SIGUSR1)
         wait_until(lambda: 'sneaked' in target.lines(), 'the call')
-        self.assertIsNone(criu.poll(), self.log_tail('dump.log'))
+        self.let_driver_go()
         criu.communicate(timeout=60)
         self.assertNotEqual(criu.returncode, 0)
         self.assertTrue(any('1 calls have passed its gate' in e for e in self.errors()),
@@ -176,6 +176,7 @@ class Restored(SleepersTest):
         os.kill(target.pid, signal.SIGHUP)
         child, = wait_until(lambda: children(target.pid), 'the child')
         self.assertNotEqual(self.text(child), self.text(child, False))
+        self.let_driver_go()
         criu.communicate(timeout=60)
         self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
         self.assertEqual(self.released_bytes(), RELEASED_BYTES)
@@ -193,16 +194,17 @@ class Restored(SleepersTest):
         self.dump_ok(target)
         wait_until(target.gone, 'the dumped process to be gone')
         before = target.text()
-        self.fail_in_driver('cuMemcpyHtoDAsync * slow:500')
-        criu = self.restore(wait=False)
-        wait_until(lambda: criu.poll() is not None or self.is_in_slow_call(target, 'phosd'),
-                   'phosd to load')
-        self.assertIsNone(criu.poll(), self.log_tail('restore.log'))
+        criu = None
+        for step, who in ('driver_restore', target), ('load', None):
+            call = released.STEPS_BACK[step]
+            self.hold_in_driver(call)
+            criu = criu or self.restore(wait=False)
+            self.wait_held(call, who, criu, 'restore.log')
         self.wake(target)
         self.kill_criu(criu)
         wait_until(target.gone, 'the restored process to be gone')
         self.assertEqual(target.text(), before)
-        os.unlink(self.faults)
+        self.let_driver_go()
         locks = os.path.join(self.run_dir, 'lock')
         wait_until(lambda: not os.listdir(locks), 'phosd to let go of it')
         self.restore_and_check(target)

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 
-from harness import BUILD, REAL_GPU, CriuTest, status_field, wait_until
+from harness import BUILD, CriuTest, status_field, wait_until
 
 
 def library_text(pid):
@@ -85,18 +85,19 @@ class Tracker(CriuTest):
         self.assert_runs_on(target)
 
     def killed_while_watched(self, who, sig=signal.SIGKILL):
-        if REAL_GPU:
-            self.skipTest('a real driver is not slow on request')
-        # While it is being searched for memory: it is watched then, and for a second.
-        self.fail_in_driver('cuPointerGetAttributes 1 slow:1000')
+        # While it is being searched for memory.
+        search = 'cuPointerGetAttributes 1'
+        self.hold_in_driver(search)
         target = self.counter()
         in_file = library_text(target.pid)[1]
         criu = self.dump(target, wait=False)
-        wait_until(lambda: library_text(target.pid)[0] != in_file, 'the process to be watched')
+        self.wait_held(search, target, criu)
+        self.assertNotEqual(library_text(target.pid)[0], in_file)
         if who == 'phosd':
             self.kill_phosd()
         else:
             criu.send_signal(sig)
+        self.let_driver_go()
         criu.communicate(timeout=60)
         self.assertNotEqual(criu.returncode, 0)
         wait_until(lambda: library_text(target.pid)[0] == in_file, 'no breakpoint to be left')

@@ -99,8 +99,12 @@ class Client:
     def inspect(self, pid):
         return self.ask(2, number(1, pid))
 
+    def send_lock(self, timeout_ms):
+        self.send(text(9, number(1, timeout_ms)))
+
     def lock(self, timeout_ms):
-        return self.ask(9, number(1, timeout_ms))
+        self.send_lock(timeout_ms)
+        return self.receive()
 
     def undo(self, pid, found=0):
         return self.ask(4, number(1, pid) + number(3, found))

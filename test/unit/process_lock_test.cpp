@@ -8,6 +8,8 @@
 
 #include <cerrno>
 #include <filesystem>
+#include <optional>
+#include <utility>
 
 namespace phos {
 namespace {
@@ -63,6 +65,23 @@ TEST_F(ProcessLockTest, DirectoryThatWasRemovedIsRefused) {
   ASSERT_FALSE(opened);
   EXPECT_NE(opened.error().message().find(images() + " (deleted)"), std::string::npos)
       << opened.error().message();
+}
+
+TEST_F(ProcessLockTest, WhoWantsItIsToldToWaitOnceItsHolderHasGone) {
+  bool gone = false;
+  std::optional<ProcessLock> first(std::move(*ProcessLock::take(root_ + "/lock", 77, 1234)));
+  const auto refusal = [&] { return ProcessLock::take(root_ + "/lock", 77, 1234).error().code(); };
+  EXPECT_EQ(refusal(), EBUSY);
+  first->held_for([&] { return gone; });
+  EXPECT_EQ(refusal(), EBUSY);
+  gone = true;
+  EXPECT_EQ(refusal(), EAGAIN);
+  first.reset();
+  auto second = ProcessLock::take(root_ + "/lock", 77, 1234);
+  ASSERT_TRUE(second);
+  EXPECT_EQ(refusal(), EBUSY) << "held for another";
+  second->ends_soon();
+  EXPECT_EQ(refusal(), EAGAIN);
 }
 
 TEST_F(ProcessLockTest, DirectoryMustBeFoundAgainByItsPath) {
