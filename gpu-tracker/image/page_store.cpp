@@ -51,9 +51,13 @@ Result<std::unique_ptr<PageStore>> PageStore::create(int dir_fd, const DumpId& i
 }
 
 Result<uint32_t> PageStore::add_file(int pid, int gpu) {
+  std::lock_guard<std::mutex> hold(mutex_);
+  for (size_t i = 0; i < files_.size(); i++) {
+    const File& file = *files_[i];
+    if (file.writer && file.ref.pid == pid && file.ref.gpu == gpu) return static_cast<uint32_t>(i);
+  }
   auto writer = PageFileWriter::create(dir_.get(), pid, gpu, id_, format_);
   if (!writer) return writer.error();
-  std::lock_guard<std::mutex> hold(mutex_);
   files_.push_back(std::make_unique<File>());
   files_.back()->ref = {id_, pid, gpu, format_.layout};
   files_.back()->writer = std::move(*writer);

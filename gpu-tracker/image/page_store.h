@@ -57,7 +57,8 @@ class PageStore {
   PageStore(const PageStore&) = delete;
   PageStore& operator=(const PageStore&) = delete;
 
-  // Begins the pages file of a process (as numbered in the images) and a GPU. Returns its number.
+  // Begins the pages file of a process (as numbered in the images) and a GPU, unless it was begun
+  // before. Returns its number.
   Result<uint32_t> add_file(int pid, int gpu);
   // Nothing more will be claimed for the file: if nobody's pages are in it, it is removed at once
   // (somebody may need the disk space).

@@ -8,13 +8,16 @@ gpu-tracker/abi/image.proto alone: it checks that these say enough to get the by
 Not checked: owners and modes of files, and rules that do not matter for the bytes.
 """
 import collections
+import ctypes
+import ctypes.util
 import os
 import re
 import struct
 import sys
 
-PAGE = 65536
-HERE, PARENT, ZERO = range(3)  # PageSource
+PAGE, UNIT = 65536, 4096
+HERE, PARENT, ZERO, OTHER, DROPPED = range(5)  # PageSource
+ZSTD, LZ4 = 1, 2
 CRC_TABLE = []
 for _byte in range(256):
     for _ in range(8):
@@ -37,6 +40,21 @@ def crc32c(data):
     for byte in data:
         crc = crc >> 8 ^ CRC_TABLE[(crc ^ byte) & 255]
     return crc ^ 0xFFFFFFFF
+
+
+def decompress(method, data):
+    page = ctypes.create_string_buffer(PAGE)
+    library = {ZSTD: 'zstd', LZ4: 'lz4'}.get(method)
+    need(library, f'compression {method}')
+    functions = ctypes.CDLL(ctypes.util.find_library(library))
+    if method == ZSTD:
+        functions.ZSTD_decompress.restype = ctypes.c_size_t
+        done = functions.ZSTD_decompress(page, ctypes.c_size_t(PAGE), data,
+                                         ctypes.c_size_t(len(data)))
+    else:
+        done = functions.LZ4_decompress_safe(data, page, len(data), PAGE)
+    need(done == PAGE, 'what is not a compressed page')
+    return page.raw
 
 
 def varint(data, at):
@@ -89,7 +107,7 @@ def container(path, kind):
     need(data[:8] == b'PHOSIMG\0' and len(data) >= 32, f'{path} is no image')
     version, found, length, crc, header_crc = struct.unpack_from('<IIQII', data, 8)
     need(header_crc == crc32c(data[:28]), f'{path}: header checksum')
-    need((version, found) == (1, kind), f'{path}: version {version}, kind {found}')
+    need(version in (1, 2) and found == kind, f'{path}: version {version}, kind {found}')
     need(length == len(data) - 32, f'{path}: length')
     need(crc == crc32c(data[32:]), f'{path}: payload checksum')
     return message(data[32:])
@@ -105,7 +123,11 @@ class Image:
         self.dump_id, self.parent_id = one(fields, 1), one(fields, 14, b'')
         self.key = one(fields, 16, b'')
         self.uuids = [one(message(gpu), 1) for gpu in fields[9]]
-        self.allocations = [self.allocation(message(a)) for a in fields[10]]
+        need(not one(fields, 20, 0), 'encrypted pages')
+        own = bool(one(fields, 19, 0))
+        others = [message(f) for f in fields[18]]
+        self.other_files = [(one(f, 1), one(f, 2), one(f, 3), bool(one(f, 4, 0))) for f in others]
+        self.allocations = [self.allocation(message(a), own) for a in fields[10]]
         self.by_place = {a['place']: a for a in self.allocations if a}
         self.parent = None
         if self.parent_id:
@@ -113,15 +135,22 @@ class Image:
             need(self.parent.dump_id == self.parent_id, f'{directory}/parent is another dump')
             need(self.parent.key == self.key, f'{directory}/parent has another key')
 
-    def allocation(self, fields):
-        """None if no page is saved."""
+    def allocation(self, fields, packed):
+        """None if no page is saved. A page: source, file, slot or unit, bytes stored."""
         address, size, gpu = (one(fields, i) for i in (1, 2, 3))
-        hashes, slots, pages = one(fields, 7, b''), iter(numbers(fields, 10)), []
+        hashes, pages = one(fields, 7, b''), []
+        slots, files, stored = (iter(numbers(fields, i)) for i in (10, 11, 12))
         if not hashes:
             return None
         for count, source in zip(numbers(fields, 8), numbers(fields, 9)):
-            first = next(slots) if source == HERE else 0
-            pages += [(source, first + i) for i in range(count)]
+            at = next(slots) if source in (HERE, OTHER) else 0
+            file = (self.dump_id, self.pid, gpu, packed)
+            if source == OTHER:
+                file = self.other_files[next(files)]
+            for _ in range(count):
+                length = next(stored) if source in (HERE, OTHER) and file[3] else None
+                pages.append((source, file, at, length))
+                at += -(-length // UNIT) if length else 1
         need(len(pages) * 16 == len(hashes) and len(pages) == -(-size // PAGE), 'pages')
         return {'place': (self.uuids[gpu], address, size), 'gpu': gpu, 'pages': pages,
                 'hashes': [hashes[i:i + 16] for i in range(0, len(hashes), 16)]}
@@ -130,28 +159,40 @@ class Image:
         """The bytes of a page and its recorded hash."""
         need(place in self.by_place, f'{self.directory} has nothing of {place}')
         a = self.by_place[place]
-        source, slot = a['pages'][number]
+        source, file, at, length = a['pages'][number]
+        need(source != DROPPED, 'a page that was dropped')
         if source == ZERO:
             return bytes(PAGE), a['hashes'][number]
-        if source == HERE:
-            return self.slot(a['gpu'], slot), a['hashes'][number]
+        if source in (HERE, OTHER):
+            return self.stored(file, at, length), a['hashes'][number]
         data, recorded = self.parent.page(place, number)
         need(recorded == a['hashes'][number], 'the parent has another page')
         return data, recorded
 
-    def slot(self, gpu, number):
-        if gpu not in self.files:
-            path = os.path.join(self.directory, f'phos-pages-{self.pid}-{gpu}.img')
-            with open(path, 'rb') as f:
-                self.files[gpu] = f.read()
-            header = struct.unpack_from('<8sIIQ16sIIII', self.files[gpu])
-            need(header[8] == crc32c(self.files[gpu][:52]), f'{path}: header checksum')
-            expected = (b'PHOSPAG\0', 1, PAGE, len(self.files[gpu]) // PAGE - 1, self.dump_id,
-                        self.pid, gpu, 0)
-            need(header[:8] == expected, f'{path}: {header}, not {expected}')
-        data = self.files[gpu][PAGE * (number + 1):PAGE * (number + 2)]
-        need(len(data) == PAGE, f'no slot {number}')
-        return data
+    def stored(self, file, at, length):
+        dump_id, pid, gpu, packed = file
+        if dump_id != self.dump_id:
+            need(self.parent, f'nothing has dump {dump_id.hex()}')
+            return self.parent.stored(file, at, length)
+        if file not in self.files:
+            self.files[file] = self.open_pages(file)
+        compression, data = self.files[file]
+        begin = PAGE + at * (UNIT if packed else PAGE)
+        data = data[begin:begin + (length or PAGE)]
+        need(len(data) == (length or PAGE), f'nothing at {at}')
+        return decompress(compression, data) if len(data) < PAGE else data
+
+    def open_pages(self, file):
+        dump_id, pid, gpu, packed = file
+        path = os.path.join(self.directory, f'phos-pages-{pid}-{gpu}.img')
+        with open(path, 'rb') as f:
+            data = f.read()
+        header = struct.unpack_from('<8sIIQ16sIIBBBBI', data)
+        need(header[11] == crc32c(data[:52]), f'{path}: header checksum')
+        slots = (len(data) - PAGE) // (UNIT if packed else PAGE)
+        expected = (b'PHOSPAG\0', 1 + packed, PAGE, slots, dump_id, pid, gpu, packed)
+        need(header[:8] == expected and header[9:11] == (0, 0), f'{path}: {header}, not {expected}')
+        return header[8], data
 
 
 def read(directory, page_hash=None):

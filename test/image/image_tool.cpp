@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // The C++ side of test_reader.py.
 //
-//   image_tool write TOP MEMORY   writes a chain of dumps TOP/1, TOP/2, TOP/3 of two processes,
-//   with
+//   image_tool write TOP MEMORY   writes a chain of dumps TOP/1, TOP/2, TOP/3 of two processes, with
 //                                 real hashes, and what was in their memory to MEMORY/<level>/
+//   image_tool store HOW TOP MEMORY   the same as phosd stores it: each page once; HOW: none, zstd
+//                                     or lz4
 //   image_tool read DIR MEMORY    reads the chain of DIR, and writes what it holds to MEMORY/
 //   image_tool verify DIR         hashes every page; fails if there is damage
 //
@@ -22,6 +23,7 @@
 
 #include "gpu-tracker/copy/page_hash.h"
 #include "gpu-tracker/image/chain.h"
+#include "gpu-tracker/image/page_store.h"
 #include "gpu-tracker/image/verify.h"
 
 namespace phos {
@@ -86,9 +88,37 @@ GpuUuid gpu(uint8_t number) {
   return uuid;
 }
 
-// One dump of one process. GPUs in the order of `gpus`.
+// By a PageStore; what is not stored yet is stored at once.
+void store_pages(PageStore& store, const PreviousPages* previous, const Memory& m,
+                 ProcessImage* image, AllocationInfo* a) {
+  const uint32_t key = store.add_key(image->hash_key);
+  const PageHashKey hash_key = must(PageHashKey::from_bytes(image->hash_key));
+  const uint32_t file = must(store.add_file(image->pid, a->gpu));
+  const auto* known = previous ? previous->find(m.gpu, a->address, a->size) : nullptr;
+  std::unique_ptr<uint8_t, Free> page(static_cast<uint8_t*>(aligned_alloc(4096, kImagePageSize)));
+  PageAppender pages(image, a);
+  for (uint64_t i = 0; i < page_count(*a); i++) {
+    const size_t offset = i * kImagePageSize;
+    const size_t size = std::min<size_t>(kImagePageSize, m.bytes.size() - offset);
+    memset(page.get(), 0, kImagePageSize);
+    memcpy(page.get(), m.bytes.data() + offset, size);
+    const SavedHash hash = hash_of(hash_key, page.get());
+    if (std::all_of(page.get(), page.get() + size, [](auto b) { return b == 0; })) {
+      pages.add(hash, PageSource::kZero);
+    } else if (known && known->hashes[i] == hash) {
+      pages.add(hash, PageSource::kParent);
+    } else {
+      const auto claim = must(store.claim(file, key, hash, previous));
+      const PageStore::NewPage fresh{claim.page, page.get()};
+      if (claim.is_new) must(store.store(file, {&fresh, 1}));
+      pages.add(hash, store.place(claim.page));
+    }
+  }
+}
+
+// One dump of one process. GPUs in the order of `gpus`. `store`: null, or where its pages go.
 void dump(const UniqueFd& dir, int level, int pid, const std::vector<GpuUuid>& gpus,
-          const std::vector<Memory>& memory, PageHashKey* key) {
+          const std::vector<Memory>& memory, PageHashKey* key, PageStore* store) {
   ProcessImage image;
   image.dump_id.fill(static_cast<uint8_t>(level));
   image.pid = pid;
@@ -114,6 +144,12 @@ void dump(const UniqueFd& dir, int level, int pid, const std::vector<GpuUuid>& g
     a.gpu = static_cast<int>(std::find(gpus.begin(), gpus.end(), m.gpu) - gpus.begin());
     // One that the driver saves as well.
     a.path = m.address % 0x20000000 ? MemoryPath::kReleased : MemoryPath::kDriver;
+    if (store) {
+      image.layout = store->layout();
+      store_pages(*store, previous ? &*previous : nullptr, m, &image, &a);
+      image.allocations.push_back(std::move(a));
+      continue;
+    }
     const auto* known = previous ? previous->find(m.gpu, a.address, a.size) : nullptr;
     std::map<SavedHash, uint32_t> slots;  // equal pages share one
     for (uint32_t i = 0; i < page_count(a); i++) {
@@ -163,11 +199,12 @@ void fill(Bytes& bytes, size_t page, uint32_t seed) {
 
 // Two processes, of which the second one is not in the first dump; the GPUs of the first one are in
 // another order each time.
-int write_chain(const std::string& top, const std::string& memory_top) {
+int write_chain(const std::string& top, const std::string& memory_top, const char* how) {
   std::vector<Memory> first = {{gpu(1), 0x10000000, Bytes(5 * kImagePageSize - 1234)},
                                {gpu(2), 0x20000000, Bytes(kImagePageSize + 1)}};
   std::vector<Memory> second = {{gpu(2), 0x10000000, Bytes(3 * kImagePageSize)}};
   PageHashKey keys[2] = {must(PageHashKey::generate()), must(PageHashKey::generate())};
+  if (how) keys[1] = keys[0];  // pages of the one are pages of the other
   for (uint32_t page = 0; page < 5; page++) fill(first[0].bytes, page, page == 3 ? 0 : page);
   fill(first[1].bytes, 0, 9);
   for (int level = 1; level <= 3; level++) {
@@ -179,8 +216,18 @@ int write_chain(const std::string& top, const std::string& memory_top) {
     const UniqueFd dir = open_directory(directory);
     std::vector<GpuUuid> gpus = {gpu(1), gpu(2)};
     if (level == 2) std::swap(gpus[0], gpus[1]);
-    dump(dir, level, 7, gpus, first, &keys[0]);
-    if (level > 1) dump(dir, level, 9, {gpu(2)}, second, &keys[1]);
+    std::unique_ptr<PageStore> store;
+    if (how) {
+      DumpId id;
+      id.fill(static_cast<uint8_t>(level));
+      store = must(PageStore::create(dir.get(), id, {must(parse_compression(how)), nullptr}));
+      second[0].bytes = first[0].bytes;
+      std::rotate(first[0].bytes.begin(), first[0].bytes.begin() + kImagePageSize,
+                  first[0].bytes.begin() + 3 * kImagePageSize);
+    }
+    dump(dir, level, 7, gpus, first, &keys[0], store.get());
+    if (level > 1) dump(dir, level, 9, {gpu(2)}, second, &keys[1], store.get());
+    if (store) must(store->finish());
     for (const Memory& m : first) put_memory(memory, 7, m.gpu, m.address, m.bytes);
     if (level > 1) {
       for (const Memory& m : second) put_memory(memory, 9, m.gpu, m.address, m.bytes);
@@ -235,9 +282,10 @@ int verify(const std::string& directory) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 2 ? argv[1] : "";
-  if (what == "write" && argc == 4) return phos::write_chain(argv[2], argv[3]);
+  if (what == "write" && argc == 4) return phos::write_chain(argv[2], argv[3], nullptr);
+  if (what == "store" && argc == 5) return phos::write_chain(argv[3], argv[4], argv[2]);
   if (what == "read" && argc == 4) return phos::read_chain(argv[2], argv[3]);
   if (what == "verify" && argc == 3) return phos::verify(argv[2]);
-  fprintf(stderr, "usage: image_tool write|read DIR MEMORY, image_tool verify DIR\n");
+  fprintf(stderr, "usage: image_tool write|read DIR MEMORY, store HOW DIR MEMORY, verify DIR\n");
   return 2;
 }

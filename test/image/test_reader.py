@@ -101,6 +101,27 @@ class ReaderTest(unittest.TestCase):
                 f.seek(PAGE + 5)
                 f.write(bytes([byte]))
 
+    def test_chains_as_they_are_stored(self):
+        """Each page once, whatever process, GPU or parent it is of, and packed where compressed."""
+        for how in ('none', 'zstd', 'lz4'):
+            chain, memory = self.directory('chain-' + how), self.directory('memory-' + how)
+            self.tool('store', how, chain, memory)
+            sources = set()
+            for level in '123':
+                expected = contents(os.path.join(memory, level))
+                directory = os.path.join(chain, level)
+                self.assertEqual(by_name(directory), expected)
+                self.assertEqual(self.read_by_tool(directory), expected)
+                self.tool('verify', directory)
+                for name in os.listdir(directory):
+                    if name in ('phos-7.img', 'phos-9.img'):
+                        image = image_reader.Image(directory, int(name[5]))
+                        sources |= {(page[0], page[1][0] == image.dump_id)
+                                    for a in image.allocations if a for page in a['pages']}
+            self.assertIn((image_reader.OTHER, True), sources)  # in another process's file
+            self.assertIn((image_reader.OTHER, False), sources)  # elsewhere in a parent
+            self.assertIn((image_reader.PARENT, True), sources)
+
     def test_golden_images(self):
         """Their hashes are made up, and their parent is made here."""
         child, parent = self.directory('child'), self.directory('parent')
