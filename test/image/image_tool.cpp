@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // The C++ side of test_reader.py.
 //
-//   image_tool write TOP MEMORY   writes a chain of dumps TOP/1, TOP/2, TOP/3 of two processes, with
+//   image_tool write TOP MEMORY   writes a chain of dumps TOP/1, TOP/2, TOP/3 of two processes,
+//   with
 //                                 real hashes, and what was in their memory to MEMORY/<level>/
 //   image_tool store HOW TOP MEMORY   the same as phosd stores it: each page once; HOW: none, zstd
 //                                     or lz4
