@@ -8,7 +8,7 @@ import select
 import socket
 import threading
 
-PROTOCOL = 1
+PROTOCOL = 2
 LIMIT = 30  # seconds; only ever reached by a failure
 
 
