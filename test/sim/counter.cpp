@@ -23,6 +23,8 @@ namespace {
 
 constexpr uint32_t kSeed = 20240229;
 constexpr uint32_t kCounters = 1024;
+constexpr uint32_t kPage = 65536 / 4;  // elements that phos saves together
+constexpr uint32_t kEven = 0x01020304;
 constexpr uint32_t kChunk = 1 << 20;  // elements read back at a time
 constexpr unsigned kBlock = 256;
 
@@ -36,6 +38,7 @@ struct Options {
   uint64_t ticks = 0;         // 0: until SIGTERM
   uint64_t spin_ms = 0;       // after tick 3, a kernel of this length on another stream
   int device = 0;
+  unsigned even_kib = 0;  // of each 64 KiB, the last so many hold one value: they can be compressed
   unsigned blocked_ms = 0;  // how often a thread wakes up that has all signals blocked; 0: none
 };
 
@@ -54,6 +57,8 @@ bool parse(int argc, char** argv, Options* o) {
       o->spin_ms = value;
     else if (!strcmp(argv[i], "--blocked-ms"))
       o->blocked_ms = static_cast<unsigned>(value);
+    else if (!strcmp(argv[i], "--even-kib") && value < 64)
+      o->even_kib = static_cast<unsigned>(value);
     else if (!strcmp(argv[i], "--device"))
       o->device = static_cast<int>(value);
     else
@@ -82,6 +87,7 @@ class Counter {
  public:
   explicit Counter(const Options& options)
       : elements_(static_cast<uint32_t>(options.mib << 18)),
+        first_even_((64 - options.even_kib) << 8),
         ordinal_(options.device),
         chunk_(kChunk),
         small_(kCounters) {}
@@ -101,8 +107,12 @@ class Counter {
     uint32_t seed = kSeed;
     void* arguments[] = {&device_big_, &elements_, &seed};
     TRY(launch(fill_, elements_, arguments));
+    for (uint32_t at = first_even_; at < elements_ && first_even_ < kPage; at += kPage) {
+      TRY(cuMemsetD32(device_big_ + uint64_t{at} * 4, kEven, kPage - first_even_));
+    }
     for (uint32_t i = 0; i < elements_; i++) {
-      expected_ = mix(expected_, phos_test::fill_value(kSeed, i));
+      const bool even = i % kPage >= first_even_;
+      expected_ = mix(expected_, even ? kEven : phos_test::fill_value(kSeed, i));
     }
     return check_big();
   }
@@ -155,6 +165,7 @@ class Counter {
   }
 
   uint32_t elements_;
+  uint32_t first_even_;  // element of each kPage
   int ordinal_;
   std::vector<uint32_t> chunk_, small_;
   CUcontext context_ = nullptr;
@@ -186,7 +197,7 @@ int main(int argc, char** argv) {
   if (!parse(argc, argv, &options)) {
     fprintf(stderr,
             "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n"
-            "               [--spin-ms N] [--device N] [--blocked-ms N]\n");
+            "               [--spin-ms N] [--device N] [--blocked-ms N] [--even-kib N]\n");
     return 2;
   }
   struct sigaction action = {};
