@@ -3,17 +3,23 @@
 """A second reader of phos's images, from docs/image-format.md, docs/page-hash.md and
 gpu-tracker/abi/image.proto alone: it checks that these say enough to get the bytes back.
 
-    image_reader.py DIR    lists the saved allocations, each page's hash verified
+    image_reader.py DIR [KEY]    lists the saved allocations, each page's hash verified; KEY: a file
+                                 with the key of encrypted images
 
 Not checked: owners and modes of files, and rules that do not matter for the bytes.
 """
 import collections
 import ctypes
 import ctypes.util
+import hashlib
+import hmac
 import os
 import re
 import struct
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import aes_gcm  # noqa: E402
 
 PAGE, UNIT = 65536, 4096
 HERE, PARENT, ZERO, OTHER, DROPPED = range(5)  # PageSource
@@ -101,55 +107,76 @@ def numbers(fields, number):
     return values
 
 
-def container(path, kind):
+def dump_key(secret, dump_id, purpose):
+    """HKDF-SHA256 of the operator's key."""
+    return hmac.digest(hmac.digest(dump_id, secret, 'sha256'), purpose + b'\1', 'sha256')
+
+
+def unseal(path, payload, secret):
+    dump_id, key_id, nonce, tag = struct.unpack_from('<16s8s12s16s', payload)
+    need(secret, f'{path} is encrypted')
+    need(key_id == hashlib.sha256(b'phos key id' + secret).digest()[:8], f'{path}: another key')
+    plain = aes_gcm.decrypt(dump_key(secret, dump_id, b'phos image'), nonce, tag, payload[52:])
+    need(plain is not None, f'{path} was altered')
+    need(one(message(plain), 1) == dump_id, f'{path}: dump id')
+    return plain
+
+
+def container(path, kind, secret=None):
+    """The message in it. Kind 3 stands for kind 1."""
     with open(path, 'rb') as f:
         data = f.read()
     need(data[:8] == b'PHOSIMG\0' and len(data) >= 32, f'{path} is no image')
     version, found, length, crc, header_crc = struct.unpack_from('<IIQII', data, 8)
     need(header_crc == crc32c(data[:28]), f'{path}: header checksum')
-    need(version in (1, 2) and found == kind, f'{path}: version {version}, kind {found}')
+    need((version, found) in ((1, kind), (2, kind), (2, kind + 2)),
+         f'{path}: version {version}, kind {found}')
     need(length == len(data) - 32, f'{path}: length')
     need(crc == crc32c(data[32:]), f'{path}: payload checksum')
-    return message(data[32:])
+    return message(data[32:] if found == kind else unseal(path, data[32:], secret))
+
+
+# A pages file, whose it is and what whoever refers to it says of it.
+File = collections.namedtuple('File', 'dump_id pid gpu packed sealed')
 
 
 class Image:
     """phos-<pid>.img, and the pages files beside it."""
 
-    def __init__(self, directory, pid):
-        self.directory, self.pid, self.files = directory, pid, {}
-        fields = container(os.path.join(directory, f'phos-{pid}.img'), 1)
+    def __init__(self, directory, pid, secret=None):
+        self.directory, self.pid, self.secret, self.files = directory, pid, secret, {}
+        fields = container(os.path.join(directory, f'phos-{pid}.img'), 1, secret)
         need(one(fields, 2) == pid, 'the image of another process')
         self.dump_id, self.parent_id = one(fields, 1), one(fields, 14, b'')
         self.key = one(fields, 16, b'')
         self.uuids = [one(message(gpu), 1) for gpu in fields[9]]
-        need(not one(fields, 20, 0), 'encrypted pages')
-        own = bool(one(fields, 19, 0))
-        others = [message(f) for f in fields[18]]
-        self.other_files = [(one(f, 1), one(f, 2), one(f, 3), bool(one(f, 4, 0))) for f in others]
-        self.allocations = [self.allocation(message(a), own) for a in fields[10]]
+        layout = one(fields, 19, 0), one(fields, 20, 0)
+        self.other_files = [File(one(f, 1), one(f, 2), one(f, 3), one(f, 4, 0), one(f, 5, 0))
+                            for f in map(message, fields[18])]
+        self.allocations = [self.allocation(message(a), layout) for a in fields[10]]
         self.by_place = {a['place']: a for a in self.allocations if a}
         self.parent = None
         if self.parent_id:
-            self.parent = Image(os.path.join(directory, 'parent'), pid)
+            self.parent = Image(os.path.join(directory, 'parent'), pid, secret)
             need(self.parent.dump_id == self.parent_id, f'{directory}/parent is another dump')
             need(self.parent.key == self.key, f'{directory}/parent has another key')
 
-    def allocation(self, fields, packed):
-        """None if no page is saved. A page: source, file, slot or unit, bytes stored."""
+    def allocation(self, fields, layout):
+        """None if no page is saved. A page: source, file, slot or unit, bytes stored, seal."""
         address, size, gpu = (one(fields, i) for i in (1, 2, 3))
         hashes, pages = one(fields, 7, b''), []
         slots, files, stored = (iter(numbers(fields, i)) for i in (10, 11, 12))
+        seals = iter(re.findall(b'(?s).{28}', one(fields, 13, b'')))
         if not hashes:
             return None
         for count, source in zip(numbers(fields, 8), numbers(fields, 9)):
             at = next(slots) if source in (HERE, OTHER) else 0
-            file = (self.dump_id, self.pid, gpu, packed)
+            file = File(self.dump_id, self.pid, gpu, *layout)
             if source == OTHER:
                 file = self.other_files[next(files)]
             for _ in range(count):
-                length = next(stored) if source in (HERE, OTHER) and file[3] else None
-                pages.append((source, file, at, length))
+                length = next(stored) if source in (HERE, OTHER) and file.packed else None
+                pages.append((source, file, at, length, next(seals, None) if length else None))
                 at += -(-length // UNIT) if length else 1
         need(len(pages) * 16 == len(hashes) and len(pages) == -(-size // PAGE), 'pages')
         return {'place': (self.uuids[gpu], address, size), 'gpu': gpu, 'pages': pages,
@@ -159,49 +186,51 @@ class Image:
         """The bytes of a page and its recorded hash."""
         need(place in self.by_place, f'{self.directory} has nothing of {place}')
         a = self.by_place[place]
-        source, file, at, length = a['pages'][number]
+        source, *where = a['pages'][number]
         need(source != DROPPED, 'a page that was dropped')
         if source == ZERO:
             return bytes(PAGE), a['hashes'][number]
         if source in (HERE, OTHER):
-            return self.stored(file, at, length), a['hashes'][number]
+            return self.stored(*where), a['hashes'][number]
         data, recorded = self.parent.page(place, number)
         need(recorded == a['hashes'][number], 'the parent has another page')
         return data, recorded
 
-    def stored(self, file, at, length):
-        dump_id, pid, gpu, packed = file
-        if dump_id != self.dump_id:
-            need(self.parent, f'nothing has dump {dump_id.hex()}')
-            return self.parent.stored(file, at, length)
+    def stored(self, file, at, length, seal):
+        if file.dump_id != self.dump_id:
+            need(self.parent, f'nothing has dump {file.dump_id.hex()}')
+            return self.parent.stored(file, at, length, seal)
         if file not in self.files:
             self.files[file] = self.open_pages(file)
         compression, data = self.files[file]
-        begin = PAGE + at * (UNIT if packed else PAGE)
+        begin = PAGE + at * (UNIT if file.packed else PAGE)
         data = data[begin:begin + (length or PAGE)]
         need(len(data) == (length or PAGE), f'nothing at {at}')
+        if file.sealed:
+            key = dump_key(self.secret, file.dump_id, b'phos pages')
+            data = aes_gcm.decrypt(key, seal[:12], seal[12:], data)
+            need(data is not None, f'what is at {at} was altered')
         return decompress(compression, data) if len(data) < PAGE else data
 
     def open_pages(self, file):
-        dump_id, pid, gpu, packed = file
-        path = os.path.join(self.directory, f'phos-pages-{pid}-{gpu}.img')
+        path = os.path.join(self.directory, f'phos-pages-{file.pid}-{file.gpu}.img')
         with open(path, 'rb') as f:
             data = f.read()
         header = struct.unpack_from('<8sIIQ16sIIBBBBI', data)
         need(header[11] == crc32c(data[:52]), f'{path}: header checksum')
-        slots = (len(data) - PAGE) // (UNIT if packed else PAGE)
-        expected = (b'PHOSPAG\0', 1 + packed, PAGE, slots, dump_id, pid, gpu, packed)
-        need(header[:8] == expected and header[9:11] == (0, 0), f'{path}: {header}, not {expected}')
+        slots = (len(data) - PAGE) // (UNIT if file.packed else PAGE)
+        expected = (b'PHOSPAG\0', 1 + file.packed, PAGE, slots, *file[:4], file.sealed, 0)
+        need(header[:8] + header[9:11] == expected, f'{path}: {header}, not {expected}')
         return header[8], data
 
 
-def read(directory, page_hash=None):
+def read(directory, page_hash=None, secret=None):
     """Yields what is saved of each process in `directory`. page_hash(key, page): to verify with."""
     for name in sorted(os.listdir(directory)):
         match = re.fullmatch(r'phos-([1-9][0-9]*)\.img', name)
         if not match:
             continue
-        image = Image(directory, int(match.group(1)))
+        image = Image(directory, int(match.group(1)), secret)
         for place in image.by_place:
             data = b''
             for number in range(-(-place[2] // PAGE)):
@@ -215,6 +244,12 @@ def read(directory, page_hash=None):
 if __name__ == '__main__':
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'golden'))
     import page_hash as hashes
-    for saved in read(sys.argv[1], hashes.page_hash):
+    operators_key = None
+    if len(sys.argv) > 2:
+        with open(sys.argv[2], 'rb') as key_file:
+            operators_key = key_file.read()
+        if len(operators_key) != 32:
+            operators_key = bytes.fromhex(operators_key.decode())
+    for saved in read(sys.argv[1], hashes.page_hash, operators_key):
         print(f'{saved.pid} GPU-{saved.uuid.hex()} {saved.address:#x} {saved.size} bytes, '
               f'CRC-32C {crc32c(saved.data):08x}')

@@ -5,11 +5,11 @@
 //   with
 //                                 real hashes, and what was in their memory to MEMORY/<level>/
 //   image_tool store HOW TOP MEMORY   the same as phosd stores it: each page once; HOW: none, zstd
-//                                     or lz4
+//                                     or lz4; with +key encrypted, but for the second dump
 //   image_tool read DIR MEMORY    reads the chain of DIR, and writes what it holds to MEMORY/
 //   image_tool verify DIR         hashes every page; fails if there is damage
 //
-// Memory is in files <pid>-<uuid>-<address>.
+// Memory is in files <pid>-<uuid>-<address>, the key in the file $KEY_FILE.
 #include <fcntl.h>
 
 #include <algorithm>
@@ -24,6 +24,7 @@
 
 #include "gpu-tracker/copy/page_hash.h"
 #include "gpu-tracker/image/chain.h"
+#include "gpu-tracker/image/image_key.h"
 #include "gpu-tracker/image/page_store.h"
 #include "gpu-tracker/image/verify.h"
 
@@ -73,6 +74,13 @@ void put_memory(const std::string& directory, int pid, const GpuUuid& uuid, uint
 
 SavedHash hash_of(const PageHashKey& key, const void* page) {
   return hash_page(key, page, kImagePageSize).bytes;
+}
+
+std::shared_ptr<const ImageKey> use_key() {
+  const char* path = getenv("KEY_FILE");
+  auto key = std::make_shared<const ImageKey>(must(ImageKey::read(path ? path : "")));
+  add_image_key(key);
+  return key;
 }
 
 // ---- writing ----
@@ -147,6 +155,7 @@ void dump(const UniqueFd& dir, int level, int pid, const std::vector<GpuUuid>& g
     a.path = m.address % 0x20000000 ? MemoryPath::kReleased : MemoryPath::kDriver;
     if (store) {
       image.layout = store->layout();
+      image.key_id = store->key_id();
       store_pages(*store, previous ? &*previous : nullptr, m, &image, &a);
       image.allocations.push_back(std::move(a));
       continue;
@@ -198,6 +207,16 @@ void fill(Bytes& bytes, size_t page, uint32_t seed) {
   }
 }
 
+PageStoreOptions options_for(std::string how, int level) {
+  PageStoreOptions options;
+  if (how.ends_with("+key")) {
+    how.resize(how.size() - 4);
+    if (level != 2) options.key = use_key();
+  }
+  options.compression = must(parse_compression(how));
+  return options;
+}
+
 // Two processes, of which the second one is not in the first dump; the GPUs of the first one are in
 // another order each time.
 int write_chain(const std::string& top, const std::string& memory_top, const char* how) {
@@ -221,7 +240,7 @@ int write_chain(const std::string& top, const std::string& memory_top, const cha
     if (how) {
       DumpId id;
       id.fill(static_cast<uint8_t>(level));
-      store = must(PageStore::create(dir.get(), id, {must(parse_compression(how)), nullptr}));
+      store = must(PageStore::create(dir.get(), id, options_for(how, level)));
       second[0].bytes = first[0].bytes;
       std::rotate(first[0].bytes.begin(), first[0].bytes.begin() + kImagePageSize,
                   first[0].bytes.begin() + 3 * kImagePageSize);
@@ -283,6 +302,7 @@ int verify(const std::string& directory) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 2 ? argv[1] : "";
+  if (getenv("KEY_FILE")) phos::use_key();
   if (what == "write" && argc == 4) return phos::write_chain(argv[2], argv[3], nullptr);
   if (what == "store" && argc == 5) return phos::write_chain(argv[3], argv[4], argv[2]);
   if (what == "read" && argc == 4) return phos::read_chain(argv[2], argv[3]);

@@ -12,6 +12,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(HERE, '..', 'golden')
 sys.path[:0] = [HERE, GOLDEN]
 
+import aes_gcm  # noqa: E402
 import image_reader  # noqa: E402
 from page_hash import page_hash  # noqa: E402
 
@@ -28,9 +29,9 @@ def contents(directory):
     return found
 
 
-def by_name(directory, verify=page_hash):
+def by_name(directory, verify=page_hash, secret=None):
     return {f'{s.pid}-{s.uuid.hex()}-{s.address:x}': s.data
-            for s in image_reader.read(directory, verify)}
+            for s in image_reader.read(directory, verify, secret)}
 
 
 def proto(*fields):
@@ -49,6 +50,21 @@ def proto(*fields):
     return out
 
 
+class GcmTest(unittest.TestCase):
+    def test_is_that_of_its_specification(self):
+        """Test case 15 of McGrew and Viega."""
+        plain = aes_gcm.decrypt(
+            bytes.fromhex('feffe9928665731c6d6a8f9467308308' * 2),
+            bytes.fromhex('cafebabefacedbaddecaf888'),
+            bytes.fromhex('b094dac5d93471bdec1a502270e3cc6c'),
+            bytes.fromhex('522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa'
+                          '8cb08e48590dbb3da7b08b1056828838c5f61e6393ba7a0abcc9f662898015ad'))
+        self.assertEqual(plain.hex(),
+                         'd9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a72'
+                         '1c3c0c95956809532fcf0e2449a6b525b16aedf5aa0de657ba637b391aafd255')
+        self.assertIsNone(aes_gcm.decrypt(bytes(32), bytes(12), bytes(16), bytes(16)))
+
+
 class ReaderTest(unittest.TestCase):
     def setUp(self):
         temporary = tempfile.TemporaryDirectory()
@@ -60,14 +76,15 @@ class ReaderTest(unittest.TestCase):
         os.mkdir(path, 0o700)
         return path
 
-    def tool(self, *args):
+    def tool(self, *args, key=''):
         done = subprocess.run([TOOL, *args], text=True, check=False, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+                              stderr=subprocess.STDOUT,
+                              env={**os.environ, **({'KEY_FILE': key} if key else {})})
         self.assertEqual(done.returncode, 0, done.stdout)
 
-    def read_by_tool(self, directory):
+    def read_by_tool(self, directory, key=''):
         out = tempfile.mkdtemp(dir=self.top)
-        self.tool('read', directory, out)
+        self.tool('read', directory, out, key=key)
         return contents(out)
 
     def put(self, path, data):
@@ -121,6 +138,28 @@ class ReaderTest(unittest.TestCase):
             self.assertIn((image_reader.OTHER, True), sources)  # in another process's file
             self.assertIn((image_reader.OTHER, False), sources)  # elsewhere in a parent
             self.assertIn((image_reader.PARENT, True), sources)
+
+    def test_encrypted_chains(self):
+        """Of three dumps the first and the last one are."""
+        secret = bytes(range(100, 132))
+        key = os.path.join(self.top, 'key')
+        self.put(key, secret.hex().encode())
+        for how in 'none+key', 'lz4+key':
+            chain, memory = self.directory('chain-' + how), self.directory('memory-' + how)
+            self.tool('store', how, chain, memory, key=key)
+            for level in '123':
+                directory = os.path.join(chain, level)
+                expected = contents(os.path.join(memory, level))
+                self.assertEqual(by_name(directory, None, secret), expected)
+                self.assertEqual(self.read_by_tool(directory, key=key), expected)
+                with self.assertRaisesRegex(image_reader.BadImage, 'encrypted'):
+                    by_name(directory)
+                with self.assertRaisesRegex(image_reader.BadImage, 'another key'):
+                    by_name(directory, None, bytes(32))
+                without = subprocess.run([TOOL, 'read', directory, self.top], check=False,
+                                         stderr=subprocess.PIPE, text=True)
+                self.assertEqual(without.returncode, 1)
+                self.assertIn('is encrypted with key', without.stderr)
 
     def test_golden_images(self):
         """Their hashes are made up, and their parent is made here."""
