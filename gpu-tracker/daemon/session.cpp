@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "gpu-tracker/abi/version.h"
 #include "gpu-tracker/base/log.h"
@@ -167,6 +168,18 @@ void Session::log_unencrypted(int pid, const ProcessImage& image) {
       process(pid).c_str(), megabytes(released).c_str());
 }
 
+// Once, when all that is to be stored is. A page that was saved in several rounds counts each time.
+void Session::log_storage() {
+  if (!store_ || std::exchange(statistics_logged_, true)) return;
+  const PageStoreStatistics s = store_->statistics();
+  if (!s.pages) return;
+  log(LogLevel::kInfo, "daemon",
+      "of %llu pages that were saved, %llu were stored already; the others take %s, %s before they "
+      "were compressed",
+      static_cast<unsigned long long>(s.pages), static_cast<unsigned long long>(s.shared),
+      megabytes(s.bytes).c_str(), megabytes(s.stored * kImagePageSize).c_str());
+}
+
 Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_time) {
   if (!held->image) {
     auto image = describe(pid, *held);
@@ -187,6 +200,7 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   timings.release_us = us(held->release_time);
   if (held->stopped) timings.stopped_us = us(since(*held->stopped));
   if (storage_.key && stage_ == DumpStage::kDump) log_unencrypted(pid, *held->image);
+  log_storage();
   return write_process_image(image_dir_.get(), *held->image);
 }
 

@@ -238,6 +238,7 @@ class Session {
   Result<void> finish_pre_dump();
 
   Result<ProcessImage> describe(int pid, const Held& held) const;
+  void log_storage();
   static void log_unencrypted(int pid, const ProcessImage& image);
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
   static void stop_passing(int pid, Held* held);
@@ -262,6 +263,7 @@ class Session {
   std::string noted_dir_;             // not opened yet
   std::string left_dump_;             // of a phosd that died; nothing of it is restored by it
   bool failed_ = false;               // as finish() was told
+  bool statistics_logged_ = false;
   bool went_on_ = false;              // a process that was taken over runs again
   Group held_;
   std::vector<int> inspected_;  // whose trees are dumped

@@ -260,14 +260,15 @@ class Killed(StorageTest):
 
     def test_phosd(self):
         target, criu = self.dump_until('checkpoint', start=self.even_counter)
-        self.kill_phosd()
+        self.kill_phosd_for_good()
+        self.let_driver_go()
         criu.wait()
         self.assertNotEqual(criu.returncode, 0)
         self.assert_left_alone(target)
 
     def test_phosd_and_criu(self):
         target, criu = self.dump_until('checkpoint', start=self.even_counter)
-        self.kill_phosd()
-        self.kill_criu(criu)
+        self.kill_both(criu)
+        self.let_driver_go()
         self.ok('status')
         self.assert_left_alone(target)

@@ -231,6 +231,37 @@ TEST_F(StoreTest, PagesThatCannotBeStoredAreClaimedAnew) {
   EXPECT_EQ(store->place(again->page).file.pid, 8);
 }
 
+// What ten dumps take in which 2 % of the pages change each time, against one of them alone.
+TEST_F(StoreTest, ChainTakesLittleMoreThanOneDump) {
+  std::mt19937 random(2);
+  std::vector<uint32_t> memory(500);
+  for (uint32_t i = 0; i < memory.size(); i++) memory[i] = 2 + 2 * i;
+  uintmax_t all = 0, first = 0;
+  for (uint8_t level = 1; level <= 10; level++) {
+    auto store = make_store(level);
+    std::optional<PreviousPages> previous;
+    if (level > 1) {
+      auto opened = PreviousPages::open(fd(static_cast<uint8_t>(level - 1)), 7);
+      ASSERT_TRUE(opened) << opened.error().message();
+      previous = std::move(*opened);
+    }
+    Saver saver(*store, 7, 0, previous ? &*previous : nullptr);
+    for (int i = 0; level > 1 && i < 10; i++) memory[random() % 500] = 2000 + 20u * level + 2u * i;
+    saver.round(memory);
+    ASSERT_TRUE(store->finish());
+    const DumpId parent = level > 1 ? dump_id(static_cast<uint8_t>(level - 1)) : DumpId();
+    const ProcessImage image = saver.image(dump_id(level), parent);
+    ASSERT_TRUE(write_process_image(fd(level), image));
+    if (level == 10) expect_holds(level, image, memory);
+    for (const auto& entry : std::filesystem::directory_iterator(path(level))) {
+      if (entry.is_regular_file()) all += entry.file_size();
+    }
+    if (level == 1) first = all;
+  }
+  EXPECT_LE(static_cast<double>(all), 1.25 * static_cast<double>(first));
+  EXPECT_GE(all - first, 9u * 9 * kPage) << "the pages that changed are to be there";
+}
+
 // The whole of it: processes on two GPUs that share pages, rounds in which pages change, chains in
 // which pages move, stored in every way.
 struct Way {
