@@ -391,7 +391,8 @@ Result<void> Session::bring_memory_back(int pid, Held* held) {
     if (auto r = open_saved(held, *image); !r) return r;
   }
   if (auto r = load_memory(pid, held, false); !r) return r;
-  // Nothing can be done about it any more. A gate that was taken over has no probes.
+  // Nothing can be done about it any more. One that was taken over has probes if they were pinned,
+  // but cannot tell what had passed before the memory was away.
   auto passed = held->taken_over ? Result<void>() : held->release->check_closed();
   if (!passed) log(LogLevel::kError, "daemon", "%s", passed.error().message().c_str());
   return {};

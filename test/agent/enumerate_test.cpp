@@ -113,6 +113,13 @@ TEST_F(AgentTest, ImportedMemoryIsNotTakenForOwn) {
   EXPECT_EQ(a->export_type, ExportType::kNone);
 }
 
+// Of the agent's thread, on a processor: what else the machine does is not counted.
+std::chrono::nanoseconds time_of(pid_t tid) {
+  uint64_t ns = 0;
+  std::ifstream("/proc/" + std::to_string(tid) + "/schedstat") >> ns;
+  return std::chrono::nanoseconds(ns);
+}
+
 // The second scan looks at ten times as many; in proportion to their square it would take a
 // hundred times as long.
 TEST_F(ManyAllocations, TakeTimeInProportion) {
@@ -128,12 +135,16 @@ TEST_F(ManyAllocations, TakeTimeInProportion) {
     expected += more;
     auto agent = Agent::attach(target().pid(), restore_tid(target().pid()));
     ASSERT_TRUE(agent) << agent.error().message();
+    const pid_t thread = find_thread(target().pid(), PHOS_AGENT_THREAD_NAME);
     time[i] = std::chrono::hours(1);
     for (int run = 0; run < 3; run++) {
+      const auto before = time_of(thread);
       auto all = agent->enumerate();
+      const auto after = time_of(thread);
       ASSERT_TRUE(all) << all.error().message();
       EXPECT_EQ(of_kind(*all, AllocationKind::kDevice).size(), expected);
-      time[i] = std::min(time[i], agent->last_scan().time);
+      if (after == before) GTEST_SKIP() << "this kernel does not tell how long a thread has run";
+      time[i] = std::min(time[i], after - before);
     }
   }
   EXPECT_LT(time[1].count(), time[0].count() * 40) << time[0].count() << " ns for a tenth";

@@ -88,13 +88,13 @@ TEST_F(AgentTest, OnePhosAtATime) {
 TEST_F(AgentTest, ProcessCanChangeItsUser) {
   ASSERT_TRUE(attach());
   target_.send("set-user");
-  EXPECT_EQ(target_.reply(5000).value_or("hangs"), "ok");
+  EXPECT_EQ(target_.reply().value_or("hangs"), "ok");
 }
 
 TEST_F(AgentTest, ProcessEndsAsItWould) {
   ASSERT_TRUE(attach());
   target_.close_input();
-  EXPECT_EQ(target_.wait_death(5000).value_or(-1), 0);
+  EXPECT_EQ(target_.wait_death().value_or(-1), 0);
 }
 
 TEST_F(AgentTest, ForkedChildHasNoAgent) {
@@ -109,21 +109,21 @@ TEST_F(AgentTest, ForkedChildHasNoAgent) {
   auto agent = Agent::attach(child, child);
   EXPECT_FALSE(agent);
   target_.close_input();  // for both: they share it
-  EXPECT_EQ(target_.wait_death(5000).value_or(-1), 0);
+  EXPECT_EQ(target_.wait_death().value_or(-1), 0);
 }
 
 // exit() in the child runs the destructors of all libraries, the agent's among them.
 TEST_F(AgentTest, ForkedChildExits) {
   ASSERT_TRUE(attach());
   target_.send("fork-exit 7");
-  EXPECT_EQ(target_.reply(5000).value_or("hangs"), "ok 7");
+  EXPECT_EQ(target_.reply().value_or("hangs"), "ok 7");
 }
 
 TEST_F(AgentTest, LockedProcessTakesTheAgentAndListsItsMemory) {
   const uint64_t address = address_of(value_of(target_.ask("alloc 4194304")));
   ASSERT_EQ(contract::lock(target_.pid()), CUDA_SUCCESS);
   phos::AgentOptions options;
-  options.command_timeout = std::chrono::milliseconds(200);
+  options.command_timeout = std::chrono::milliseconds(1000);
   {
     auto agent = attach(options);
     ASSERT_TRUE(agent) << agent.error().message();
@@ -162,15 +162,15 @@ TEST_F(AgentTest, SleepsThroughTheDriversCheckpoint) {
 
 // ---- A phosd that dies.
 
-// Runs `body` in a child and kills it after `delay`.
-template <typename Body>
-void run_and_kill(std::chrono::microseconds delay, Body body) {
+// Runs `body` in a child and kills it after `wait`.
+template <typename Wait, typename Body>
+void run_and_kill(Wait wait, Body body) {
   pid_t child = fork();
   if (child == 0) {
     body();
     _exit(0);
   }
-  std::this_thread::sleep_for(delay);
+  wait();
   kill(child, SIGKILL);
   waitpid(child, nullptr, 0);
 }
@@ -179,7 +179,8 @@ TEST_F(AgentTest, PhosdKilledAnywhereInAttachHarmsNobody) {
   const pid_t pid = target_.pid(), tid = restore_tid(pid);
   const Footprint before = footprint(pid);
   for (int step = 0; step < 30; step++) {
-    run_and_kill(std::chrono::microseconds(step * 150), [&] {
+    const auto delay = [&] { usleep(static_cast<useconds_t>(step) * 150); };
+    run_and_kill(delay, [&] {
       auto agent = Agent::attach(pid, tid);
       if (agent) (void)agent->enumerate().ok();
       if (agent) (void)agent->unload().ok();
@@ -204,7 +205,10 @@ class FaultyDriver : public contract::WorkerTest {
     pid_ = target_->pid();
     tid_ = restore_tid(pid_);
   }
-  void TearDown() override { unlink(faults_.c_str()); }
+  void TearDown() override {
+    unlink(faults_.c_str());
+    unlink((faults_ + ".held").c_str());
+  }
   void fail(const std::string& line) { std::ofstream(faults_) << line << "\n"; }
 
   const std::string faults_ = testing::TempDir() + "faults-" + std::to_string(getpid());
@@ -213,12 +217,13 @@ class FaultyDriver : public contract::WorkerTest {
 };
 
 TEST_F(FaultyDriver, PhosdKilledInMidCommandIsFollowedByAnother) {
-  fail("cuPointerGetAttributes 5 slow:300");
-  ASSERT_TRUE(Agent::attach(pid_, tid_));  // loaded already: the child is quick
-  run_and_kill(std::chrono::milliseconds(100), [&] {
-    auto agent = Agent::attach(pid_, tid_);
-    if (agent) (void)agent->enumerate().ok();
-  });
+  fail("cuPointerGetAttributes 5 hold");
+  run_and_kill([&] { ASSERT_TRUE(contract::wait_held(faults_)); },
+               [&] {
+                 auto agent = Agent::attach(pid_, tid_);
+                 if (agent) (void)agent->enumerate().ok();
+               });
+  unlink(faults_.c_str());
   auto agent = Agent::attach(pid_, tid_);
   ASSERT_TRUE(agent) << agent.error().message();
   EXPECT_TRUE(agent->enumerate());
@@ -226,14 +231,12 @@ TEST_F(FaultyDriver, PhosdKilledInMidCommandIsFollowedByAnother) {
 }
 
 TEST_F(FaultyDriver, DriverThatHangsIsAnErrorInTime) {
-  fail("cuPointerGetAttributes 5 slow:1500");
+  fail("cuPointerGetAttributes 5 hold");
   phos::AgentOptions options;
   options.command_timeout = std::chrono::milliseconds(100);
   auto agent = Agent::attach(pid_, tid_, options);
   ASSERT_TRUE(agent) << agent.error().message();
-  const auto start = std::chrono::steady_clock::now();
   auto all = agent->enumerate();
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::milliseconds(1000));
   ASSERT_FALSE(all);
   EXPECT_EQ(all.error().code(), ETIMEDOUT);
   EXPECT_FALSE(agent->detach());

@@ -226,10 +226,9 @@ TEST_F(CopyShared, PoolIsPinnedForOtherContextsToo) {
   ASSERT_EQ(kernels.load(), CUDA_SUCCESS);
   ASSERT_EQ(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), CUDA_SUCCESS);
   ASSERT_EQ(cuMemAlloc(&p, kBuffer), CUDA_SUCCESS);
-  ASSERT_EQ(kernels.spin(400, stream), CUDA_SUCCESS);
-  const auto begin = std::chrono::steady_clock::now();
+  ASSERT_EQ(kernels.spin(2000, stream), CUDA_SUCCESS);
   ASSERT_EQ(cuMemcpyDtoHAsync(buffer->data(), p, kBuffer, stream), CUDA_SUCCESS);
-  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::milliseconds(200));
+  EXPECT_EQ(cuStreamQuery(stream), CUDA_ERROR_NOT_READY) << "it has waited for the kernel";
   EXPECT_EQ(cuStreamSynchronize(stream), CUDA_SUCCESS);
   EXPECT_EQ(cuCtxDestroy(other), CUDA_SUCCESS);
   cuCtxSetCurrent(context_);
@@ -246,7 +245,8 @@ TEST_F(CopyShared, PaceKeepsKernelsToTheirShare) {
     for (int i = 0; i < 3; i++) EXPECT_OK(engine_->hash(pages, hashes, pace));
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   };
-  const double fast = time();
+  double fast = time();
+  for (int i = 0; i < 5; i++) fast = std::min(fast, time());  // as fast as it goes
   pace.set_max_slowdown(on_simulation() ? 0.1 : 0.01);
   EXPECT_GT(time(), 2 * fast);
   // One launch each, which still have to wait for each other.

@@ -4,8 +4,10 @@
 
 #include <cuda.h>
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "test/sim/test_kernels.h"
@@ -16,6 +18,17 @@ inline constexpr uint64_t kMiB = 1 << 20;
 
 inline bool on_simulation() {
   return dlsym(RTLD_DEFAULT, "phos_sim_marker") != nullptr;
+}
+
+// Until the simulated driver is in a call that the file `faults` says it is to hold
+// (test/sim/README.md); false after half a minute. Each call once.
+inline bool wait_held(const std::string& faults) {
+  const std::string held = faults + ".held";
+  for (int i = 0; i < 30000; i++) {
+    if (unlink(held.c_str()) == 0) return true;
+    usleep(1000);
+  }
+  return false;
 }
 
 // The test kernels in the current context.

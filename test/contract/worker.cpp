@@ -16,11 +16,7 @@
 extern char** environ;
 
 namespace contract {
-namespace {
-
-constexpr int kAskTimeoutMs = 60000;
-
-}  // namespace
+namespace {}  // namespace
 
 Worker::Worker(const std::string& mode, std::vector<std::string> environment) {
   int in[2], out[2];
@@ -42,7 +38,7 @@ Worker::Worker(const std::string& mode, std::vector<std::string> environment) {
   close(out[1]);
   to_ = in[1];
   from_ = out[0];
-  if (reply(kAskTimeoutMs) != "ok") fprintf(stderr, "worker %s did not start\n", mode.c_str());
+  if (reply() != "ok") fprintf(stderr, "worker %s did not start\n", mode.c_str());
 }
 
 Worker::~Worker() {
@@ -83,7 +79,7 @@ std::optional<std::string> Worker::reply(int timeout_ms) {
 
 std::string Worker::ask(const std::string& command) {
   send(command);
-  return reply(kAskTimeoutMs).value_or("no reply");
+  return reply().value_or("no reply");
 }
 
 void Worker::close_input() {

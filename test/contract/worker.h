@@ -11,6 +11,8 @@
 
 namespace contract {
 
+inline constexpr int kPatienceMs = 60000;  // only ever reached by a failure
+
 class Worker {
  public:
   // `mode`: "cuda" initialises CUDA and makes device 0 current; "plain" never touches CUDA.
@@ -23,13 +25,13 @@ class Worker {
   pid_t pid() const { return pid_; }
   void send(const std::string& command);
   // The next reply line; nothing if it does not come in time or the worker died.
-  std::optional<std::string> reply(int timeout_ms);
+  std::optional<std::string> reply(int timeout_ms = kPatienceMs);
   // send + reply with a generous limit; "no reply" when there is none.
   std::string ask(const std::string& command);
   // Nothing more will be sent: the worker returns from main().
   void close_input();
   // The worker's wait status once it has died; nothing if it lives on.
-  std::optional<int> wait_death(int timeout_ms);
+  std::optional<int> wait_death(int timeout_ms = kPatienceMs);
 
  private:
   pid_t pid_ = -1;

@@ -54,10 +54,10 @@ class Gate(CriuTest):
 
     def test_parked_threads_go_on_when_the_lease_ends_after_a_restore(self):
         target = self.counter()
-        self.park(target, 4000)
+        self.park(target, 10000)  # the dump is to take less than that
         self.dump_ok(target)
         wait_until(target.gone, 'the dumped process to be gone')
-        time.sleep(4)  # longer than the lease: it must not have run in the image
+        time.sleep(10)  # longer than the lease: it must not have run in the image
         self.restore_ok()
         self.assert_stands_still(target)
         self.assert_runs_on(target)

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 #include <fcntl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -13,6 +14,8 @@
 
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/gate/threads.h"
+#include "test/contract/cuda_helpers.h"
 
 namespace gate_test {
 
@@ -55,7 +58,7 @@ std::string status_field(int pid, const std::string& field) {
 }
 
 bool eventually(const std::function<bool()>& condition) {
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
   while (!condition()) {
     if (std::chrono::steady_clock::now() > deadline) return false;
     std::this_thread::sleep_for(milliseconds(1));
@@ -98,6 +101,29 @@ GateStatus GateTest::status() {
 
 bool GateTest::wait_parked(size_t count) {
   return eventually([&] { return status().parked == count; });
+}
+
+// The simulated driver waits asleep, a real one may spin. Nothing sleeps on its way there.
+bool GateTest::wait_inside() {
+  if (!contract::on_simulation()) return usleep(50000) == 0;
+  return eventually([&] {
+    auto threads = phos::list_threads(target_.pid());
+    if (!threads) return false;
+    size_t own = 0, asleep = 0;
+    for (const phos::ThreadInfo& t : *threads) {
+      if (t.tid == target_.pid() || t.comm == PHOS_AGENT_THREAD_NAME) continue;
+      if (phos::is_driver_thread(t)) continue;
+      own++;
+      auto sleep = phos::find_asleep(target_.pid(), t.tid);
+      asleep += sleep && sleep->number == SYS_futex;
+    }
+    return own > 0 && asleep == own;
+  });
+}
+
+bool GateTest::gets_on() {
+  const uint64_t before = number("count");
+  return eventually([&] { return number("count") > before; });
 }
 
 uint64_t GateTest::number(const std::string& command) {

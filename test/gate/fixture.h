@@ -29,7 +29,7 @@ std::string maps_of(int pid);
 std::vector<std::string> library_text(int pid);
 // A field of /proc/PID/status.
 std::string status_field(int pid, const std::string& field);
-// Polls until it holds; false after five seconds.
+// Polls until it holds; false after half a minute.
 bool eventually(const std::function<bool()>& condition);
 
 class GateTest : public testing::Test {
@@ -40,6 +40,10 @@ class GateTest : public testing::Test {
   void close_gate(const GateOptions& options = {});
   GateStatus status();
   bool wait_parked(size_t count);
+  // Until the threads that the target has started are in the driver, and not on their way there.
+  bool wait_inside();
+  // Calls return.
+  bool gets_on();
   // "ok N" -> N
   uint64_t number(const std::string& command);
   // Calls that returned within this time.

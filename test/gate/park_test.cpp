@@ -185,7 +185,7 @@ TEST_F(GateTest, EndsWithItsProcess) {
   ASSERT_NO_FATAL_FAILURE(close_gate());
   ASSERT_TRUE(wait_parked(4));
   kill(target_.pid(), SIGKILL);
-  ASSERT_TRUE(target_.wait_death(5000));
+  ASSERT_TRUE(target_.wait_death());
   auto s = gate_->status();
   ASSERT_FALSE(s);
   EXPECT_EQ(s.error().code(), ESRCH) << s.error().message();
@@ -198,7 +198,7 @@ TEST_F(GateTest, ProcessEndsWhileThreadsAreParked) {
   ASSERT_NO_FATAL_FAILURE(close_gate());
   ASSERT_TRUE(wait_parked(4));
   target_.close_input();
-  EXPECT_EQ(target_.wait_death(5000).value_or(-1), 0);
+  EXPECT_EQ(target_.wait_death().value_or(-1), 0);
 }
 
 TEST_F(GateTest, AgentCanBeUnloadedAfterwardsOnly) {

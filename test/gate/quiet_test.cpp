@@ -26,7 +26,7 @@ TEST_F(QuietTest, ParkedAndSleepingThreadsAreQuiet) {
   ASSERT_EQ(unlock(), CUDA_SUCCESS);
   ASSERT_EQ(lock(), CUDA_SUCCESS);
   const auto start = std::chrono::steady_clock::now();
-  auto quiet = gate_->check_quiet(milliseconds(500));
+  auto quiet = gate_->check_quiet(milliseconds(5000));
   EXPECT_TRUE(quiet) << quiet.error().message();
   printf("shown to be quiet in %.2f ms\n", milliseconds_since(start));
   EXPECT_EQ(unlock(), CUDA_SUCCESS);
@@ -35,9 +35,8 @@ TEST_F(QuietTest, ParkedAndSleepingThreadsAreQuiet) {
 }
 
 TEST_F(QuietTest, ThreadInsideTheDriverIsNot) {
-  ASSERT_EQ(target_.ask("sync 700"), "ok");
-  // Inside before the gate closes.
-  usleep(50000);
+  ASSERT_EQ(target_.ask("sync 2000"), "ok");
+  ASSERT_TRUE(wait_inside());
   ASSERT_NO_FATAL_FAILURE(close_gate());
   auto quiet = gate_->check_quiet(milliseconds(20));
   ASSERT_FALSE(quiet);
@@ -50,7 +49,7 @@ TEST_F(QuietTest, ThreadInsideTheDriverIsNot) {
   ASSERT_EQ(lock(), CUDA_SUCCESS);
   ASSERT_EQ(unlock(), CUDA_SUCCESS);
   ASSERT_EQ(lock(), CUDA_SUCCESS);
-  quiet = gate_->check_quiet(milliseconds(1000));
+  quiet = gate_->check_quiet(milliseconds(5000));
   EXPECT_TRUE(quiet) << quiet.error().message();
   EXPECT_EQ(unlock(), CUDA_SUCCESS);
   ASSERT_TRUE(gate_->open());
@@ -64,7 +63,7 @@ TEST_F(QuietTest, PointersToFunctionsAreNotCalls) {
   usleep(50000);
   ASSERT_NO_FATAL_FAILURE(close_gate());
   ASSERT_TRUE(wait_parked(1));
-  auto quiet = gate_->check_quiet(milliseconds(500));
+  auto quiet = gate_->check_quiet(milliseconds(5000));
   EXPECT_TRUE(quiet) << quiet.error().message();
   ASSERT_TRUE(gate_->open());
   expect_works();
@@ -74,14 +73,14 @@ TEST_F(QuietTest, PointersToFunctionsAreNotCalls) {
 TEST_F(QuietTest, ThreadHeldUpByTheDriversLockIsNot) {
   ASSERT_EQ(lock(), CUDA_SUCCESS);
   ASSERT_EQ(target_.ask("start memset 1"), "ok");
-  usleep(50000);
+  ASSERT_TRUE(wait_inside());
   ASSERT_NO_FATAL_FAILURE(close_gate());
   auto quiet = gate_->check_quiet(milliseconds(20));
   ASSERT_FALSE(quiet);
   EXPECT_EQ(quiet.error().code(), EAGAIN) << quiet.error().message();
   ASSERT_EQ(unlock(), CUDA_SUCCESS);
   ASSERT_TRUE(wait_parked(1));
-  quiet = gate_->check_quiet(milliseconds(500));
+  quiet = gate_->check_quiet(milliseconds(5000));
   EXPECT_TRUE(quiet) << quiet.error().message();
   ASSERT_TRUE(gate_->open());
   expect_works();

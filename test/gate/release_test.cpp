@@ -264,7 +264,7 @@ TEST_F(GatedRelease, ThreadInTheAgentsCodeIsNotQuiet) {
     EXPECT_EQ(quiet.error().code(), EAGAIN) << quiet.error().message();
     ASSERT_EQ(target_.ask("awake"), "ok");
     ASSERT_TRUE(wait_parked(1));
-    quiet = gate_->check_quiet(milliseconds(1000));
+    quiet = gate_->check_quiet(milliseconds(5000));
     EXPECT_TRUE(quiet) << quiet.error().message();
     ASSERT_NO_FATAL_FAILURE(open_gate());
   }

@@ -22,6 +22,7 @@
 #include <thread>
 #include <vector>
 
+#include "gpu-tracker/gate/threads.h"
 #include "test/contract/cuda_helpers.h"
 #include "test/gate/registers.h"
 
@@ -222,7 +223,8 @@ CUresult free_behind_kernel(Arguments& in, Reply&) {
     g_calls++;
   });
   while (!g_freeing) usleep(100);
-  usleep(20000);
+  // Inside: nothing sleeps on its way there. A driver that waits may spin.
+  for (int i = 0; i < 200 && !phos::find_asleep(getpid(), g_freeing); i++) usleep(1000);
   return CUDA_SUCCESS;
 }
 

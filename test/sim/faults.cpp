@@ -111,7 +111,7 @@ void hold(const Fault& fault, int nth) {
   dprintf(fd, "%d %s %d\n", getpid(), fault.function, nth);
   close(fd);
   for (bool held = true; held;) {
-    sleep_ms(2);
+    sleep_ms(10);
     held = false;
     read_faults([&](const Fault& f) { return !(held = f == fault); });
   }

@@ -112,7 +112,7 @@ TEST_F(WatchTest, DoesNotTouchProcessesThatAreNotWatched) {
 
 TEST_F(WatchTest, SaysThatTheProcessHasEnded) {
   kill(target_.pid(), SIGKILL);
-  ASSERT_TRUE(target_.wait_death(5000));
+  ASSERT_TRUE(target_.wait_death());
   auto snapshot = watch_->read();
   ASSERT_FALSE(snapshot);
   EXPECT_EQ(snapshot.error().code(), ESRCH) << snapshot.error().message();
@@ -123,7 +123,7 @@ TEST_F(WatchTest, SaysThatTheProcessHasEnded) {
 TEST_F(WatchTest, DoubtsAProcessThatBecameAnotherProgram) {
   EXPECT_TRUE(read().doubts.empty());
   target_.send("exec");
-  for (int i = 0; i < 500; i++) {  // until exec has taken place
+  for (int i = 0; i < 3000; i++) {  // until exec has taken place
     if (maps_of(target_.pid()).find("libcuda") == std::string::npos) break;
     usleep(10000);
   }
@@ -138,7 +138,7 @@ TEST(ActivityWatchStart, NeedsLibcudaInTheProcess) {
     execl("/bin/sleep", "sleep", "60", nullptr);
     _exit(1);
   }
-  for (int i = 0; i < 500 && maps_of(child).find("libcuda") != std::string::npos; i++)
+  for (int i = 0; i < 3000 && maps_of(child).find("libcuda") != std::string::npos; i++)
     usleep(10000);
   auto watch = ActivityWatch::start(child);
   kill(child, SIGKILL);

@@ -99,7 +99,7 @@ TEST_F(ActivitySourceTest, IsSilentOnceStopped) {
 TEST_F(ActivitySourceTest, SaysMaybeOfADeadProcess) {
   mark();
   kill(target_.pid(), SIGKILL);
-  ASSERT_TRUE(target_.wait_death(5000));
+  ASSERT_TRUE(target_.wait_death());
   EXPECT_EQ(source_->ask(0x1000, 64).verdict, Dirty::kMaybeDirty);
   EXPECT_EQ(source_->allocations().verdict, Ledger::kScan);
 }

@@ -70,7 +70,7 @@ __attribute__((noinline)) void slow(uint64_t ms) {
 
 template <typename Condition>
 bool eventually(Condition condition) {
-  for (int i = 0; i < 5000; i++) {
+  for (int i = 0; i < 30000; i++) {
     if (condition()) return true;
     usleep(1000);
   }
