@@ -79,7 +79,6 @@ struct PageFileWriter::State {
   PageFileHeader header{};
   PageFileFormat format;
   std::optional<TempFile> file;  // after `dir`: it uses it to the end
-  std::atomic<bool> direct{true};
   std::atomic<uint64_t> slots{0};
   uint64_t reserved = 0;
 
@@ -110,7 +109,6 @@ Result<std::unique_ptr<PageFileWriter>> PageFileWriter::create(int dir_fd, int p
   memcpy(h.dump_id, id.data(), id.size());
   state->file.emplace(state->dir.get(), name, O_RDWR | O_DIRECT);
   if (state->file->fd() < 0 && errno == EINVAL) {
-    state->direct = false;
     state->file.reset();
     state->file.emplace(state->dir.get(), name, O_RDWR);
   }
@@ -139,34 +137,49 @@ Result<void> PageFileWriter::reserve(uint64_t slots) {
   return write_error(code, s.dir.get(), s.file->name(), size);
 }
 
-Result<void> PageFileWriter::write(uint64_t slot, const void* data, uint64_t slots) {
-  State& s = *state_;
+Result<void> PageFileWriter::check_write(uint64_t slot, const void* data, uint64_t slots) const {
+  const State& s = *state_;
   if (!aligned(data)) return unaligned(describe_file(s.dir.get(), s.file->name()));
   if (slot > kMaxPageSlots || slots > kMaxPageSlots - slot) {
     return image_error(ImageError::kBadField, describe_file(s.dir.get(), s.file->name()) +
                                                   ": no more than 2^32 slots fit in one file");
   }
-  if (auto ok = write_at(s.size(slot), data, slots * s.format.slot_bytes()); !ok) return ok;
-  uint64_t seen = s.slots;
-  while (seen < slot + slots && !s.slots.compare_exchange_weak(seen, slot + slots)) {
-  }
   return {};
 }
 
-Result<void> PageFileWriter::write_at(uint64_t offset, const void* data, uint64_t size) {
-  State& s = *state_;
-  for (uint64_t done = 0; done < size;) {
-    const bool was_direct = s.direct;
-    ssize_t n = pwrite(s.file->fd(), static_cast<const char*>(data) + done,
-                       std::min(size - done, kMaxTransfer), static_cast<off_t>(offset + done));
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0 && errno == EINVAL && was_direct && fall_back(s.file->fd(), s.direct)) continue;
-    if (n < 0) {
-      return write_error(errno, s.dir.get(), s.file->name(), std::max(s.reserved, offset + size));
-    }
-    done += static_cast<uint64_t>(n);
+void PageFileWriter::note_written(uint64_t end_slot) {
+  std::atomic<uint64_t>& slots = state_->slots;
+  uint64_t seen = slots;
+  while (seen < end_slot && !slots.compare_exchange_weak(seen, end_slot)) {
   }
+}
+
+Error PageFileWriter::failed(int code, uint64_t end_offset) const {
+  const State& s = *state_;
+  return write_error(code, s.dir.get(), s.file->name(), std::max(s.reserved, end_offset));
+}
+
+Result<void> PageFileWriter::write(uint64_t slot, const void* data, uint64_t slots) {
+  State& s = *state_;
+  if (auto ok = check_write(slot, data, slots); !ok) return ok;
+  const uint64_t begin = s.size(slot), end = s.size(slot + slots);
+  if (int code = write_all(s.file->fd(), begin, data, end - begin)) return failed(code, end);
+  note_written(slot + slots);
   return {};
+}
+
+void PageFileWriter::write_async(WriteQueue& queue, uint64_t slot, const void* data, uint64_t slots,
+                                 WriteQueue::Done done) {
+  State& s = *state_;
+  if (auto ok = check_write(slot, data, slots); !ok) return done(ok);
+  const uint64_t begin = s.size(slot), end = s.size(slot + slots);
+  queue.submit(
+      s.file->fd(), begin, data, end - begin,
+      [this, end, end_slot = slot + slots, done = std::move(done)](const Result<void>& written) {
+        if (!written) return done(failed(written.error().code(), end));
+        note_written(end_slot);
+        done({});
+      });
 }
 
 Result<void> PageFileWriter::flush() {
@@ -187,7 +200,7 @@ Result<void> PageFileWriter::finish() {
   Block block = make_block();
   if (!block) return no_memory();
   memcpy(block.get(), &s.header, sizeof s.header);
-  if (auto ok = write_at(0, block.get(), kBlock); !ok) return ok;
+  if (int code = write_all(s.file->fd(), 0, block.get(), kBlock)) return failed(code, size);
   return s.file->commit(size);
 }
 

@@ -17,6 +17,7 @@
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/image/image.h"
 #include "gpu-tracker/image/page_codec.h"
+#include "gpu-tracker/image/write_queue.h"
 
 namespace phos {
 
@@ -32,9 +33,10 @@ struct PageFileFormat {
   uint64_t slot_bytes() const { return layout.packed ? kPageUnit : kImagePageSize; }
 };
 
-// Writes a pages file. `slot` and `slots` stand for units in a packed one. write() may be called
-// from any number of threads at once, the others from one thread while no write() runs. A writer
-// that is destroyed before finish() succeeded leaves no file.
+// Writes a pages file. `slot` and `slots` stand for units in a packed one. write() and
+// write_async() may be called from any number of threads at once, the others, the destructor too,
+// from one thread while no write is under way. A writer that is destroyed before finish() succeeded
+// leaves no file.
 class PageFileWriter {
  public:
   // Starts the file under a temporary name. `gpu`: index into ProcessImage::gpus. `dir_fd` is not
@@ -56,6 +58,11 @@ class PageFileWriter {
   // `data` is not used any more when the call returns. The bytes are durable after finish().
   Result<void> write(uint64_t slot, const void* data, uint64_t slots);
 
+  // The same, but for the waiting: `data` is in use until `done` has been called, with what write()
+  // would have returned (see WriteQueue::submit). `queue` may serve other files, too.
+  void write_async(WriteQueue& queue, uint64_t slot, const void* data, uint64_t slots,
+                   WriteQueue::Done done);
+
   // Makes durable what is written, so that finish() has little left to do.
   Result<void> flush();
 
@@ -69,8 +76,9 @@ class PageFileWriter {
  private:
   struct State;
   explicit PageFileWriter(std::unique_ptr<State> state);
-  // All file output goes through here.
-  Result<void> write_at(uint64_t offset, const void* data, uint64_t size);
+  Result<void> check_write(uint64_t slot, const void* data, uint64_t slots) const;
+  void note_written(uint64_t end_slot);
+  Error failed(int code, uint64_t end_offset) const;
 
   std::unique_ptr<State> state_;
 };
