@@ -62,7 +62,7 @@ std::optional<PreviousPages> Session::open_previous(int vpid) const {
 
 Result<std::shared_ptr<PageStore>> Session::page_store() {
   if (store_) return store_;
-  auto store = PageStore::create(image_dir_.get(), dump_id_, {});
+  auto store = PageStore::create(image_dir_.get(), dump_id_, storage_);
   if (!store) return store.error();
   store_ = std::move(*store);
   return store_;

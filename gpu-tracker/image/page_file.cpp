@@ -81,6 +81,7 @@ struct PageFileWriter::State {
   std::optional<TempFile> file;  // after `dir`: it uses it to the end
   std::atomic<uint64_t> slots{0};
   uint64_t reserved = 0;
+  UnsyncedFiles* later = nullptr;
 
   // Of the file up to a slot.
   uint64_t size(uint64_t slots) const { return offset_of(format, slots); }
@@ -91,7 +92,8 @@ PageFileWriter::~PageFileWriter() = default;
 
 Result<std::unique_ptr<PageFileWriter>> PageFileWriter::create(int dir_fd, int pid, int gpu,
                                                                const DumpId& id,
-                                                               const PageFileFormat& format) {
+                                                               const PageFileFormat& format,
+                                                               UnsyncedFiles* later) {
   const std::string name = page_file_name(pid, gpu);
   auto state = std::make_unique<State>();
   state->dir.reset(fcntl(dir_fd, F_DUPFD_CLOEXEC, 0));
@@ -107,7 +109,8 @@ Result<std::unique_ptr<PageFileWriter>> PageFileWriter::create(int dir_fd, int p
   h.pid = static_cast<uint32_t>(pid);
   h.page_size = kImagePageSize;
   memcpy(h.dump_id, id.data(), id.size());
-  state->file.emplace(state->dir.get(), name, O_RDWR | O_DIRECT);
+  state->later = later;
+  state->file.emplace(state->dir.get(), name, O_RDWR | (later ? 0 : O_DIRECT));
   if (state->file->fd() < 0 && errno == EINVAL) {
     state->file.reset();
     state->file.emplace(state->dir.get(), name, O_RDWR);
@@ -184,6 +187,7 @@ void PageFileWriter::write_async(WriteQueue& queue, uint64_t slot, const void* d
 
 Result<void> PageFileWriter::flush() {
   const State& s = *state_;
+  if (s.later) return {};
   if (fdatasync(s.file->fd()) == 0) return {};
   return write_error(errno, s.dir.get(), s.file->name(), s.size(s.slots));
 }
@@ -201,7 +205,7 @@ Result<void> PageFileWriter::finish() {
   if (!block) return no_memory();
   memcpy(block.get(), &s.header, sizeof s.header);
   if (int code = write_all(s.file->fd(), 0, block.get(), kBlock)) return failed(code, size);
-  return s.file->commit(size);
+  return s.file->commit(size, s.later);
 }
 
 uint64_t PageFileWriter::slots() const {

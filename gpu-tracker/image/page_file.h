@@ -40,10 +40,12 @@ struct PageFileFormat {
 class PageFileWriter {
  public:
   // Starts the file under a temporary name. `gpu`: index into ProcessImage::gpus. `dir_fd` is not
-  // needed any more after the call.
+  // needed any more after the call. `later`, which outlives the writer: pages go through the page
+  // cache, and nothing here waits for the disk.
   static Result<std::unique_ptr<PageFileWriter>> create(int dir_fd, int pid, int gpu,
                                                         const DumpId& id,
-                                                        const PageFileFormat& format = {});
+                                                        const PageFileFormat& format = {},
+                                                        UnsyncedFiles* later = nullptr);
   ~PageFileWriter();
   PageFileWriter(const PageFileWriter&) = delete;
   PageFileWriter& operator=(const PageFileWriter&) = delete;
@@ -63,11 +65,12 @@ class PageFileWriter {
   void write_async(WriteQueue& queue, uint64_t slot, const void* data, uint64_t slots,
                    WriteQueue::Done done);
 
-  // Makes durable what is written, so that finish() has little left to do.
+  // Makes durable what is written, so that finish() has little left to do (unless `later` does).
   Result<void> flush();
 
-  // Writes the header, makes everything durable and gives the file its name. The file ends with the
-  // highest slot written. To be called once, before write_process_image() refers to the file.
+  // Writes the header, makes everything durable (or `later` does) and gives the file its name. The
+  // file ends with the highest slot written. To be called once, before write_process_image() refers
+  // to the file.
   Result<void> finish();
 
   // Slots so far: one more than the highest that was written.

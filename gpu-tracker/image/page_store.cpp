@@ -51,7 +51,7 @@ Result<std::unique_ptr<PageStore>> PageStore::create(int dir_fd, const DumpId& i
 }
 
 Result<uint32_t> PageStore::add_file(int pid, int gpu) {
-  auto writer = PageFileWriter::create(dir_.get(), pid, gpu, id_, format_);
+  auto writer = PageFileWriter::create(dir_.get(), pid, gpu, id_, format_, options_.later);
   if (!writer) return writer.error();
   std::lock_guard<std::mutex> hold(mutex_);
   files_.push_back(std::make_unique<File>());
