@@ -255,6 +255,7 @@ int phosd_start(Phos__Wire__Stage stage)
 	hello.stage = stage;
 	/* secure_getenv: a criu with file capabilities must not let its caller choose. */
 	hello.compress = secure_getenv(PHOS_COMPRESS_ENV);
+	hello.durability = secure_getenv(PHOS_DURABILITY_ENV);
 	encrypt = secure_getenv(PHOS_ENCRYPT_ENV);
 	hello.has_encrypt = hello.encrypt = encrypt && !strcmp(encrypt, "1");
 	hello.key_file = secure_getenv(PHOS_KEY_FILE_ENV);

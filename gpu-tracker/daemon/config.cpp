@@ -175,6 +175,11 @@ constexpr Setting kSettings[] = {
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_switch(text), &config->encrypt);
      }},
+    {"durability",
+     "disk: images are durable when a dump is done; memory: some time later (default: disk)",
+     [](const std::string& text, DaemonConfig* config) {
+       return assign(parse_durability(text), &config->durability);
+     }},
     {"log-level", "error, warning, info or debug (default: info)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_level(text), &config->log_level);

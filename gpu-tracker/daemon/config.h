@@ -10,6 +10,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/daemon/tracker_choice.h"
+#include "gpu-tracker/image/durability.h"
 #include "gpu-tracker/image/page_codec.h"
 
 namespace phos {
@@ -31,6 +32,7 @@ struct DaemonConfig {
   unsigned compress_threads = 1;  // that a dump compresses and encrypts with
   std::string key_file;           // absolute; empty: encrypted images cannot be read or written
   bool encrypt = false;           // a dump may ask for it too, but not for the opposite
+  Durability durability = Durability::kDisk;
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 

@@ -17,6 +17,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/daemon/image_storage.h"
+#include "gpu-tracker/daemon/messages.h"
 
 namespace phos {
 namespace {
@@ -141,8 +142,10 @@ void Connection::serve() {
   socket_.reset();
   if (!entry_) return;
   recover();
-  log(LogLevel::kInfo, "daemon", "the session ends");
+  auto unsynced = session_ ? session_->take_unsynced() : nullptr;
   session_.reset();
+  if (unsynced) write_behind(*unsynced);
+  log(LogLevel::kInfo, "daemon", "the session ends");
   log_scope_.reset();
   node_.leave(*entry_);
 }
@@ -150,6 +153,22 @@ void Connection::serve() {
 void Connection::recover() {
   entry_->recovering = true;
   if (session_) insist([this] { session_->recover(); });
+}
+
+void Connection::write_behind(UnsyncedFiles& files) {
+  const auto start = std::chrono::steady_clock::now();
+  const std::string dump = "dump " + entry_->log.checkpoint() + " in " + files.directory();
+  const uint64_t bytes = files.bytes();
+  entry_->unsynced_bytes = bytes;
+  entry_->recovering = false;
+  if (auto synced = files.sync(); !synced) {
+    log(LogLevel::kError, "daemon",
+        "%s is not durable, a machine that goes down may lose it: %s; dump again, or copy it",
+        dump.c_str(), synced.error().message().c_str());
+    return;
+  }
+  log(LogLevel::kInfo, "daemon", "%s is durable on disk after %.1f s (%s)", dump.c_str(),
+      static_cast<double>(since(start).count()) / 1e6, megabytes(bytes).c_str());
 }
 
 ReplyData Connection::handle(ReceivedRequest& received) {
@@ -325,7 +344,10 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
   }
   const auto stage =
       hello.stage == PHOS__WIRE__STAGE__PRE_DUMP ? DumpStage::kPreDump : DumpStage::kDump;
-  if (auto r = session_->begin_dump(std::move(image_dir), stage, *storage); !r) return r;
+  auto durability = choose_durability(node_.config(), hello);
+  if (!durability) return durability.error();
+  auto begun = session_->begin_dump(std::move(image_dir), stage, *storage, *durability);
+  if (!begun) return begun;
   if (leaves_running(peer_.pid)) session_->expect_to_go_on();
   entry_->log.set_checkpoint(format_dump_id(session_->dump_id()));
   return {};

@@ -19,8 +19,9 @@ class Connection {
   Connection(Node& node, UniqueFd socket, const Peer& peer)
       : node_(node), socket_(std::move(socket)), peer_(peer) {}
 
-  // On a thread of its own. Serves until the client is gone, then brings back what it left behind;
-  // that takes as long as it takes. A client without a session is let go when the node stops.
+  // On a thread of its own. Serves until the client is gone, then brings back what it left behind,
+  // and makes the images durable that are not yet; that takes as long as it takes. A client without
+  // a session is let go when the node stops.
   void serve();
 
   // Was there ever a session? After serve().
@@ -38,6 +39,7 @@ class Connection {
   bool send_progress(std::vector<RoundData> rounds);
   Result<void> hello(const Phos__Wire__Hello& hello, UniqueFd image_dir, ReplyData* reply);
   void recover();
+  void write_behind(UnsyncedFiles& files);
 
   Node& node_;
   UniqueFd socket_;

@@ -28,7 +28,7 @@ Result<PageStoreOptions> choose_storage(const DaemonConfig& config,
                                         const Phos__Wire__Hello& hello) {
   const bool dumps =
       hello.stage == PHOS__WIRE__STAGE__DUMP || hello.stage == PHOS__WIRE__STAGE__PRE_DUMP;
-  PageStoreOptions options{config.compress, nullptr};
+  PageStoreOptions options{config.compress};
   if (dumps && hello.compress) {
     auto choice = parse_compression(hello.compress);
     if (!choice) return choice.error().wrap("compress = '" + std::string(hello.compress) + "'");
@@ -50,6 +50,13 @@ Result<PageStoreOptions> choose_storage(const DaemonConfig& config,
     if (auto own = load(hello.key_file); !own) return own.error();
   }
   return options;
+}
+
+Result<Durability> choose_durability(const DaemonConfig& config, const Phos__Wire__Hello& hello) {
+  if (!hello.durability) return config.durability;
+  auto choice = parse_durability(hello.durability);
+  if (!choice) return choice.error().wrap("durability = '" + std::string(hello.durability) + "'");
+  return choice;
 }
 
 }  // namespace phos

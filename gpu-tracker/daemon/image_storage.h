@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// How the images of a session are stored, and with which key: what phosd is configured to do, and
-// what its client asks for.
+// How the images of a session are stored, with which key, and when they are on disk: what phosd is
+// configured to do, and what its client asks for.
 #pragma once
 
 #include <memory>
@@ -21,5 +21,7 @@ Result<std::shared_ptr<const ImageKey>> load_image_key(const DaemonConfig& confi
 // brings a key of its own: should phosd die while memory is away, the next one must find the key of
 // its images by itself.
 Result<PageStoreOptions> choose_storage(const DaemonConfig& config, const Phos__Wire__Hello& hello);
+// Of a dump.
+Result<Durability> choose_durability(const DaemonConfig& config, const Phos__Wire__Hello& hello);
 
 }  // namespace phos

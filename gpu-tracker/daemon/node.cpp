@@ -4,6 +4,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 
 namespace phos {
@@ -47,9 +48,11 @@ Result<std::shared_ptr<SessionEntry>> Node::admit(int client_pid, Phos__Wire__St
   std::lock_guard<std::mutex> lock(mutex_);
   if (stage != PHOS__WIRE__STAGE__TAKE_OVER) {
     if (stopping_) return Error(Domain::kUsage, ESHUTDOWN, "phosd is stopping; try again");
-    if (sessions_.size() >= config_.max_sessions) {
+    const auto open = std::count_if(sessions_.begin(), sessions_.end(),
+                                    [](const auto& s) { return s.second->unsynced_bytes == 0; });
+    if (open >= config_.max_sessions) {
       return Error(Domain::kUsage, EUSERS,
-                   "phosd has as many sessions as it may (" + std::to_string(sessions_.size()) +
+                   "phosd has as many sessions as it may (" + std::to_string(open) +
                        "); wait for one to end, or raise max_sessions in phosd.conf");
     }
   }
@@ -70,7 +73,7 @@ NodeStatus Node::status() const {
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& [id, entry] : sessions_) {
     status.sessions.push_back({id, entry->client_pid, entry->stage, entry->log.pid(),
-                               entry->log.checkpoint(), entry->recovering});
+                               entry->log.checkpoint(), entry->recovering, entry->unsynced_bytes});
   }
   return status;
 }

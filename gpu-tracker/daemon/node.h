@@ -26,6 +26,7 @@ struct SessionStatus {
   int pid = 0;             // 0: not known yet
   std::string checkpoint;  // empty: not known yet
   bool recovering = false;
+  uint64_t unsynced_bytes = 0;
 };
 
 struct NodeStatus {
@@ -44,6 +45,7 @@ struct SessionEntry {
   const Phos__Wire__Stage stage;
   SessionLog log;
   std::atomic<bool> recovering{false};
+  std::atomic<uint64_t> unsynced_bytes{0};  // not 0: all that is left of it is to write these
 };
 
 // Thread-safe.
@@ -63,8 +65,9 @@ class Node {
   // phosd's own side of the GPUs; opened when it is first used.
   Result<GpuEngines*> engines();
 
-  // Refused when there are max_sessions already, or phosd is to stop; a session that takes over
-  // from a dead phosd is always admitted, since a process waits for it.
+  // Refused when there are max_sessions already (without those that only write images behind), or
+  // phosd is to stop; a session that takes over from a dead phosd is always admitted, since a
+  // process waits for it.
   Result<std::shared_ptr<SessionEntry>> admit(int client_pid, Phos__Wire__Stage stage);
   void leave(const SessionEntry& entry);
 

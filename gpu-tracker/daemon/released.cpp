@@ -281,7 +281,8 @@ Result<void> Session::release_memory(int pid, Held* held) {
   log(LogLevel::kInfo, "daemon",
       "%s: released in %.1f ms (drained behind the gate in %.1f ms, images written in %.1f ms)",
       process(pid).c_str(), ms(held->release_time), ms(held->gate_time), ms(held->write_time));
-  return as_noted ? Result<void>() : write_process_image(image_dir_.get(), *held->image);
+  return as_noted ? Result<void>()
+                  : write_process_image(image_dir_.get(), *held->image, unsynced_.get());
 }
 
 void Session::log_lost(int pid, const Held& held, const std::vector<AgentRelease>& results) {
@@ -313,7 +314,7 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   for (AllocationInfo& a : held->image->allocations) {
     if (addresses.contains(a.address)) a.path = MemoryPath::kReleased;
   }
-  if (auto r = write_process_image(image_dir_.get(), *held->image); !r) return r;
+  if (auto r = write_process_image(image_dir_.get(), *held->image, unsynced_.get()); !r) return r;
   if (auto r = open_saved(held, *held->image); !r) return r;
   if (auto r = held->release->hold(); !r) return r;
   // It has taken a while since: a thread that runs may have come to block the gate's signal, and
@@ -326,7 +327,8 @@ Result<void> Session::prepare_release(int pid, Held* held) {
 // there as long as this phosd is.
 Result<void> Session::open_saved(Held* held, const ProcessImage& image) const {
   if (held->loader) return {};
-  auto chain = PageChain::open(image_dir_.get(), image, PageIo::kDirect);
+  auto chain =
+      PageChain::open(image_dir_.get(), image, unsynced_ ? PageIo::kCached : PageIo::kDirect);
   if (!chain) return chain.error();
   held->chain = std::make_unique<PageChain>(std::move(*chain));
   auto loader = MemoryLoader::create(*held->chain, *engines_);

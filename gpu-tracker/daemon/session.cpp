@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/daemon/session.h"
 
+#include <fcntl.h>
 #include <sys/random.h>
 #include <unistd.h>
 
@@ -53,10 +54,17 @@ Result<ProcessLock> Session::take_lock(int pid, uint64_t start_time) const {
   return lock;
 }
 
-Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, PageStoreOptions storage) {
+Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, PageStoreOptions storage,
+                                 Durability durability) {
   image_dir_ = std::move(image_dir);
+  if (durability == Durability::kMemory) {
+    UniqueFd directory(fcntl(image_dir_.get(), F_DUPFD_CLOEXEC, 0));
+    if (!directory) return Error::from_errno(errno, "cannot use the image directory");
+    unsynced_ = std::make_unique<UnsyncedFiles>(std::move(directory));
+  }
   stage_ = stage;
   storage_ = std::move(storage);
+  storage_.later = unsynced_.get();
   if (getrandom(dump_id_.data(), dump_id_.size(), 0) != static_cast<ssize_t>(dump_id_.size())) {
     return Error::from_errno(errno, "getrandom");
   }
@@ -201,7 +209,7 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   if (held->stopped) timings.stopped_us = us(since(*held->stopped));
   if (storage_.key && stage_ == DumpStage::kDump) log_unencrypted(pid, *held->image);
   log_storage();
-  return write_process_image(image_dir_.get(), *held->image);
+  return write_process_image(image_dir_.get(), *held->image, unsynced_.get());
 }
 
 // Of a process that runs, which is about to be unlocked: its threads park, but those that have the
@@ -360,7 +368,7 @@ Result<uint32_t> Session::resume(int pid) {
 
 Result<void> Session::add_file(const DeviceFile& file) {
   files_.files.push_back(file);
-  return write_files_image(image_dir_.get(), files_);
+  return write_files_image(image_dir_.get(), files_, unsynced_.get());
 }
 
 Result<void> Session::finish(bool success) {
@@ -369,8 +377,18 @@ Result<void> Session::finish(bool success) {
   }
   finished_ = success;
   failed_ = !success;
+  if (unsynced_ && success && !unsynced_->empty()) {
+    log(LogLevel::kInfo, "daemon",
+        "%s of GPU images are in the page cache; phosd makes them durable from now on",
+        megabytes(unsynced_->bytes()).c_str());
+  }
   if (dumping_ && !success && !needs_images()) return remove_images(image_dir_.get(), dump_id_);
   return {};
+}
+
+std::unique_ptr<UnsyncedFiles> Session::take_unsynced() {
+  if (!finished_ || !unsynced_ || unsynced_->empty()) return nullptr;
+  return std::move(unsynced_);
 }
 
 bool Session::needs_images() const {

@@ -26,6 +26,7 @@
 #include "gpu-tracker/daemon/memory_release.h"
 #include "gpu-tracker/daemon/process_lock.h"
 #include "gpu-tracker/driver/gpu_driver.h"
+#include "gpu-tracker/image/durability.h"
 #include "gpu-tracker/image/image.h"
 #include "gpu-tracker/image/page_store.h"
 
@@ -67,9 +68,9 @@ class Session {
 
   // A dump or pre-dump into `image_dir` (takes ownership). Removes phos images of an earlier dump
   // there. It builds on what the directory's link `parent` leads to. `storage`: how the images are
-  // stored.
+  // stored. kMemory: see take_unsynced().
   Result<void> begin_dump(UniqueFd image_dir, DumpStage stage = DumpStage::kDump,
-                          PageStoreOptions storage = {});
+                          PageStoreOptions storage = {}, Durability durability = Durability::kDisk);
 
   // A restore from `image_dir`: refuses images this machine cannot take.
   Result<FilesImage> begin_restore(UniqueFd image_dir);
@@ -134,6 +135,9 @@ class Session {
   // are about to be killed, unless a post-dump script keeps them: recover() tells. Completes the
   // images of a pre-dump and lets go of its processes.
   Result<void> finish(bool success);
+
+  // What a dump that has succeeded left to be made durable; null: nothing. Once.
+  std::unique_ptr<UnsyncedFiles> take_unsynced();
 
   // Of the dump that is made or restored; zeros as long as there is none.
   const DumpId& dump_id() const { return dump_id_; }
@@ -259,12 +263,13 @@ class Session {
   GpuEngines* const engines_;
   std::function<bool()> client_gone_;  // may be empty
   UniqueFd image_dir_;
-  std::shared_ptr<PageStore> store_;  // of the dump's pages; null: none was needed so far
-  std::string noted_dir_;             // not opened yet
-  std::string left_dump_;             // of a phosd that died; nothing of it is restored by it
-  bool failed_ = false;               // as finish() was told
+  std::unique_ptr<UnsyncedFiles> unsynced_;  // null: files are durable when they have their names
+  std::shared_ptr<PageStore> store_;         // of the dump's pages; null: none was needed so far
+  std::string noted_dir_;                    // not opened yet
+  std::string left_dump_;  // of a phosd that died; nothing of it is restored by it
+  bool failed_ = false;    // as finish() was told
   bool statistics_logged_ = false;
-  bool went_on_ = false;              // a process that was taken over runs again
+  bool went_on_ = false;  // a process that was taken over runs again
   Group held_;
   std::vector<int> inspected_;  // whose trees are dumped
   DumpId dump_id_{};

@@ -45,6 +45,8 @@ class PackedStatus {
       if (!from.checkpoint.empty()) to.checkpoint = mutable_string(from.checkpoint);
       to.has_recovering = true;
       to.recovering = from.recovering;
+      to.has_unsynced_bytes = from.unsynced_bytes != 0;
+      to.unsynced_bytes = from.unsynced_bytes;
       pointers_.push_back(&to);
     }
     message_.n_sessions = pointers_.size();

@@ -72,7 +72,7 @@ Result<void> check_header(const FileHeader& h, size_t got, uint64_t file_size, F
 }  // namespace
 
 Result<void> write_container(int dir_fd, const std::string& name, FileKind kind, uint32_t version,
-                             const std::vector<uint8_t>& payload) {
+                             const std::vector<uint8_t>& payload, UnsyncedFiles* later) {
   if (payload.size() > kMaxPayload) {
     return image_error(ImageError::kBadField,
                        "cannot write " + describe_file(dir_fd, name) + ": a payload of " +
@@ -99,7 +99,7 @@ Result<void> write_container(int dir_fd, const std::string& name, FileKind kind,
       left -= static_cast<size_t>(n);
     }
   }
-  return file.commit(size);
+  return file.commit(size, later);
 }
 
 Result<Payload> read_container(int dir_fd, const std::string& name, FileKind kind) {

@@ -42,7 +42,7 @@ static_assert(offsetof(FileHeader, payload_crc) == 24);
 static_assert(offsetof(FileHeader, header_crc) == 28);
 
 Result<void> write_container(int dir_fd, const std::string& name, FileKind kind, uint32_t version,
-                             const std::vector<uint8_t>& payload);
+                             const std::vector<uint8_t>& payload, UnsyncedFiles* later = nullptr);
 
 struct Payload {
   FileKind kind{};

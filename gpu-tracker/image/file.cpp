@@ -111,13 +111,19 @@ TempFile::~TempFile() {
   if (exists_) unlinkat(dir_fd_, (name_ + ".tmp").c_str(), 0);
 }
 
-Result<void> TempFile::commit(uint64_t size) {
+Result<void> TempFile::commit(uint64_t size, UnsyncedFiles* later) {
   auto failed = [&] { return write_error(errno, dir_fd_, name_, size); };
-  if (fsync(fd_.get()) != 0) return failed();
-  // Some network file systems report a failed write only here.
-  if (close(fd_.release()) != 0 && errno != EINTR) return failed();
+  if (!later) {
+    if (fsync(fd_.get()) != 0) return failed();
+    // Some network file systems report a failed write only here.
+    if (close(fd_.release()) != 0 && errno != EINTR) return failed();
+  }
   if (renameat(dir_fd_, (name_ + ".tmp").c_str(), dir_fd_, name_.c_str()) != 0) return failed();
   exists_ = false;
+  if (later) {
+    later->add(name_, std::move(fd_));
+    return {};
+  }
   if (auto synced = sync_directory(dir_fd_); !synced) {
     unlinkat(dir_fd_, name_.c_str(), 0);
     return synced.error();

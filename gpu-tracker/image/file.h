@@ -12,6 +12,7 @@
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/image/durability.h"
 #include "gpu-tracker/image/image.h"
 
 namespace phos {
@@ -48,9 +49,9 @@ class TempFile {
   int fd() const { return fd_.get(); }
   const std::string& name() const { return name_; }  // the final one
 
-  // Makes the content durable, renames it to `name` and makes that durable. `size` is for the
-  // message. The descriptor is closed.
-  Result<void> commit(uint64_t size);
+  // Makes the content durable, renames it to `name` and makes that durable; or leaves both, and the
+  // descriptor, to `later`. `size` is for the message. fd() is not valid any more.
+  Result<void> commit(uint64_t size, UnsyncedFiles* later = nullptr);
 
  private:
   int dir_fd_;

@@ -188,7 +188,7 @@ static uint32_t version_of(const ProcessImage& image) {
   return image.layout.packed || !image.other_files.empty() || dropped || sealed ? 2 : 1;
 }
 
-Result<void> write_process_image(int dir_fd, const ProcessImage& image) {
+Result<void> write_process_image(int dir_fd, const ProcessImage& image, UnsyncedFiles* later) {
   std::string name = process_name(image.pid);
   auto payload = encode(image);
   FileKind kind = FileKind::kProcess;
@@ -197,13 +197,13 @@ Result<void> write_process_image(int dir_fd, const ProcessImage& image) {
     kind = FileKind::kSealed;
   }
   if (!payload) return payload.error().wrap("cannot write " + describe_file(dir_fd, name));
-  return write_container(dir_fd, name, kind, version_of(image), *payload);
+  return write_container(dir_fd, name, kind, version_of(image), *payload, later);
 }
 
-Result<void> write_files_image(int dir_fd, const FilesImage& image) {
+Result<void> write_files_image(int dir_fd, const FilesImage& image, UnsyncedFiles* later) {
   auto payload = encode(image);
   if (!payload) return payload.error().wrap("cannot write " + describe_file(dir_fd, kFilesName));
-  return write_container(dir_fd, kFilesName, FileKind::kFiles, 1, *payload);
+  return write_container(dir_fd, kFilesName, FileKind::kFiles, 1, *payload, later);
 }
 
 Result<ProcessImage> read_process_image(int dir_fd, int pid) {

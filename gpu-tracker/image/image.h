@@ -19,6 +19,8 @@
 
 namespace phos {
 
+class UnsyncedFiles;  // durability.h
+
 // 16 random bytes, the same in every file of one dump.
 using DumpId = std::array<uint8_t, 16>;
 std::string format_dump_id(const DumpId& id);                  // 32 hexadecimal digits
@@ -211,9 +213,10 @@ struct FilesImage {
 
 // Each writes its file under a temporary name, makes it durable and renames it into place: a reader
 // sees the old file or the whole new one. On an error nothing new is left behind. Refuses to write
-// what the reader would refuse. Mode 0600.
-Result<void> write_process_image(int dir_fd, const ProcessImage& image);
-Result<void> write_files_image(int dir_fd, const FilesImage& image);
+// what the reader would refuse. Mode 0600. `later`: makes it durable instead.
+Result<void> write_process_image(int dir_fd, const ProcessImage& image,
+                                 UnsyncedFiles* later = nullptr);
+Result<void> write_files_image(int dir_fd, const FilesImage& image, UnsyncedFiles* later = nullptr);
 
 // Error ENOENT when there is no such file.
 Result<ProcessImage> read_process_image(int dir_fd, int pid);

@@ -79,9 +79,9 @@ struct PageFileWriter::State {
   PageFileHeader header{};
   PageFileFormat format;
   std::optional<TempFile> file;  // after `dir`: it uses it to the end
-  std::atomic<bool> direct{true};
   std::atomic<uint64_t> slots{0};
   uint64_t reserved = 0;
+  UnsyncedFiles* later = nullptr;
 
   // Of the file up to a slot.
   uint64_t size(uint64_t slots) const { return offset_of(format, slots); }
@@ -92,7 +92,8 @@ PageFileWriter::~PageFileWriter() = default;
 
 Result<std::unique_ptr<PageFileWriter>> PageFileWriter::create(int dir_fd, int pid, int gpu,
                                                                const DumpId& id,
-                                                               const PageFileFormat& format) {
+                                                               const PageFileFormat& format,
+                                                               UnsyncedFiles* later) {
   const std::string name = page_file_name(pid, gpu);
   auto state = std::make_unique<State>();
   state->dir.reset(fcntl(dir_fd, F_DUPFD_CLOEXEC, 0));
@@ -108,9 +109,9 @@ Result<std::unique_ptr<PageFileWriter>> PageFileWriter::create(int dir_fd, int p
   h.pid = static_cast<uint32_t>(pid);
   h.page_size = kImagePageSize;
   memcpy(h.dump_id, id.data(), id.size());
-  state->file.emplace(state->dir.get(), name, O_RDWR | O_DIRECT);
+  state->later = later;
+  state->file.emplace(state->dir.get(), name, O_RDWR | (later ? 0 : O_DIRECT));
   if (state->file->fd() < 0 && errno == EINVAL) {
-    state->direct = false;
     state->file.reset();
     state->file.emplace(state->dir.get(), name, O_RDWR);
   }
@@ -139,38 +140,54 @@ Result<void> PageFileWriter::reserve(uint64_t slots) {
   return write_error(code, s.dir.get(), s.file->name(), size);
 }
 
-Result<void> PageFileWriter::write(uint64_t slot, const void* data, uint64_t slots) {
-  State& s = *state_;
+Result<void> PageFileWriter::check_write(uint64_t slot, const void* data, uint64_t slots) const {
+  const State& s = *state_;
   if (!aligned(data)) return unaligned(describe_file(s.dir.get(), s.file->name()));
   if (slot > kMaxPageSlots || slots > kMaxPageSlots - slot) {
     return image_error(ImageError::kBadField, describe_file(s.dir.get(), s.file->name()) +
                                                   ": no more than 2^32 slots fit in one file");
   }
-  if (auto ok = write_at(s.size(slot), data, slots * s.format.slot_bytes()); !ok) return ok;
-  uint64_t seen = s.slots;
-  while (seen < slot + slots && !s.slots.compare_exchange_weak(seen, slot + slots)) {
-  }
   return {};
 }
 
-Result<void> PageFileWriter::write_at(uint64_t offset, const void* data, uint64_t size) {
-  State& s = *state_;
-  for (uint64_t done = 0; done < size;) {
-    const bool was_direct = s.direct;
-    ssize_t n = pwrite(s.file->fd(), static_cast<const char*>(data) + done,
-                       std::min(size - done, kMaxTransfer), static_cast<off_t>(offset + done));
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0 && errno == EINVAL && was_direct && fall_back(s.file->fd(), s.direct)) continue;
-    if (n < 0) {
-      return write_error(errno, s.dir.get(), s.file->name(), std::max(s.reserved, offset + size));
-    }
-    done += static_cast<uint64_t>(n);
+void PageFileWriter::note_written(uint64_t end_slot) {
+  std::atomic<uint64_t>& slots = state_->slots;
+  uint64_t seen = slots;
+  while (seen < end_slot && !slots.compare_exchange_weak(seen, end_slot)) {
   }
+}
+
+Error PageFileWriter::failed(int code, uint64_t end_offset) const {
+  const State& s = *state_;
+  return write_error(code, s.dir.get(), s.file->name(), std::max(s.reserved, end_offset));
+}
+
+Result<void> PageFileWriter::write(uint64_t slot, const void* data, uint64_t slots) {
+  State& s = *state_;
+  if (auto ok = check_write(slot, data, slots); !ok) return ok;
+  const uint64_t begin = s.size(slot), end = s.size(slot + slots);
+  if (int code = write_all(s.file->fd(), begin, data, end - begin)) return failed(code, end);
+  note_written(slot + slots);
   return {};
+}
+
+void PageFileWriter::write_async(WriteQueue& queue, uint64_t slot, const void* data, uint64_t slots,
+                                 WriteQueue::Done done) {
+  State& s = *state_;
+  if (auto ok = check_write(slot, data, slots); !ok) return done(ok);
+  const uint64_t begin = s.size(slot), end = s.size(slot + slots);
+  queue.submit(
+      s.file->fd(), begin, data, end - begin,
+      [this, end, end_slot = slot + slots, done = std::move(done)](const Result<void>& written) {
+        if (!written) return done(failed(written.error().code(), end));
+        note_written(end_slot);
+        done({});
+      });
 }
 
 Result<void> PageFileWriter::flush() {
   const State& s = *state_;
+  if (s.later) return {};
   if (fdatasync(s.file->fd()) == 0) return {};
   return write_error(errno, s.dir.get(), s.file->name(), s.size(s.slots));
 }
@@ -187,8 +204,8 @@ Result<void> PageFileWriter::finish() {
   Block block = make_block();
   if (!block) return no_memory();
   memcpy(block.get(), &s.header, sizeof s.header);
-  if (auto ok = write_at(0, block.get(), kBlock); !ok) return ok;
-  return s.file->commit(size);
+  if (int code = write_all(s.file->fd(), 0, block.get(), kBlock)) return failed(code, size);
+  return s.file->commit(size, s.later);
 }
 
 uint64_t PageFileWriter::slots() const {

@@ -17,6 +17,7 @@
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/image/image.h"
 #include "gpu-tracker/image/page_codec.h"
+#include "gpu-tracker/image/write_queue.h"
 
 namespace phos {
 
@@ -32,16 +33,19 @@ struct PageFileFormat {
   uint64_t slot_bytes() const { return layout.packed ? kPageUnit : kImagePageSize; }
 };
 
-// Writes a pages file. `slot` and `slots` stand for units in a packed one. write() may be called
-// from any number of threads at once, the others from one thread while no write() runs. A writer
-// that is destroyed before finish() succeeded leaves no file.
+// Writes a pages file. `slot` and `slots` stand for units in a packed one. write() and
+// write_async() may be called from any number of threads at once, the others, the destructor too,
+// from one thread while no write is under way. A writer that is destroyed before finish() succeeded
+// leaves no file.
 class PageFileWriter {
  public:
   // Starts the file under a temporary name. `gpu`: index into ProcessImage::gpus. `dir_fd` is not
-  // needed any more after the call.
+  // needed any more after the call. `later`, which outlives the writer: pages go through the page
+  // cache, and nothing here waits for the disk.
   static Result<std::unique_ptr<PageFileWriter>> create(int dir_fd, int pid, int gpu,
                                                         const DumpId& id,
-                                                        const PageFileFormat& format = {});
+                                                        const PageFileFormat& format = {},
+                                                        UnsyncedFiles* later = nullptr);
   ~PageFileWriter();
   PageFileWriter(const PageFileWriter&) = delete;
   PageFileWriter& operator=(const PageFileWriter&) = delete;
@@ -56,11 +60,17 @@ class PageFileWriter {
   // `data` is not used any more when the call returns. The bytes are durable after finish().
   Result<void> write(uint64_t slot, const void* data, uint64_t slots);
 
-  // Makes durable what is written, so that finish() has little left to do.
+  // The same, but for the waiting: `data` is in use until `done` has been called, with what write()
+  // would have returned (see WriteQueue::submit). `queue` may serve other files, too.
+  void write_async(WriteQueue& queue, uint64_t slot, const void* data, uint64_t slots,
+                   WriteQueue::Done done);
+
+  // Makes durable what is written, so that finish() has little left to do (unless `later` does).
   Result<void> flush();
 
-  // Writes the header, makes everything durable and gives the file its name. The file ends with the
-  // highest slot written. To be called once, before write_process_image() refers to the file.
+  // Writes the header, makes everything durable (or `later` does) and gives the file its name. The
+  // file ends with the highest slot written. To be called once, before write_process_image() refers
+  // to the file.
   Result<void> finish();
 
   // Slots so far: one more than the highest that was written.
@@ -69,8 +79,9 @@ class PageFileWriter {
  private:
   struct State;
   explicit PageFileWriter(std::unique_ptr<State> state);
-  // All file output goes through here.
-  Result<void> write_at(uint64_t offset, const void* data, uint64_t size);
+  Result<void> check_write(uint64_t slot, const void* data, uint64_t slots) const;
+  void note_written(uint64_t end_slot);
+  Error failed(int code, uint64_t end_offset) const;
 
   std::unique_ptr<State> state_;
 };

@@ -56,7 +56,7 @@ Result<uint32_t> PageStore::add_file(int pid, int gpu) {
     const File& file = *files_[i];
     if (file.writer && file.ref.pid == pid && file.ref.gpu == gpu) return static_cast<uint32_t>(i);
   }
-  auto writer = PageFileWriter::create(dir_.get(), pid, gpu, id_, format_);
+  auto writer = PageFileWriter::create(dir_.get(), pid, gpu, id_, format_, options_.later);
   if (!writer) return writer.error();
   files_.push_back(std::make_unique<File>());
   files_.back()->ref = {id_, pid, gpu, format_.layout};

@@ -32,6 +32,7 @@ namespace phos {
 struct PageStoreOptions {
   CompressionChoice compression = {};
   std::shared_ptr<const ImageKey> key = {};  // none: not encrypted
+  UnsyncedFiles* later = nullptr;            // as for PageFileWriter
 };
 
 struct PageStoreStatistics {

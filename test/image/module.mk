@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # The image reader under hostile input: a fuzzer with sanitizers, of the image room alone.
 
-FUZZ_SRCS := $(wildcard gpu-tracker/image/*.cpp) gpu-tracker/base/json.cpp \
+FUZZ_SRCS := $(wildcard gpu-tracker/image/*.cpp) gpu-tracker/base/json.cpp gpu-tracker/base/log.cpp \
              gpu-tracker/base/result.cpp gpu-tracker/driver/gpu_driver.cpp \
              test/image/wire.cpp test/image/examine.cpp test/image/fuzz.cpp test/image/fuzz_target.cpp
 FUZZ_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined \

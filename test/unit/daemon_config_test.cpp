@@ -68,6 +68,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
                                   "compress_threads = 5\n"
                                   "key-file = /etc/phos/image key\n"
                                   "encrypt = on\n"
+                                  "durability = memory\n"
                                   "log_level = debug"),
                             &config);
   ASSERT_TRUE(r.ok()) << r.error().message();
@@ -83,6 +84,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
   EXPECT_EQ(config.compress_threads, 5u);
   EXPECT_EQ(config.key_file, "/etc/phos/image key");
   EXPECT_TRUE(config.encrypt);
+  EXPECT_EQ(config.durability, Durability::kMemory);
   EXPECT_EQ(config.log_level, LogLevel::kDebug);
 }
 
@@ -94,12 +96,16 @@ TEST_F(DaemonConfigTest, ErrorsNameTheFileAndTheLine) {
   EXPECT_EQ(refused("max_sessions\n"), at + "1: 'max_sessions' is not of the form KEY = VALUE");
   EXPECT_EQ(refused("log_level=info\nlog-level=info\n"), at + "2: log-level is set a second time");
   EXPECT_EQ(refused("\n [phosd]\n"), at + "2: there are no sections");
-  for (const char* line :
-       {"max_sessions = 0", "idle_timeout = -1", "max_slowdown = 0", "max_slowdown = 101",
-        "max_slowdown = nan", "log_level = loud", "tracker = none", "release = on",
-        "socket = relative", "socket =", "pool_size = much", "compress = gzip",
-        "compress = zstd:20", "compress_threads = 0", "key_file = key",
-        "key_file =", "encrypt = yes", "config = /etc/passwd", "foreground = 1"}) {
+  for (const char* line : {"max_sessions = 0",     "idle_timeout = -1",
+                           "max_slowdown = 0",     "max_slowdown = 101",
+                           "max_slowdown = nan",   "log_level = loud",
+                           "tracker = none",       "release = on",
+                           "socket = relative",    "socket =",
+                           "pool_size = much",     "compress = gzip",
+                           "compress = zstd:20",   "compress_threads = 0",
+                           "key_file = key",       "key_file =",
+                           "encrypt = yes",        "durability = ssd",
+                           "config = /etc/passwd", "foreground = 1"}) {
     EXPECT_EQ(refused(line).rfind(at + "1: ", 0), 0u) << line << ": " << refused(line);
   }
   EXPECT_NE(refused("socket = /" + std::string(200, 'x')), "");

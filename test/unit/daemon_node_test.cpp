@@ -46,6 +46,22 @@ TEST(NodeTest, AdmitsAsManySessionsAsConfigured) {
   EXPECT_TRUE(node->admit(12, PHOS__WIRE__STAGE__DUMP).ok());
 }
 
+TEST(NodeTest, WhoeverOnlyWritesBehindIsInNobodysWay) {
+  auto node = make_node(1);
+  auto first = node->admit(10, PHOS__WIRE__STAGE__DUMP);
+  EXPECT_FALSE(node->admit(11, PHOS__WIRE__STAGE__DUMP).ok());
+  (*first)->unsynced_bytes = 12345;
+  auto second = node->admit(11, PHOS__WIRE__STAGE__DUMP);
+  EXPECT_TRUE(second.ok());
+  EXPECT_FALSE(node->admit(12, PHOS__WIRE__STAGE__DUMP).ok());
+  const NodeStatus status = node->status();
+  ASSERT_EQ(status.sessions.size(), 2u);
+  EXPECT_EQ(status.sessions[0].unsynced_bytes, 12345u);
+  EXPECT_EQ(status.sessions[1].unsynced_bytes, 0u);
+  node->leave(**second);
+  EXPECT_FALSE(node->stop_if_idle().ok()) << "images are not on disk yet";
+}
+
 TEST(NodeTest, StatusListsTheSessions) {
   auto node = make_node(8);
   auto first = node->admit(10, PHOS__WIRE__STAGE__DUMP);

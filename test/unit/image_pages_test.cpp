@@ -129,6 +129,38 @@ TEST_F(PagesFile, ManyThreadsWriteAtOnce) {
   for (uint32_t slot = 0; slot < kThreads * kRounds; slot++) expect_page(**file, slot, slot);
 }
 
+TEST_F(PagesFile, WrittenThroughAQueue) {
+  constexpr uint64_t kPages = 300;  // more than one request
+  auto queue = WriteQueue::create(4);
+  auto writer = create(dir_.fd());
+  AlignedPages pages(kPages);
+  for (uint32_t i = 0; i < kPages; i++) fill(pages[i], i);
+  std::atomic<int> good{0};
+  auto count = [&](const Result<void>& r) {
+    EXPECT_TRUE(r) << r.error().message();
+    good++;
+  };
+  writer->write_async(*queue, 10, pages[0], kPages, count);
+  writer->write_async(*queue, 0, pages[3], 5, count);
+  queue->drain();
+  EXPECT_EQ(good, 2);
+  EXPECT_EQ(writer->slots(), 10 + kPages);
+  // What is refused is told at once.
+  std::vector<Error> errors;
+  auto note = [&](const Result<void>& r) { errors.push_back(r.error()); };
+  writer->write_async(*queue, 0, pages[0] + 512, 1, note);
+  writer->write_async(*queue, 1ull << 32, pages[0], 1, note);
+  ASSERT_EQ(errors.size(), 2u);
+  EXPECT_EQ(errors[0].code(), EINVAL);
+  EXPECT_EQ(errors[1].code(), static_cast<int>(ImageError::kBadField));
+  ASSERT_TRUE(writer->finish());
+  auto file = open_file(PageIo::kCached);
+  ASSERT_TRUE(file) << file.error().message();
+  ASSERT_EQ((*file)->slots(), 10 + kPages);
+  for (uint32_t i = 0; i < kPages; i++) expect_page(**file, 10 + i, i);
+  for (uint32_t i = 0; i < 5; i++) expect_page(**file, i, 3 + i);
+}
+
 TEST_F(PagesFile, UnfinishedIsRemoved) {
   {
     auto writer = create(dir_.fd());
@@ -296,6 +328,12 @@ void write_to_small_disk(const std::string& mount_point, std::string* skip) {
     auto written = writer->write(0, pages[0], 20);
     ASSERT_FALSE(written);
     EXPECT_EQ(written.error().code(), ENOSPC);
+    auto queue = WriteQueue::create(4);
+    std::string later;
+    writer->write_async(*queue, 0, pages[0], 20,
+                        [&](const Result<void>& r) { later = r.error().message(); });
+    queue->drain();
+    EXPECT_EQ(later, written.error().message());
     EXPECT_EQ(names_in(mount_point), Names{std::string(kName) + ".tmp"});
   }
   EXPECT_EQ(names_in(mount_point), Names());

@@ -15,6 +15,7 @@
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/driver/fault_driver.h"
+#include "test/unit/sync_recorder.h"
 
 namespace phos {
 namespace {
@@ -314,6 +315,52 @@ TEST_F(SessionTest, FailedDumpLeavesNoImages) {
   ASSERT_TRUE(dump(session));
   ASSERT_TRUE(session.undo(pid_, State::kRunning));
   ASSERT_TRUE(session.finish(false));
+  EXPECT_EQ(image_count(), 0u);
+}
+
+TEST_F(SessionTest, ImagesAreDurableBeforeTheDumpIsAnswered) {
+  using Calls = std::vector<std::string>;
+  const std::string image = "phos-" + std::to_string(pid_) + ".img";
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images()));
+  ASSERT_TRUE(pause(session));
+  SyncRecorder recorder;
+  ASSERT_TRUE(session.checkpoint(pid_));
+  EXPECT_EQ(recorder.take(), (Calls{"sync " + image + ".tmp", "rename " + image, "sync /"}));
+  ASSERT_TRUE(session.add_file({1, "/dev/nvidiactl", 2}));
+  EXPECT_EQ(recorder.take(), (Calls{"sync phos-files.img.tmp", "rename phos-files.img", "sync /"}));
+  ASSERT_TRUE(session.finish(true));
+  EXPECT_EQ(recorder.take(), Calls());
+  EXPECT_FALSE(session.take_unsynced());
+}
+
+TEST_F(SessionTest, ImagesAreMadeDurableBehind) {
+  using Calls = std::vector<std::string>;
+  const std::string image = "phos-" + std::to_string(pid_) + ".img";
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images(), DumpStage::kDump, {}, Durability::kMemory));
+  ASSERT_TRUE(pause(session));
+  SyncRecorder recorder;
+  ASSERT_TRUE(session.checkpoint(pid_));
+  ASSERT_TRUE(session.add_file({1, "/dev/nvidiactl", 2}));
+  EXPECT_FALSE(session.take_unsynced()) << "the dump may still fail";
+  ASSERT_TRUE(session.finish(true));
+  EXPECT_EQ(recorder.take(), (Calls{"rename " + image, "rename phos-files.img"}));
+  auto unsynced = session.take_unsynced();
+  ASSERT_TRUE(unsynced);
+  EXPECT_GT(unsynced->bytes(), 0u);
+  ASSERT_TRUE(unsynced->sync());
+  EXPECT_EQ(recorder.take(), (Calls{"sync " + image, "sync phos-files.img", "sync /"}));
+}
+
+TEST_F(SessionTest, FailedDumpLeavesNothingToMakeDurable) {
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(session.begin_dump(images(), DumpStage::kDump, {}, Durability::kMemory));
+  ASSERT_TRUE(pause(session));
+  ASSERT_TRUE(session.checkpoint(pid_));
+  ASSERT_TRUE(session.undo(pid_, State::kRunning));
+  ASSERT_TRUE(session.finish(false));
+  EXPECT_FALSE(session.take_unsynced());
   EXPECT_EQ(image_count(), 0u);
 }
 

@@ -41,8 +41,11 @@ void print(const std::optional<DaemonInfo>& info, bool json) {
   if (info->sessions.empty()) return;
   std::vector<TableRow> table = {{"SESSION", "STAGE", "CLIENT", "PID", "STATE", "CHECKPOINT"}};
   for (const DaemonSession& s : info->sessions) {
+    const std::string state = s.unsynced_bytes ? "writing " + format_bytes(s.unsynced_bytes)
+                              : s.recovering   ? "recovering"
+                                               : "open";
     table.push_back({std::to_string(s.id), s.stage, std::to_string(s.client_pid),
-                     s.pid ? std::to_string(s.pid) : "-", s.recovering ? "recovering" : "open",
+                     s.pid ? std::to_string(s.pid) : "-", state,
                      s.checkpoint.empty() ? "-" : s.checkpoint});
   }
   print_table(table);

@@ -74,7 +74,8 @@ Result<DaemonInfo> ask(int socket) {
   for (size_t i = 0; i < status->n_sessions; i++) {
     const Phos__Wire__SessionStatus& s = *status->sessions[i];
     info.sessions.push_back({s.id, name_of(s.stage), s.client_pid, s.has_pid ? s.pid : 0,
-                             s.checkpoint ? s.checkpoint : "", s.has_recovering && s.recovering});
+                             s.checkpoint ? s.checkpoint : "", s.has_recovering && s.recovering,
+                             s.has_unsynced_bytes ? s.unsynced_bytes : 0});
   }
   return info;
 }
@@ -125,9 +126,12 @@ Result<bool> stop_daemon() {
 }
 
 std::string describe(const DaemonInfo& info) {
+  uint64_t unsynced = 0;
+  for (const DaemonSession& s : info.sessions) unsynced += s.unsynced_bytes;
   return "phosd " + info.version + ", pid " + std::to_string(info.pid) + ": " +
          std::to_string(info.sessions.size()) + " of " + std::to_string(info.max_sessions) +
-         " sessions, " + format_bytes(info.pool_size) + " pool, " + info.socket;
+         " sessions, " + format_bytes(info.pool_size) + " pool, " + info.socket +
+         (unsynced ? "; " + format_bytes(unsynced) + " of images are not durable yet" : "");
 }
 
 void write_daemon(JsonWriter& w, const std::optional<DaemonInfo>& info) {
@@ -143,7 +147,8 @@ void write_daemon(JsonWriter& w, const std::optional<DaemonInfo>& info) {
   for (const DaemonSession& s : info->sessions) {
     w.begin_object().member("id", s.id).member("stage", s.stage);
     w.member("client_pid", s.client_pid).member("pid", s.pid);
-    w.member("checkpoint", s.checkpoint).member("recovering", s.recovering).end_object();
+    w.member("checkpoint", s.checkpoint).member("recovering", s.recovering);
+    w.member("unsynced_bytes", s.unsynced_bytes).end_object();
   }
   w.end_array().end_object();
 }

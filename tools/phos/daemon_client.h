@@ -19,6 +19,7 @@ struct DaemonSession {
   int pid = 0;             // 0: not known yet
   std::string checkpoint;  // empty: not known yet
   bool recovering = false;
+  uint64_t unsynced_bytes = 0;  // of images that are written behind
 };
 
 struct DaemonInfo {

@@ -31,6 +31,7 @@ class PreDump {
     hello.stage = PHOS__WIRE__STAGE__PRE_DUMP;
     // As the plugin does.
     hello.compress = secure_getenv(PHOS_COMPRESS_ENV);
+    hello.durability = secure_getenv(PHOS_DURABILITY_ENV);
     const char* encrypt = secure_getenv(PHOS_ENCRYPT_ENV);
     hello.has_encrypt = hello.encrypt = encrypt && strcmp(encrypt, "1") == 0;
     Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;

@@ -7,6 +7,7 @@
 
 #include "gpu-tracker/abi/protocol.h"
 #include "gpu-tracker/daemon/config.h"
+#include "gpu-tracker/image/durability.h"
 #include "gpu-tracker/image/image_key.h"
 #include "gpu-tracker/image/page_codec.h"
 
@@ -60,7 +61,10 @@ void add_storage_options(Syntax* syntax) {
   syntax->options.add_options()(
       "compress", po::value<std::string>()->value_name("HOW"),
       "how GPU memory is stored: none, zstd, zstd:LEVEL or lz4 (default: as in phosd.conf)")(
-      "encrypt", "encrypt phos's images with the key in phosd.conf; CRIU's are not");
+      "encrypt", "encrypt phos's images with the key in phosd.conf; CRIU's are not")(
+      "durability", po::value<std::string>()->value_name("WHERE"),
+      "where phos's images must be before the command returns: disk or memory (default: as in "
+      "phosd.conf)");
 }
 
 Result<void> use_storage_options(const Parsed& options) {
@@ -68,6 +72,11 @@ Result<void> use_storage_options(const Parsed& options) {
     const std::string how = options.values["compress"].as<std::string>();
     if (auto choice = parse_compression(how); !choice) return choice.error().wrap("--compress");
     if (auto ok = tell_phosd(PHOS_COMPRESS_ENV, how); !ok) return ok;
+  }
+  if (options.has("durability")) {
+    const std::string where = options.values["durability"].as<std::string>();
+    if (auto ok = parse_durability(where); !ok) return ok.error().wrap("--durability");
+    if (auto ok = tell_phosd(PHOS_DURABILITY_ENV, where); !ok) return ok;
   }
   return options.has("encrypt") ? tell_phosd(PHOS_ENCRYPT_ENV, "1") : Result<void>();
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// --key-file, --compress and --encrypt. What phosd is to know of them travels in the environment,
-// by the plugin in criu (abi/protocol.h).
+// --key-file, --compress, --encrypt and --durability. What phosd is to know of them travels in the
+// environment, by the plugin in criu (abi/protocol.h).
 #pragma once
 
 #include "tools/phos/command.h"
