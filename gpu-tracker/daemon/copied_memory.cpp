@@ -43,8 +43,9 @@ std::vector<uint8_t> bytes_of(const PageHashKey& key) {
 // not wait. A round has each page once, so the order does not matter.
 class CopiedMemory::Writers {
  public:
-  // Called for each buffer, on any of the threads.
-  using Save = std::function<Result<void>(const CopiedPages&)>;
+  // Called for each buffer, on any of the threads; calls what it is given when the buffer is not
+  // needed any more.
+  using Save = std::function<void(const CopiedPages&, WriteQueue::Done)>;
 
   Writers(const PageHashKey& key, Save save) : key_(key), save_(std::move(save)) {
     for (int i = 0; i < kWriterThreads; i++) threads_.emplace_back([this] { run(); });
@@ -60,7 +61,7 @@ class CopiedMemory::Writers {
     return {};
   }
 
-  // All is written, or the first error. What waits is dropped unless it is `wanted`.
+  // All is saved, or the first error. What waits is dropped unless it is `wanted`.
   Result<void> finish(bool wanted) {
     {
       std::lock_guard<std::mutex> hold(mutex_);
@@ -71,6 +72,8 @@ class CopiedMemory::Writers {
     for (auto& t : threads_) {
       if (t.joinable()) t.join();
     }
+    std::unique_lock<std::mutex> hold(mutex_);
+    changed_.wait(hold, [&] { return saving_ == 0; });
     if (error_) return *error_;
     return {};
   }
@@ -82,16 +85,24 @@ class CopiedMemory::Writers {
     for (;;) {
       changed_.wait(hold, [&] { return ending_ || !work_.empty(); });
       if (work_.empty()) return;
-      CopiedPages copied = std::move(work_.front());
+      auto copied = std::make_shared<CopiedPages>(std::move(work_.front()));
       work_.pop_front();
       if (error_) continue;
+      saving_++;
       hold.unlock();
-      copied.hash(key_);
-      auto saved = save_(copied);
-      copied.buffer.reset();
+      copied->hash(key_);
+      save_(*copied, [this, copied](const Result<void>& saved) { end(copied.get(), saved); });
+      copied.reset();
       hold.lock();
-      if (!saved && !error_) error_ = saved.error();
     }
+  }
+
+  void end(CopiedPages* copied, const Result<void>& saved) {
+    copied->buffer.reset();
+    std::lock_guard<std::mutex> hold(mutex_);
+    if (!saved && !error_) error_ = saved.error();
+    saving_--;
+    changed_.notify_all();
   }
 
   const PageHashKey& key_;
@@ -100,6 +111,7 @@ class CopiedMemory::Writers {
   std::condition_variable changed_;
   std::deque<CopiedPages> work_;
   std::optional<Error> error_;
+  unsigned saving_ = 0;
   bool ending_ = false;
   std::vector<std::thread> threads_;
 };
@@ -247,7 +259,9 @@ Result<void> CopiedMemory::copy_pages(const std::vector<Page>& dirty, const Pace
     bytes += refs.back().bytes;
   }
   std::vector<Awaited> awaited;
-  Writers writers(key_, [&](const CopiedPages& copied) { return save(dirty, copied, &awaited); });
+  Writers writers(key_, [&](const CopiedPages& copied, WriteQueue::Done saved) {
+    save(dirty, copied, &awaited, std::move(saved));
+  });
   auto sink = [&](CopiedPages copied) { return writers.write(std::move(copied)); };
   // While the process runs there is time for that; in the last round there is little to copy.
   if (pace.max_slowdown() > 0) {
@@ -266,8 +280,8 @@ Result<void> CopiedMemory::copy_pages(const std::vector<Page>& dirty, const Pace
   return written ? copied : written;
 }
 
-Result<void> CopiedMemory::save(const std::vector<Page>& dirty, const CopiedPages& copied,
-                                std::vector<Awaited>* awaited) {
+void CopiedMemory::save(const std::vector<Page>& dirty, const CopiedPages& copied,
+                        std::vector<Awaited>* awaited, WriteQueue::Done saved) {
   std::vector<PageStore::NewPage> fresh;
   Result<void> result;
   {
@@ -295,8 +309,10 @@ Result<void> CopiedMemory::save(const std::vector<Page>& dirty, const CopiedPage
     }
   }
   // What was claimed must be stored, or be known not to be, whatever else has failed.
-  auto stored = store_->store(file_, fresh);
-  return result ? stored : result;
+  store_->store(file_, std::move(fresh),
+                [result, saved = std::move(saved)](const Result<void>& stored) {
+                  saved(result ? stored : result);
+                });
 }
 
 Result<void> CopiedMemory::release() {

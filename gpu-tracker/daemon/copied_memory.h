@@ -86,8 +86,8 @@ class CopiedMemory {
 
   Result<void> unmap(CopiedAllocation* allocation);
   void drop(uint32_t* where);
-  Result<void> save(const std::vector<Page>& dirty, const CopiedPages& copied,
-                    std::vector<Awaited>* awaited);
+  void save(const std::vector<Page>& dirty, const CopiedPages& copied,
+            std::vector<Awaited>* awaited, WriteQueue::Done saved);
   Result<void> copy_pages(const std::vector<Page>& dirty, const Pace& pace,
                           const std::stop_token& stop, CopiedBytes* done, std::vector<Page>* again);
   static PageRef page_ref(const Page& page);

@@ -47,6 +47,7 @@ Result<std::unique_ptr<PageStore>> PageStore::create(int dir_fd, const DumpId& i
   PageCodec codec(store->options_.compression, key);
   store->format_ = {{!codec.plain(), codec.encrypts()}, store->options_.compression.method};
   if (!codec.plain()) store->codec_.emplace(std::move(codec));
+  store->queue_ = WriteQueue::create();
   return store;
 }
 
@@ -182,34 +183,66 @@ void PageStore::settle(std::span<const NewPage> pages, State state) {
 }
 
 Result<void> PageStore::store(uint32_t file, std::span<const NewPage> pages) {
-  auto done = codec_ ? store_packed(file, pages) : store_plain(file, pages);
+  Result<void> done;
+  if (codec_) {
+    done = store_packed(file, pages);
+  } else {
+    std::vector<Write> writes;
+    PageFileWriter* const writer = plan_writes(file, pages, &writes);
+    for (const Write& w : writes) {
+      if (done) done = writer->write(w.slot, w.data, w.slots);
+    }
+  }
   settle(pages, done ? State::kStored : State::kFailed);
   return done;
 }
 
-Result<void> PageStore::store_plain(uint32_t file, std::span<const NewPage> pages) {
+void PageStore::store(uint32_t file, std::vector<NewPage> pages, WriteQueue::Done done) {
+  // What is packed is in memory that goes with the call.
+  if (codec_ || pages.empty()) return done(store(file, pages));
+  struct Batch {
+    std::vector<NewPage> pages;
+    WriteQueue::Done done;
+    std::mutex mutex;
+    size_t left = 0;  // writes
+    Result<void> result;
+  };
+  auto batch = std::make_shared<Batch>();
+  batch->pages = std::move(pages);
+  batch->done = std::move(done);
   std::vector<Write> writes;
-  PageFileWriter* writer;
-  {
-    std::lock_guard<std::mutex> hold(mutex_);
-    writer = files_[file]->writer.get();
-    for (const NewPage& p : pages) {
-      const uint32_t slot = entries_[p.page].slot;
-      if (!writes.empty()) {
-        Write& last = writes.back();
-        if (last.slot + last.slots == slot &&
-            bytes_of(last.data) + uint64_t{last.slots} * kImagePageSize == p.data) {
-          last.slots++;
-          continue;
-        }
-      }
-      writes.push_back({slot, 1, p.data});
-    }
-  }
+  PageFileWriter* const writer = plan_writes(file, batch->pages, &writes);
+  batch->left = writes.size();
   for (const Write& w : writes) {
-    if (auto ok = writer->write(w.slot, w.data, w.slots); !ok) return ok;
+    writer->write_async(*queue_, w.slot, w.data, w.slots, [this, batch](const Result<void>& r) {
+      {
+        std::lock_guard<std::mutex> hold(batch->mutex);
+        if (!r && batch->result) batch->result = r;
+        if (--batch->left > 0) return;
+      }
+      settle(batch->pages, batch->result ? State::kStored : State::kFailed);
+      batch->done(batch->result);
+    });
   }
-  return {};
+}
+
+// Pages that follow each other in the file and in memory are written together.
+PageFileWriter* PageStore::plan_writes(uint32_t file, std::span<const NewPage> pages,
+                                       std::vector<Write>* writes) const {
+  std::lock_guard<std::mutex> hold(mutex_);
+  for (const NewPage& p : pages) {
+    const uint32_t slot = entries_[p.page].slot;
+    if (!writes->empty()) {
+      Write& last = writes->back();
+      if (last.slot + last.slots == slot &&
+          bytes_of(last.data) + uint64_t{last.slots} * kImagePageSize == p.data) {
+        last.slots++;
+        continue;
+      }
+    }
+    writes->push_back({slot, 1, p.data});
+  }
+  return files_[file]->writer.get();
 }
 
 Result<void> PageStore::store_packed(uint32_t file, std::span<const NewPage> pages) {

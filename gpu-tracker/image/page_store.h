@@ -26,6 +26,7 @@
 #include "gpu-tracker/image/page_appender.h"
 #include "gpu-tracker/image/page_codec.h"
 #include "gpu-tracker/image/page_file.h"
+#include "gpu-tracker/image/write_queue.h"
 
 namespace phos {
 
@@ -89,6 +90,9 @@ class PageStore {
   // Stores pages that were claimed for one file, by one caller. Pages whose data follow each other
   // are written together. An error: none of them can be relied on, by nobody.
   Result<void> store(uint32_t file, std::span<const NewPage> pages);
+  // The same, but goes on after the call, if it can. The data are in use until `done` is called,
+  // once, on this thread or the store's own; as short as WriteQueue's.
+  void store(uint32_t file, std::vector<NewPage> pages, WriteQueue::Done done);
 
   // Waits until the page is stored or not; whoever stores it does not wait for anybody. False: it
   // could not be stored, and has to be claimed anew.
@@ -146,7 +150,8 @@ class PageStore {
   PageId take_id();
   uint32_t external_file(const PagesFileRef& ref);
   std::optional<uint32_t> take_slots(File& file, uint32_t count);
-  Result<void> store_plain(uint32_t file, std::span<const NewPage> pages);
+  PageFileWriter* plan_writes(uint32_t file, std::span<const NewPage> pages,
+                              std::vector<Write>* writes) const;
   Result<void> store_packed(uint32_t file, std::span<const NewPage> pages);
   Result<void> place_packed(File& file, std::span<const NewPage> pages,
                             std::span<const PackedPage> packed, uint8_t* data,
@@ -170,6 +175,7 @@ class PageStore {
   Statistics statistics_;
   bool is_finished_ = false;
   Result<void> finished_;
+  std::unique_ptr<WriteQueue> queue_;  // the first to go: uses the files
 };
 
 }  // namespace phos
