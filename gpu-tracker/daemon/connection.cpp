@@ -371,6 +371,7 @@ void bring_back_left(Node& node, const LeftProcess& left) {
     if (!is_still_left(node, left)) return;
     Session session(**driver, lock_dir(node), *engines);
     session.begin_take_over(left.image_dir);
+    session.set_client_gone([] { return true; });
     auto taken = session.take_over(left);
     if (taken) session.recover();
   });
