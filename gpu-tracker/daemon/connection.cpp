@@ -101,6 +101,24 @@ int process_of(const Phos__Wire__Request& request) {
   }
 }
 
+// protobuf-c hands on any number in place of an enum's value. Empty: all are known, or the client
+// speaks another protocol, of which hello() tells.
+std::string unknown_value(const Phos__Wire__Request& request) {
+  const auto check = [](const ProtobufCEnumDescriptor& type, int value) {
+    if (protobuf_c_enum_descriptor_get_value(&type, value)) return std::string();
+    return std::string("protocol error: there is no ") + type.short_name + " " +
+           std::to_string(value);
+  };
+  if (request.op_case == PHOS__WIRE__REQUEST__OP_HELLO &&
+      request.hello->protocol == PHOS_PROTOCOL_VERSION) {
+    return check(phos__wire__stage__descriptor, request.hello->stage);
+  }
+  if (request.op_case == PHOS__WIRE__REQUEST__OP_UNDO) {
+    return check(phos__wire__cuda_state__descriptor, request.undo->found);
+  }
+  return "";
+}
+
 }  // namespace
 
 bool Connection::wait_for_request() const {
@@ -174,6 +192,8 @@ void Connection::write_behind(UnsyncedFiles& files) {
 ReplyData Connection::handle(ReceivedRequest& received) {
   const Phos__Wire__Request& request = *received.request;
   ReplyData reply;
+  reply.error = unknown_value(request);
+  if (!reply.error.empty()) return reply;
   switch (request.op_case) {
     case PHOS__WIRE__REQUEST__OP_HELLO:
       if (auto r = hello(*request.hello, std::move(received.fd), &reply); !r) {
@@ -380,6 +400,7 @@ void bring_back_left(Node& node, const LeftProcess& left) {
     if (!is_still_left(node, left)) return;
     Session session(**driver, lock_dir(node), *engines);
     session.begin_take_over(left.image_dir);
+    session.set_client_gone([] { return true; });
     auto taken = session.take_over(left);
     if (taken) session.recover();
   });

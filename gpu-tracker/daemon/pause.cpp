@@ -105,7 +105,10 @@ Result<std::optional<Session::Held>> Session::inspect_living(int pid, int restor
   auto state = driver_.state(pid);
   if (!state) return state.error();
   if (*state == CudaState::kFailed) {
-    return refuse(pid, "an earlier checkpoint or restore of it failed in NVIDIA's driver");
+    return refuse(
+        pid,
+        "an earlier checkpoint or restore of it failed in NVIDIA's driver (state failed), "
+        "which does not come back; end it, and restore it from its last complete dump");
   }
   std::optional<Held> held(std::in_place, restore_tid, *state, start_time, std::move(*lock));
   if (*state != CudaState::kCheckpointed) {

@@ -23,31 +23,37 @@ namespace {
 
 constexpr char kDeleted[] = " (deleted)";  // of the kernel, in links of /proc
 
-// Of locks of this process, by path: are they about to go?
+// Of locks of this process, by path.
+struct Holder {
+  std::function<bool()> gone;  // may be empty
+  std::string trouble;
+};
 std::mutex g_mutex;
-std::map<std::string, std::function<bool()>> g_ending;
+std::map<std::string, Holder> g_holders;
 
-bool is_ending(const std::string& path) {
+Error refuse_held(int pid, const std::string& path) {
   std::lock_guard<std::mutex> hold(g_mutex);
-  const auto it = g_ending.find(path);
-  return it != g_ending.end() && it->second();
+  const auto it = g_holders.find(path);
+  if (it != g_holders.end() && !it->second.trouble.empty()) return refuse(pid, it->second.trouble);
+  if (it != g_holders.end() && it->second.gone && it->second.gone()) {
+    return Error(Domain::kErrno, EAGAIN,
+                 "cannot checkpoint " + process(pid) +
+                     ": its last dump or restore is just ending; try again");
+  }
+  return refuse(pid, "another dump of it is under way; wait for that one");
 }
 
 }  // namespace
 
-Result<ProcessLock> ProcessLock::take(const std::string& directory, int pid, uint64_t start_time) {
+Result<ProcessLock> ProcessLock::take(const std::string& directory, int pid, uint64_t start_time,
+                                      bool what_is_left) {
   ProcessLock lock;
   lock.path_ = directory + "/" + std::to_string(pid) + "-" + std::to_string(start_time);
   UniqueFd fd(open(lock.path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (!fd) return Error::from_errno(errno, "creating the lock file " + lock.path_);
   if (flock(fd.get(), LOCK_EX | LOCK_NB) < 0) {
     if (errno != EWOULDBLOCK) return Error::from_errno(errno, "locking " + lock.path_);
-    if (is_ending(lock.path_)) {
-      return Error(Domain::kErrno, EAGAIN,
-                   "cannot checkpoint " + process(pid) +
-                       ": its last dump or restore is just ending; try again");
-    }
-    return refuse(pid, "another dump of it is under way; wait for that one");
+    return refuse_held(pid, lock.path_);
   }
   // The holder removes the name before it lets go: a lock on a removed file guards nothing.
   struct stat by_fd, by_name;
@@ -56,6 +62,12 @@ Result<ProcessLock> ProcessLock::take(const std::string& directory, int pid, uin
     return Error(
         Domain::kErrno, EAGAIN,
         "cannot checkpoint " + process(pid) + ": another dump of it has just ended; try again");
+  }
+  if (by_fd.st_size > 0 && !what_is_left) {
+    return Error(Domain::kErrno, EAGAIN,
+                 "cannot checkpoint " + process(pid) +
+                     ": a phosd that has died has left it, and another one is about to bring it "
+                     "back; try again, if need be after `phos daemon stop`");
   }
   lock.fd_ = std::move(fd);
   return lock;
@@ -67,7 +79,16 @@ void ProcessLock::ends_soon() const {
 
 void ProcessLock::held_for(std::function<bool()> gone) const {
   std::lock_guard<std::mutex> hold(g_mutex);
-  g_ending[path_] = std::move(gone);
+  g_holders[path_].gone = std::move(gone);
+}
+
+void ProcessLock::in_trouble(const std::string& why) const {
+  std::lock_guard<std::mutex> hold(g_mutex);
+  g_holders[path_].trouble = why;
+}
+
+void ProcessLock::keep() {
+  (void)fd_.release();
 }
 
 Result<void> ProcessLock::note(CudaState found, int image_dir, const std::string& dump) {
@@ -127,7 +148,7 @@ ProcessLock::~ProcessLock() {
   if (!fd_) return;
   unlink(path_.c_str());
   std::lock_guard<std::mutex> hold(g_mutex);
-  g_ending.erase(path_);
+  g_holders.erase(path_);
 }
 
 }  // namespace phos

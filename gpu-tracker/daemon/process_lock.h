@@ -33,8 +33,11 @@ std::vector<LeftProcess> read_left_processes(const std::string& directory);
 // Held until destroyed, or until this process ends however it may. Move-only.
 class ProcessLock {
  public:
-  // Fails at once if another holds it. EBUSY; EAGAIN: who holds it is about to let go.
-  static Result<ProcessLock> take(const std::string& directory, int pid, uint64_t start_time);
+  // Fails at once if another holds it. EBUSY; EAGAIN: who holds it is about to let go. So also if a
+  // phosd has noted something and died: it must be undone first, by who takes it with
+  // `what_is_left`.
+  static Result<ProcessLock> take(const std::string& directory, int pid, uint64_t start_time,
+                                  bool what_is_left = false);
 
   // From now on the process may be changed: brought back to `found`, with `image_dir` (an open
   // directory). `dump`: which is made there, if one is. ENOENT: noted, but the directory is not to
@@ -47,6 +50,10 @@ class ProcessLock {
   // the process for something else, before we have come to notice. Called on other threads, at
   // once, and no more after ends_soon().
   void held_for(std::function<bool()> gone) const;
+  // The process is not as it was, and what is to be done: for whoever wants it meanwhile.
+  void in_trouble(const std::string& why) const;
+  // Until this phosd ends; what has been noted stays for the next one.
+  void keep();
 
   ProcessLock() = default;
   ProcessLock(ProcessLock&&) = default;

@@ -48,8 +48,8 @@ void Session::ends_soon() const {
   for (const auto& [pid, held] : held_) held.lock.ends_soon();
 }
 
-Result<ProcessLock> Session::take_lock(int pid, uint64_t start_time) const {
-  auto lock = ProcessLock::take(lock_dir_, pid, start_time);
+Result<ProcessLock> Session::take_lock(int pid, uint64_t start_time, bool what_is_left) const {
+  auto lock = ProcessLock::take(lock_dir_, pid, start_time, what_is_left);
   if (lock && client_gone_) lock->held_for(client_gone_);
   return lock;
 }
@@ -246,7 +246,7 @@ Result<void> Session::bring_back(int pid, CudaState target, Held* held) {
 
 Result<void> Session::take_over(const LeftProcess& left) {
   // Of one that has ended only the file is left, which goes with the lock.
-  auto lock = take_lock(left.pid, left.start_time);
+  auto lock = take_lock(left.pid, left.start_time, true);
   if (!lock) return lock.error();
   auto tid = driver_.restore_thread_id(left.pid);
   auto start_time = read_start_time(left.pid);
@@ -486,17 +486,49 @@ bool Session::recover_one(int pid, Held* held) {
     if (held->taken_over) note_went_on(pid);
   }
   if (r && held->release) r = held->release->open();
-  if (r) return true;
+  if (r || give_up(pid, held, r.error())) return true;
   // Perhaps only for now: another process may have taken the GPU memory it gave up.
+  const std::string end = "to end it: kill -KILL " + std::to_string(pid);
   if (!held->failure_reported) {
-    log(LogLevel::kError, "daemon", "%s waits for its GPU, trying again and again: %s",
-        process(pid).c_str(), r.error().message().c_str());
+    log(LogLevel::kError, "daemon", "%s waits for its GPU, trying again and again (%s): %s",
+        process(pid).c_str(), end.c_str(), r.error().message().c_str());
     held->failure_reported = true;
   }
-  // Its memory is away, or may be.
-  if (held->release || (held->taken_over && !held->release_known)) return false;
-  auto state = driver_.state(pid);
-  return state && *state != CudaState::kLocked && *state != CudaState::kCheckpointed;
+  held->lock.in_trouble(
+      "phosd is still bringing it back after an earlier dump, and goes on trying (" + end +
+      "): " + r.error().message());
+  return false;
+}
+
+// It could not be brought back. Never will it be if the driver has lost it, or if somebody else has
+// brought it further back than we were to. True: it is left as it is, but never to go on without
+// its memory.
+bool Session::give_up(int pid, Held* held, const Error& why) {
+  const auto state = driver_.state(pid);
+  const bool failed = state && *state == CudaState::kFailed;
+  if (!state || (!failed && *state != CudaState::kRunning && *state >= held->found)) return false;
+  if (held->taken_over && !held->release_known) {
+    auto found = find_release(pid, held->restore_tid);
+    if (!found) return false;
+    held->release = std::move(*found);
+    held->release_known = true;
+  }
+  if (held->release && held->release->is_away()) {
+    if (!failed) return false;
+    const std::string trouble =
+        "NVIDIA's driver has lost it (state failed) while its GPU memory was away: it cannot go "
+        "on, "
+        "and its threads stay parked; end it (kill -KILL " +
+        std::to_string(pid) + "), and restore it from its last complete dump";
+    log(LogLevel::kError, "daemon", "%s: %s", process(pid).c_str(), trouble.c_str());
+    held->lock.in_trouble(trouble);
+    held->lock.keep();
+    return true;
+  }
+  if (held->release && !held->release->open()) return false;
+  log(LogLevel::kError, "daemon", "%s is left as it is, %s: %s", process(pid).c_str(),
+      to_string(*state), why.message().c_str());
+  return true;
 }
 
 void Session::recover() {

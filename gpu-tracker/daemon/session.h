@@ -143,7 +143,8 @@ class Session {
   const DumpId& dump_id() const { return dump_id_; }
 
   // Brings back every process still held, once nobody traces it any more, and opens what gates are
-  // left. Returns when none is: brought back, gone, or given up with the reason in the log.
+  // left. Returns when none is: brought back, gone, or given up with the reason in the log. That is
+  // one that the driver has lost, or that somebody else has gone on with; never for now only.
   void recover();
 
  private:
@@ -184,7 +185,7 @@ class Session {
   };
   using Group = std::map<int, Held>;  // by pid
 
-  Result<ProcessLock> take_lock(int pid, uint64_t start_time) const;
+  Result<ProcessLock> take_lock(int pid, uint64_t start_time, bool what_is_left = false) const;
   Result<ProcessLock> wait_for_lock(int pid, uint64_t start_time) const;
   // Nothing: no CUDA in it, or it is gone.
   Result<std::optional<Held>> inspect_one(int pid);
@@ -256,6 +257,7 @@ class Session {
   Result<void> open_noted_dir();
   // True when done with it.
   bool recover_one(int pid, Held* held);
+  bool give_up(int pid, Held* held, const Error& why);
 
   GpuDriver& driver_;
   const std::string lock_dir_;

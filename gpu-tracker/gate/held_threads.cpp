@@ -3,6 +3,7 @@
 
 #include <linux/futex.h>
 #include <sys/ptrace.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
@@ -13,6 +14,7 @@
 #include <future>
 #include <mutex>
 #include <stop_token>
+#include <string>
 
 namespace phos {
 namespace {
@@ -29,6 +31,15 @@ constexpr std::array kWaits = {
     SYS_epoll_wait, SYS_pselect6, SYS_ppoll,        SYS_epoll_pwait,     SYS_clock_nanosleep,
     SYS_accept4,    SYS_recvmmsg, SYS_epoll_pwait2, SYS_io_getevents,    SYS_restart_syscall,
 };
+
+// What is in a file comes by itself, and who reads it may be the dynamic linker, with its lock.
+bool reads_a_file(int pid, int tid, uint64_t fd) {
+  const std::string path = "/proc/" + std::to_string(pid) + "/task/" + std::to_string(tid) +
+                           "/fd/" + std::to_string(static_cast<unsigned>(fd));
+  struct stat s;
+  return stat(path.c_str(), &s) < 0 || S_ISREG(s.st_mode) || S_ISDIR(s.st_mode) ||
+         S_ISBLK(s.st_mode);
+}
 
 void detach(const Threads& stopped) {
   for (const ThreadInfo& t : stopped) ptrace(PTRACE_DETACH, t.tid, nullptr, nullptr);
@@ -51,7 +62,7 @@ Threads stop(int pid, Threads threads, steady_clock::time_point deadline) {
       if (got != t.tid || !WIFSTOPPED(status)) return true;  // it has ended
       // It may have gone on before it was stopped.
       const auto sleep = find_asleep(pid, t.tid);
-      if (status >> 16 == PTRACE_EVENT_STOP && sleep && waits_for_an_event(*sleep)) {
+      if (status >> 16 == PTRACE_EVENT_STOP && sleep && waits_for_an_event(pid, t.tid, *sleep)) {
         stopped.push_back(t);
       } else {
         ptrace(PTRACE_DETACH, t.tid, nullptr,
@@ -68,7 +79,8 @@ Threads stop(int pid, Threads threads, steady_clock::time_point deadline) {
 
 }  // namespace
 
-bool waits_for_an_event(const Asleep& sleep) {
+bool waits_for_an_event(int pid, int tid, const Asleep& sleep) {
+  if (sleep.number == SYS_read && reads_a_file(pid, tid, sleep.first_argument)) return false;
   if (sleep.number == SYS_futex) {
     // glibc and musl wait for conditions by the one, glibc for locks by the other.
     return (sleep.second_argument & FUTEX_CMD_MASK) == FUTEX_WAIT_BITSET;
@@ -81,7 +93,7 @@ bool HeldThreads::hold(int pid, std::span<const ThreadInfo> threads,
   Threads wanted;
   for (const ThreadInfo& t : threads) {
     const auto sleep = find_asleep(pid, t.tid);
-    if (!contains(t) && sleep && waits_for_an_event(*sleep)) wanted.push_back(t);
+    if (!contains(t) && sleep && waits_for_an_event(pid, t.tid, *sleep)) wanted.push_back(t);
   }
   if (wanted.empty()) return false;
   std::promise<Threads> stopped;

@@ -39,7 +39,7 @@ class HeldThreads {
   std::set<std::pair<int, uint64_t>> held_;
 };
 
-// Does a thread that sleeps like this wait for something to happen, and not for a lock?
-bool waits_for_an_event(const Asleep& sleep);
+// Does a thread that sleeps like this wait for something to happen, and not for a lock or a disk?
+bool waits_for_an_event(int pid, int tid, const Asleep& sleep);
 
 }  // namespace phos

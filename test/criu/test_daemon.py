@@ -319,6 +319,25 @@ class Peers(DaemonTest):
         self.assertEqual(self.phos('daemon', 'stop').returncode, 0)
         wait_until(lambda: not self.phosd_pids(), 'phosd to end')
 
+    def test_values_that_do_not_exist(self):
+        target = self.counter()
+        self.start_phosd()
+        with Client(self.socket) as client:
+            for stage in (4, 99, 1 << 31, (1 << 64) - 1):
+                reply = client.hello(self.images, stage)
+                self.assertFalse(reply.ok, stage)
+                self.assertIn('there is no Stage', reply.error)
+            self.assertEqual(self.status()['sessions'], [])
+            self.assertTrue(client.hello(self.images).ok)
+            self.assertTrue(client.inspect(target.pid).ok)
+            self.assertTrue(client.lock(LIMIT * 1000).ok)
+            for state in (3, 99, (1 << 64) - 1):
+                reply = client.undo(target.pid, state)
+                self.assertFalse(reply.ok, state)
+                self.assertIn('there is no CudaState', reply.error)
+            self.assertTrue(client.undo(target.pid).ok)
+        self.assert_runs_on(target)
+
     def test_phosd_of_another_protocol(self):
         with fake_phosd(self.socket, refuse('the phosd that runs speaks protocol 99')):
             target = self.counter()

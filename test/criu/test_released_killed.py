@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The released path: a dump of which criu, phosd, both or the target are killed at each step."""
 import fcntl
+import json
 import os
 import signal
 import time
@@ -144,6 +145,29 @@ class KilledAt(Steps):
         # phosd waits for 10 s while criu has the process.
         self.agent_in_use(lambda criu: criu.communicate(timeout=60))
         self.assertIn('phosd goes on trying', self.log('dump.log'))
+
+    def sessions(self):
+        return json.loads(self.ok('daemon', 'status', '--json').stdout)['sessions']
+
+    def test_driver_that_has_lost_the_process(self):
+        """Its memory is away for good: it is neither let go nor tried for ever."""
+        target, criu = self.dump_until('checkpoint')
+        self.kill_both(criu)
+        self.fail_in_driver('cuCheckpointProcessRestore 1 failed')
+        ticks = target.last_tick()
+        for i in range(2):  # every phosd anew
+            self.images_in(f'other-{i}')
+            self.assertNotEqual(self.dump(target).returncode, 0)
+            self.assertTrue(any(f'end it (kill -KILL {target.pid})' in e for e in self.errors()),
+                            self.errors())
+            wait_until(lambda: not self.sessions(), 'phosd to have nothing to do')
+            self.ok('daemon', 'stop')
+            wait_until(lambda: not self.phosd_pids(), 'phosd to end')
+        self.assertEqual(target.last_tick(), ticks)
+        target.kill()
+        self.ok('daemon', 'start')
+        locks = os.path.join(self.run_dir, 'lock')
+        wait_until(lambda: not os.listdir(locks), 'nothing to be left of it')
 
     def both_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Threads that are kept stopped: only those that have been found waiting, and let go at once.
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/ptrace.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <string>
 
+#include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/gate/held_threads.h"
 #include "test/gate/fixture.h"
 
@@ -26,7 +29,7 @@ class HeldThreadsTest : public testing::Test {
     }
     ASSERT_TRUE(eventually([&] {
       auto sleep = phos::find_asleep(child_, child_);
-      return sleep && phos::waits_for_an_event(*sleep);
+      return sleep && phos::waits_for_an_event(child_, child_, *sleep);
     }));
     auto threads = phos::list_threads(child_);
     ASSERT_TRUE(threads) << threads.error().message();
@@ -77,6 +80,23 @@ TEST_F(HeldThreadsTest, OneThatCannotBeTracedCostsNothing) {
   const size_t before = own_threads();
   for (int i = 0; i < 10; i++) EXPECT_FALSE(hold(milliseconds(5)));
   EXPECT_TRUE(eventually([&] { return own_threads() == before; }));
+}
+
+// dlopen(3) reads libraries with the dynamic linker's lock held.
+TEST(WaitsForAnEvent, ReadingAFileIsNoWait) {
+  int ends[2];
+  ASSERT_EQ(pipe2(ends, O_CLOEXEC), 0);
+  const phos::UniqueFd out(ends[0]), in(ends[1]),
+      file(open("/proc/self/exe", O_RDONLY | O_CLOEXEC));
+  const auto waits_reading = [](int fd) {
+    phos::Asleep sleep;
+    sleep.number = SYS_read;
+    sleep.first_argument = static_cast<uint64_t>(fd);
+    return phos::waits_for_an_event(getpid(), gettid(), sleep);
+  };
+  EXPECT_TRUE(waits_reading(out.get()));
+  EXPECT_FALSE(waits_reading(file.get()));
+  EXPECT_FALSE(waits_reading(999999)) << "closed meanwhile";
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 //                 in a file of that name and ".held": a line "PID FUNCTION N" for each call, so
 //                 that a test knows when, and need not hurry
 //           exit: the process dies by SIGKILL
+//           failed: of cuCheckpointProcess*; 999, and the process is in state failed for good
 //           elsewhere: cuMemAddressReserve pays no heed to the hint, as long as three reservations
 //                      that it has made so do not exist
 //
@@ -124,6 +125,10 @@ CUresult act(const char* what) {
   if (!strcmp(what, "exit")) {
     kill(getpid(), SIGKILL);
     for (;;) pause();
+  }
+  if (!strcmp(what, "failed")) {
+    process().state = CU_PROCESS_STATE_FAILED;
+    return CUDA_ERROR_UNKNOWN;
   }
   if (!strncmp(what, "slow:", 5)) {
     sleep_ms(strtol(what + 5, nullptr, 10));

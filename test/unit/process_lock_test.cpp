@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -82,6 +83,44 @@ TEST_F(ProcessLockTest, WhoWantsItIsToldToWaitOnceItsHolderHasGone) {
   EXPECT_EQ(refusal(), EBUSY) << "held for another";
   second->ends_soon();
   EXPECT_EQ(refusal(), EAGAIN);
+}
+
+TEST_F(ProcessLockTest, TroubleIsToldAndWhatIsKeptStaysNoted) {
+  const UniqueFd directory = open_images();
+  {
+    auto lock = ProcessLock::take(root_ + "/lock", 77, 1234);
+    ASSERT_TRUE(lock);
+    ASSERT_TRUE(lock->note(CudaState::kRunning, directory.get(), "dump"));
+    lock->ends_soon();
+    lock->in_trouble("it is broken");
+    lock->keep();
+  }
+  auto refused = ProcessLock::take(root_ + "/lock", 77, 1234);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code(), EBUSY);
+  EXPECT_NE(refused.error().message().find("it is broken"), std::string::npos);
+  ASSERT_EQ(left().size(), 1u);
+  EXPECT_EQ(left()[0].dump, "dump");
+}
+
+// Else a process without its memory would be dumped, and what tells of it be forgotten.
+TEST_F(ProcessLockTest, WhatADeadPhosdHasLeftIsUndoneFirst) {
+  const pid_t phosd = fork();
+  if (phosd == 0) {
+    auto lock = ProcessLock::take(root_ + "/lock", 77, 1234);
+    const UniqueFd directory = open_images();
+    _exit(lock && lock->note(CudaState::kRunning, directory.get(), "dump") ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(phosd, &status, 0), phosd);
+  ASSERT_EQ(status, 0);
+  auto refused = ProcessLock::take(root_ + "/lock", 77, 1234);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code(), EAGAIN) << refused.error().message();
+  EXPECT_EQ(left().size(), 1u);
+  EXPECT_TRUE(ProcessLock::take(root_ + "/lock", 77, 1234, true));
+  EXPECT_TRUE(left().empty());
+  EXPECT_TRUE(ProcessLock::take(root_ + "/lock", 77, 1234));
 }
 
 TEST_F(ProcessLockTest, DirectoryMustBeFoundAgainByItsPath) {

@@ -11,9 +11,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <filesystem>
+#include <thread>
+#include <utility>
 
 #include "gpu-tracker/base/log.h"
+#include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/driver/fault_driver.h"
 #include "test/unit/sync_recorder.h"
 
@@ -31,6 +35,7 @@ class FakeDriver final : public GpuDriver {
   bool knows_memory = true;
   bool managed = false;
   int lock_error = 0;
+  std::atomic<int> restore_error{0};
   std::vector<GpuPair> pairs_used;
   GpuUuid uuid{1, 2, 3};
 
@@ -60,6 +65,7 @@ class FakeDriver final : public GpuDriver {
     return step(pid, State::kLocked, State::kCheckpointed);
   }
   Result<void> restore(int pid, const std::vector<GpuPair>& pairs) override {
+    if (restore_error) return cuda(restore_error);
     pairs_used = pairs;
     return step(pid, State::kCheckpointed, State::kLocked);
   }
@@ -391,6 +397,52 @@ TEST_F(SessionTest, UndoOfAFailedProcessIsAnError) {
   driver_.now = State::kFailed;
   EXPECT_FALSE(session.undo(pid_, State::kRunning));
   session.recover();  // gives up: a failed process does not come back
+}
+
+// What a phosd that died has left, and its successor cannot bring to the state it was found in.
+TEST_F(SessionTest, StateThatNeverFitsAgainIsGivenUp) {
+  for (auto [found, now] :
+       {std::pair(State::kRunning, State::kFailed), std::pair(State::kLocked, State::kRunning),
+        std::pair(State::kCheckpointed, State::kLocked),
+        std::pair(State::kCheckpointed, State::kRunning)}) {
+    driver_.now = now;
+    std::string errors;
+    set_log_sink([&](LogLevel level, const std::string& line) {
+      if (level == LogLevel::kError) errors += line;
+    });
+    {
+      Session session(driver_, lock_dir());
+      session.begin_take_over(dir_ + "/images");
+      ASSERT_TRUE(session.take_over({pid_, *read_start_time(pid_), found, {}, {}}));
+      session.recover();
+    }
+    set_log_sink([](LogLevel, const std::string&) {});
+    EXPECT_NE(errors.find(std::string("is left as it is, ") + to_string(now)), std::string::npos)
+        << errors;
+    EXPECT_EQ(driver_.now, now);
+    EXPECT_TRUE(std::filesystem::is_empty(lock_dir())) << "nobody has it";
+  }
+}
+
+TEST_F(SessionTest, ProcessThatDoesNotComeBackYetIsRefusedWithTheReason) {
+  Session session(driver_, lock_dir());
+  ASSERT_TRUE(dump(session));
+  driver_.restore_error = 2;
+  std::thread recovery([&] { session.recover(); });
+  Session other(driver_, lock_dir());
+  ASSERT_TRUE(other.begin_dump(images()));
+  std::string refusal;
+  while (refusal.find("kill -KILL " + std::to_string(pid_)) == std::string::npos) {
+    auto refused = other.inspect(pid_);
+    ASSERT_FALSE(refused);
+    refusal = refused.error().message();
+  }
+  EXPECT_NE(refusal.find("goes on trying"), std::string::npos) << refusal;
+  EXPECT_NE(refusal.find("fake 2"), std::string::npos) << refusal;
+  driver_.restore_error = 0;
+  recovery.join();
+  EXPECT_EQ(driver_.now, State::kRunning);
+  EXPECT_TRUE(other.inspect(pid_));
 }
 
 TEST_F(SessionTest, RecoveryTriesUntilTheGpuHasRoomAgain) {
