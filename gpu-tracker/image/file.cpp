@@ -3,12 +3,17 @@
 
 #include <fcntl.h>
 #include <sys/statvfs.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <array>
 #include <cerrno>
 #include <climits>
 #include <cstring>
+
+#ifndef SYS_cachestat  // Linux 6.5
+#define SYS_cachestat 451
+#endif
 
 namespace phos {
 namespace {
@@ -190,6 +195,13 @@ Result<size_t> read_at(int fd, void* buffer, size_t size, off_t offset, const st
     done += static_cast<size_t>(n);
   }
   return done;
+}
+
+bool is_cached(int fd, uint64_t size) {
+  const uint64_t range[2] = {0, size};  // struct cachestat_range
+  uint64_t pages[5] = {};               // struct cachestat: nr_cache comes first
+  const long r = syscall(SYS_cachestat, fd, range, pages, 0);
+  return r == 0 && pages[0] * static_cast<uint64_t>(sysconf(_SC_PAGESIZE)) > size / 2;
 }
 
 Result<void> sync_directory(int dir_fd) {

@@ -74,6 +74,10 @@ Result<void> check_directory_mode(mode_t mode, const std::string& path);
 // Bytes read; fewer than `size` only at the end of the file.
 Result<size_t> read_at(int fd, void* buffer, size_t size, off_t offset, const std::string& path);
 
+// Does the page cache hold most of the file? False where the kernel does not tell (before
+// Linux 6.5).
+bool is_cached(int fd, uint64_t size);
+
 // Makes a rename or unlink in the directory durable.
 Result<void> sync_directory(int dir_fd);
 

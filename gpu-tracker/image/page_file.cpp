@@ -324,7 +324,7 @@ Result<std::unique_ptr<PageFile>> PageFile::open(int dir_fd, int pid, int gpu, c
   if (!header) return header.error();
   if (auto ok = check_owner(*header, pid, gpu, id, path); !ok) return ok.error();
   bool direct = false;
-  if (io == PageIo::kDirect) {
+  if (io == PageIo::kDirect && !is_cached(fd->get(), size)) {
     int flags = fcntl(fd->get(), F_GETFL);
     direct = flags >= 0 && fcntl(fd->get(), F_SETFL, flags | O_DIRECT) == 0;
   }

@@ -86,6 +86,7 @@ class PageFileWriter {
   std::unique_ptr<State> state_;
 };
 
+// kDirect: around the page cache, unless it holds most of the file already.
 enum class PageIo { kDirect, kCached };
 
 // Reads a pages file. `slot` and `slots` stand for units in a packed one. read() may be called from

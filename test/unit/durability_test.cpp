@@ -3,27 +3,36 @@
 // writer does not wait for the disk, and whoever does is told what the disk says.
 #include "gpu-tracker/image/durability.h"
 
+#include <linux/magic.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
+
 #include "gpu-tracker/image/page_file.h"
 #include "test/unit/image_fixture.h"
 #include "test/unit/sync_recorder.h"
+
+#ifndef SYS_cachestat  // Linux 6.5
+#define SYS_cachestat 451
+#endif
 
 namespace phos::image_test {
 namespace {
 
 using Calls = std::vector<std::string>;
+constexpr uint64_t kCount = 100;  // more than the kernel reads ahead
 constexpr char kPages[] = "phos-pages-7-2.img", kPagesTemp[] = "phos-pages-7-2.img.tmp";
 
 class DurabilityTest : public testing::Test {
  protected:
   UniqueFd directory() const { return UniqueFd(fcntl(dir_.fd(), F_DUPFD_CLOEXEC, 0)); }
 
-  // A pages file of three pages; `later` as for the writer.
+  // A pages file of kCount pages; `later` as for the writer.
   void write_pages(UnsyncedFiles* later) {
     auto writer = PageFileWriter::create(dir_.fd(), 7, 2, kDump, {}, later);
     ASSERT_TRUE(writer) << writer.error().message();
-    AlignedPages pages(3);
+    AlignedPages pages(kCount);
     pages[1][5] = 1;
-    ASSERT_TRUE((*writer)->write(0, pages[0], 3));
+    ASSERT_TRUE((*writer)->write(0, pages[0], kCount));
     ASSERT_TRUE((*writer)->flush());
     ASSERT_TRUE((*writer)->finish());
   }
@@ -56,7 +65,7 @@ TEST_F(DurabilityTest, PagesForLaterWaitForNoDisk) {
   write_pages(&later);
   EXPECT_EQ(recorder.take(),
             (Calls{std::string("write ") + kPagesTemp, std::string("rename ") + kPages}));
-  EXPECT_EQ(later.bytes(), 4 * 65536u);
+  EXPECT_EQ(later.bytes(), (1 + kCount) * 65536);
   EXPECT_FALSE(later.empty());
   EXPECT_EQ(later.directory(), std::filesystem::canonical(dir_.path(".")));
   ASSERT_TRUE(later.sync());
@@ -67,6 +76,41 @@ TEST_F(DurabilityTest, PagesForLaterWaitForNoDisk) {
   AlignedPages found(1);
   ASSERT_TRUE((*file)->read(1, found[0], 1));
   EXPECT_EQ(found[0][5], 1);
+}
+
+// Of an open file with this path.
+bool is_direct(const std::string& path) {
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    std::error_code gone;
+    if (std::filesystem::read_symlink(entry, gone) != path) continue;
+    return fcntl(std::stoi(entry.path().filename()), F_GETFL) & O_DIRECT;
+  }
+  ADD_FAILURE() << path << " is not open";
+  return false;
+}
+
+TEST_F(DurabilityTest, WhatIsInThePageCacheIsReadFromThere) {
+  const long r = syscall(SYS_cachestat, -1, nullptr, nullptr, 0);
+  if (r != 0 && errno == ENOSYS) GTEST_SKIP() << "the kernel does not tell what is cached";
+  UnsyncedFiles later(directory());
+  write_pages(&later);
+  const std::string path = std::filesystem::canonical(dir_.path(kPages));
+  {
+    auto file = PageFile::open(dir_.fd(), 7, 2, kDump, PageIo::kDirect);
+    ASSERT_TRUE(file) << file.error().message();
+    EXPECT_FALSE(is_direct(path));
+  }
+  ASSERT_TRUE(later.sync());
+  UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  ASSERT_EQ(posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED), 0);
+  const bool takes_direct = fcntl(fd.get(), F_SETFL, O_DIRECT) == 0;
+  struct statfs fs;
+  ASSERT_EQ(fstatfs(fd.get(), &fs), 0);
+  fd.reset();
+  if (!takes_direct || fs.f_type == TMPFS_MAGIC) GTEST_SKIP() << "all is cached here, always";
+  auto file = PageFile::open(dir_.fd(), 7, 2, kDump, PageIo::kDirect);
+  ASSERT_TRUE(file) << file.error().message();
+  EXPECT_TRUE(is_direct(path));
 }
 
 TEST_F(DurabilityTest, Images) {
