@@ -50,6 +50,10 @@ struct Parsed {
   }
 };
 
+// Adds --jobs, and reads it: threads, 0 if it was not given.
+void add_jobs(Syntax& syntax, const char* what);
+Result<unsigned> jobs_of(const Parsed& parsed);
+
 Result<Parsed> parse(Syntax& syntax, const std::vector<std::string>& args);
 
 // Prints "phos COMMAND: message" to stderr and returns `code`.
