@@ -23,6 +23,8 @@ int run_status(const std::vector<std::string>& args);
 int run_show(const std::vector<std::string>& args);
 int run_verify(const std::vector<std::string>& args);
 int run_diff(const std::vector<std::string>& args);
+int run_squash(const std::vector<std::string>& args);
+int run_rebase(const std::vector<std::string>& args);
 int run_extract(const std::vector<std::string>& args);
 int run_check(const std::vector<std::string>& args);
 int run_daemon(const std::vector<std::string>& args);
