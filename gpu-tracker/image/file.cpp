@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/image/file.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <climits>
 #include <cstring>
+#include <memory>
 
 #ifndef SYS_cachestat  // Linux 6.5
 #define SYS_cachestat 451
@@ -62,6 +65,22 @@ std::string directory_path(int dir_fd) {
   std::string link = "/proc/self/fd/" + std::to_string(dir_fd);
   ssize_t n = readlink(link.c_str(), target, sizeof target);
   return n > 0 ? std::string(target, static_cast<size_t>(n)) : std::string();
+}
+
+Result<std::vector<std::string>> directory_names(int dir_fd) {
+  int fd = openat(dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  std::unique_ptr<DIR, int (*)(DIR*)> dir(fd >= 0 ? fdopendir(fd) : nullptr, closedir);
+  if (!dir) {
+    int code = errno;
+    if (fd >= 0) close(fd);
+    return Error::from_errno(code, "cannot open the image directory");
+  }
+  std::vector<std::string> names;
+  errno = 0;
+  while (dirent* entry = readdir(dir.get())) names.emplace_back(entry->d_name);
+  if (errno) return Error::from_errno(errno, "cannot list " + describe_file(dir_fd, "."));
+  std::sort(names.begin(), names.end());
+  return names;
 }
 
 std::string describe_file(int dir_fd, const std::string& name) {

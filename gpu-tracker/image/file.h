@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
@@ -23,6 +24,10 @@ uint32_t crc32c(const void* data, size_t size, uint32_t before = 0);
 
 // Empty if it cannot be had.
 std::string directory_path(int dir_fd);
+
+// Sorted, so that messages and removals do not depend on the file system's order. With "." and
+// "..".
+Result<std::vector<std::string>> directory_names(int dir_fd);
 
 // "<directory>/<name>" for messages; just the name if the directory's path cannot be had.
 std::string describe_file(int dir_fd, const std::string& name);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/image/image.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -22,23 +21,6 @@
 
 namespace phos {
 namespace {
-
-// Sorted, so that messages and removals do not depend on the file system's order.
-Result<std::vector<std::string>> list_names(int dir_fd) {
-  int fd = openat(dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  std::unique_ptr<DIR, int (*)(DIR*)> dir(fd >= 0 ? fdopendir(fd) : nullptr, closedir);
-  if (!dir) {
-    int code = errno;
-    if (fd >= 0) close(fd);
-    return Error::from_errno(code, "cannot open the image directory");
-  }
-  std::vector<std::string> names;
-  errno = 0;
-  while (dirent* entry = readdir(dir.get())) names.emplace_back(entry->d_name);
-  if (errno) return Error::from_errno(errno, "cannot list " + describe_file(dir_fd, "."));
-  std::sort(names.begin(), names.end());
-  return names;
-}
 
 Result<void> remove_file(int dir_fd, const std::string& name) {
   if (unlinkat(dir_fd, name.c_str(), 0) == 0 || errno == ENOENT) return {};
@@ -245,7 +227,7 @@ Result<FilesImage> read_files_image(int dir_fd) {
 }
 
 Result<ImageSet> read_image_set(int dir_fd) {
-  auto names = list_names(dir_fd);
+  auto names = directory_names(dir_fd);
   if (!names) return names.error();
   // A directory without them is none of ours, whatever its mode.
   if (std::any_of(names->begin(), names->end(), is_image_name)) {
@@ -304,7 +286,7 @@ Result<ImageSet> read_image_set(int dir_fd) {
 }
 
 Result<void> remove_images(int dir_fd, const DumpId& id) {
-  auto names = list_names(dir_fd);
+  auto names = directory_names(dir_fd);
   if (!names) return names.error();
   Result<void> result;
   auto note = [&](const Error& error) {
@@ -324,7 +306,7 @@ Result<void> remove_images(int dir_fd, const DumpId& id) {
 }
 
 Result<void> remove_unfinished_images(int dir_fd, int pid) {
-  auto names = list_names(dir_fd);
+  auto names = directory_names(dir_fd);
   if (!names) return names.error();
   Result<void> result;
   for (const std::string& name : *names) {
@@ -344,13 +326,13 @@ Result<void> check_image_directory(int dir_fd) {
 }
 
 Result<bool> has_images(int dir_fd) {
-  auto names = list_names(dir_fd);
+  auto names = directory_names(dir_fd);
   if (!names) return names.error();
   return std::any_of(names->begin(), names->end(), is_image_name);
 }
 
 Result<void> remove_all_images(int dir_fd) {
-  auto names = list_names(dir_fd);
+  auto names = directory_names(dir_fd);
   if (!names) return names.error();
   Result<void> result;
   for (const std::string& name : *names) {

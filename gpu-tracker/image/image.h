@@ -248,6 +248,9 @@ Result<ImageSet> read_image_set(int dir_fd);
 // from it, or from its parents, is refused too (read_image_set).
 Result<void> check_image_directory(int dir_fd);
 
+// phos-<pid>.img, phos-files.img, phos-pages-<pid>-<gpu>.img.
+bool is_image_name(const std::string& name);
+
 // Is there a file with the name of a phos image, whatever is in it?
 Result<bool> has_images(int dir_fd);
 

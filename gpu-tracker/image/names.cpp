@@ -4,6 +4,8 @@
 #include <charconv>
 #include <string_view>
 
+#include "gpu-tracker/image/image.h"
+
 namespace phos {
 
 std::string process_name(int pid) {

@@ -22,6 +22,4 @@ struct PageFileName {
 };
 PageFileName parse_page_file_name(const std::string& name);
 
-bool is_image_name(const std::string& name);
-
 }  // namespace phos

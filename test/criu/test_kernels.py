@@ -5,6 +5,7 @@ these tests on kernels that do and do not."""
 import json
 import os
 import random
+import shutil
 import subprocess
 import unittest
 
@@ -127,6 +128,29 @@ class PreDumpsOfAllMemory(TrackingTest):
         self.check_chain('3', 3, 4)
         ticks = target.last_tick()
         self.phos('restore', '-D', self.path('3'))
+        self.goes_on(target, ticks)
+
+    def test_squashed_and_rebased(self):
+        """CRIU's own images of memory build on parents too."""
+        target = self.counter('--mib', '4')
+        tree = ['-t', str(target.pid)]
+        self.phos('pre-dump', *tree, '-D', self.path('1'))
+        self.phos('pre-dump', *tree, '-D', self.path('2'), '--prev-images-dir', self.path('1'))
+        self.phos('dump', *tree, '-D', self.path('3'), '--prev-images-dir', self.path('2'))
+        self.gone(target)
+        ticks, written = target.last_tick(), os.path.getsize(target.output)
+        done = json.loads(self.phos('squash', '--json', self.path('3'), '-o', self.path('new')))
+        self.assertGreater(done['criu_bytes'], 0)
+        done = json.loads(self.phos('rebase', '--json', self.path('3'), '-p', self.path('1')))
+        self.assertGreater(done['criu_bytes'], 0)
+        shutil.rmtree(self.path('2'))
+        self.phos('restore', '-D', self.path('3'))
+        self.goes_on(target, ticks)
+        target.kill()
+        for name in '13':
+            shutil.rmtree(self.path(name))
+        os.truncate(target.output, written)  # CRIU wants files to be as they were
+        self.phos('restore', '-D', self.path('new'))
         self.goes_on(target, ticks)
 
     def test_dump_on_a_pre_dump_of_gpu_memory_alone(self):

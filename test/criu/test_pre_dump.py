@@ -98,6 +98,43 @@ class Chains(PreDumpTest):
         totals = json.loads(self.ok('diff', '--json', self.path('1'), self.path('4')).stdout)['totals']
         self.assertEqual((totals['pages'], totals['differing_pages']), (8 * 16, 0))
 
+    def restored_after(self, change):
+        """A chain 1, 2, 3 of which the dump, 3, is changed and then restored from what it gives."""
+        target = self.counter('--mib', '8')
+        self.chain(target, ['1', '2'])
+        self.ok('dump', '-t', str(target.pid), '-D', self.path('3'), '--prev-images-dir',
+                self.path('2'))
+        wait_until(target.gone, 'the dumped process to be gone')
+        ticks = target.last_tick()
+        name = change()
+        self.assertIn('all as saved', self.ok('verify', self.path(name)).stdout)
+        self.ok('restore', '-D', self.path(name))
+        target.wait_tick(ticks + 3)
+        target.check_output(self)
+
+    def test_squashed_and_without_its_parents(self):
+        def change():
+            self.ok('squash', self.path('3'))
+            for name in '12':
+                shutil.rmtree(self.path(name))
+            return '3'
+        self.restored_after(change)
+
+    def test_squashed_to_another_directory(self):
+        def change():
+            self.ok('squash', self.path('3'), '-o', self.path('new'))
+            for name in '123':
+                shutil.rmtree(self.path(name))
+            return 'new'
+        self.restored_after(change)
+
+    def test_rebased_and_without_what_was_between(self):
+        def change():
+            self.ok('rebase', self.path('3'), '-p', self.path('1'))
+            shutil.rmtree(self.path('2'))
+            return '3'
+        self.restored_after(change)
+
     def test_by_criu_with_its_own_option(self):
         target = self.counter('--mib', '8')
         self.chain(target, ['1'])

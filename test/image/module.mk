@@ -46,3 +46,7 @@ OBJS += $(FUZZED)
 # What test_reader.py compares image_reader.py with.
 $(eval $(call program,test/image_tool,test/image/image_tool.cpp,lib/libphos.a,$(IMAGE_LIBS) -lpthread))
 all: $(B)/test/image_tool
+
+# What test_repack.py kills `phos squash` and `phos rebase` with.
+$(eval $(call program,test/kill_at,test/image/kill_at.cpp))
+all: $(B)/test/kill_at

@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // phos extract: writes the bytes of one allocation of GPU memory to a file.
 
-#include <signal.h>
-
 #include <cerrno>
 #include <charconv>
 #include <chrono>
-#include <csignal>
 #include <cstdio>
-#include <cstring>
 #include <optional>
 
 #include "gpu-tracker/image/extract.h"
 #include "tools/phos/command.h"
 #include "tools/phos/image_dir.h"
+#include "tools/phos/interrupt.h"
 #include "tools/phos/output_file.h"
 #include "tools/phos/page_hasher.h"
 #include "tools/phos/progress_line.h"
@@ -62,20 +59,6 @@ std::optional<uint64_t> parse_address(const std::string& text) {
   return value;
 }
 
-volatile sig_atomic_t interrupted = 0;
-
-// Signals that would end the program and leave the temporary file.
-void catch_signals() {
-  struct sigaction action = {};
-  action.sa_handler = [](int signal) { interrupted = signal; };
-  for (int signal : {SIGINT, SIGTERM, SIGHUP}) {
-    struct sigaction old;
-    // One that is ignored (nohup) stays so.
-    if (sigaction(signal, nullptr, &old) == 0 && old.sa_handler == SIG_IGN) continue;
-    sigaction(signal, &action, nullptr);
-  }
-}
-
 Result<PageChain> open_chain(const std::string& dir, int pid) {
   auto fd = open_existing(dir);
   if (!fd) return fd.error();
@@ -96,10 +79,7 @@ Result<void> extract(const PageChain& chain, size_t allocation, OutputFile& out)
   uint64_t written = 0;
   auto drawn = std::chrono::steady_clock::now();
   auto done = extract_allocation(chain, allocation, *hash, [&](const void* data, size_t bytes) {
-    if (interrupted) {
-      return Result<void>(
-          Error(Domain::kErrno, EINTR, std::string("interrupted by ") + strsignal(interrupted)));
-    }
+    if (auto ok = check_interrupted(); !ok) return ok;
     written += bytes;
     if (const auto now = std::chrono::steady_clock::now(); now - drawn >= kTick) {
       line.draw("extracting: " + format_bytes(written) + " of " + all);
@@ -119,7 +99,7 @@ int run(const Parsed& options, const std::string& dir, uint64_t address) {
   auto found = find_saved(chain->image(), address, from);
   if (!found) return fail(kName, found.error().message());
   const bool stdout_wanted = to == "-";
-  if (!stdout_wanted) catch_signals();
+  if (!stdout_wanted) catch_interrupts();
   auto out =
       stdout_wanted ? OutputFile::standard_output() : OutputFile::create(to, options.has("force"));
   if (!out) return fail(kName, out.error().message());

@@ -16,12 +16,9 @@
 namespace phos::cli {
 namespace {
 
-namespace po = boost::program_options;
-
 constexpr char kName[] = "verify";
 constexpr size_t kMaxLines = 20;   // of damage
 constexpr size_t kMaxJson = 1000;  // elements
-constexpr int kMaxJobs = 1024;
 
 Syntax syntax() {
   Syntax s;
@@ -34,9 +31,8 @@ Syntax syntax() {
       "then. CRIU's own images are not checked, nor is the GPU memory in them. Needs neither a\n"
       "GPU nor root, only the right to read DIR and its parents.\n";
   s.positional = "directory";
-  s.options.add_options()("jobs,j", po::value<int>()->value_name("N"),
-                          "threads that read and hash; as many as there are processors, 4 at "
-                          "least, unless given")("json", "print JSON");
+  add_jobs(s, "read and hash");
+  s.options.add_options()("json", "print JSON");
   add_key_option(&s);
   return s;
 }
@@ -164,11 +160,9 @@ int run_verify(const std::vector<std::string>& args) {
   if (auto ok = use_keys(*options); !ok) return fail(kName, ok.error().message(), kExitUsage);
   const std::vector<std::string> dirs = options->words("directory");
   if (dirs.size() != 1) return fail(kName, "give one directory of images", kExitUsage);
-  const int jobs = options->has("jobs") ? options->values["jobs"].as<int>() : 0;
-  if (options->has("jobs") && (jobs < 1 || jobs > kMaxJobs)) {
-    return fail(kName, "--jobs must be from 1 to " + std::to_string(kMaxJobs), kExitUsage);
-  }
-  return verify(*options, dirs[0], static_cast<unsigned>(jobs));
+  auto jobs = jobs_of(*options);
+  if (!jobs) return fail(kName, jobs.error().message(), kExitUsage);
+  return verify(*options, dirs[0], *jobs);
 }
 
 }  // namespace phos::cli

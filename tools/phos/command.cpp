@@ -48,6 +48,20 @@ Result<Parsed> parse(Syntax& syntax, const std::vector<std::string>& args) {
   return parsed;
 }
 
+void add_jobs(Syntax& syntax, const char* what) {
+  const std::string text = std::string("threads that ") + what +
+                           "; as many as there are processors, 4 at least, unless given";
+  syntax.options.add_options()("jobs,j", po::value<int>()->value_name("N"), text.c_str());
+}
+
+Result<unsigned> jobs_of(const Parsed& parsed) {
+  constexpr int kMaxJobs = 1024;
+  if (!parsed.has("jobs")) return 0u;
+  const int jobs = parsed.values["jobs"].as<int>();
+  if (jobs >= 1 && jobs <= kMaxJobs) return static_cast<unsigned>(jobs);
+  return Error(Domain::kUsage, EINVAL, "--jobs must be from 1 to " + std::to_string(kMaxJobs));
+}
+
 int fail(const std::string& command, const std::string& message, int code) {
   fprintf(stderr, "phos %s: %s\n", command.c_str(), message.c_str());
   return code;

@@ -23,6 +23,8 @@ int run_status(const std::vector<std::string>& args);
 int run_show(const std::vector<std::string>& args);
 int run_verify(const std::vector<std::string>& args);
 int run_diff(const std::vector<std::string>& args);
+int run_squash(const std::vector<std::string>& args);
+int run_rebase(const std::vector<std::string>& args);
 int run_extract(const std::vector<std::string>& args);
 int run_check(const std::vector<std::string>& args);
 int run_daemon(const std::vector<std::string>& args);
@@ -49,6 +51,10 @@ struct Parsed {
     return values[positional].as<std::vector<std::string>>();
   }
 };
+
+// Adds --jobs, and reads it: threads, 0 if it was not given.
+void add_jobs(Syntax& syntax, const char* what);
+Result<unsigned> jobs_of(const Parsed& parsed);
 
 Result<Parsed> parse(Syntax& syntax, const std::vector<std::string>& args);
 

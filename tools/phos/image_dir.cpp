@@ -3,9 +3,11 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <filesystem>
@@ -140,14 +142,39 @@ Result<void> check_inventory(int fd, const std::string& path) {
   return {};
 }
 
+Result<void> lock_directory(int fd, const std::string& path) {
+  // Where there are no locks on directories (NFS may have none), nobody is kept from anything.
+  if (flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return {};
+  return Error(Domain::kUsage, EBUSY, path + " is being changed by another phos command");
+}
+
+Result<std::vector<std::string>> list_directory(int fd, const std::string& path) {
+  UniqueFd copy(openat(fd, ".", O_DIRECTORY | O_RDONLY | O_CLOEXEC));
+  std::unique_ptr<DIR, int (*)(DIR*)> dir(copy ? fdopendir(copy.get()) : nullptr, closedir);
+  if (!dir) return Error::from_errno(errno, "cannot list " + path);
+  copy.release();
+  std::vector<std::string> names;
+  errno = 0;
+  while (dirent* entry = readdir(dir.get())) {
+    const std::string name = entry->d_name;
+    if (name != "." && name != "..") names.push_back(name);
+  }
+  if (errno) return Error::from_errno(errno, "cannot list " + path);
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+Result<void> sync_directory(int fd, const std::string& path) {
+  // EINVAL: a file system without directories to sync.
+  if (fsync(fd) == 0 || errno == EINVAL) return {};
+  return Error::from_errno(errno, "cannot sync " + path);
+}
+
 uint64_t image_bytes(int fd, time_t since) {
   uint64_t total = 0;
-  UniqueFd copy(openat(fd, ".", O_DIRECTORY | O_RDONLY | O_CLOEXEC));
-  std::unique_ptr<DIR, int (*)(DIR*)> dir(fdopendir(copy.get()), closedir);
-  if (!dir) return 0;
-  copy.release();
-  while (dirent* entry = readdir(dir.get())) {
-    std::string name = entry->d_name;
+  auto names = list_directory(fd, "");
+  if (!names) return 0;
+  for (const std::string& name : *names) {
     if (name.size() < 4 || name.compare(name.size() - 4, 4, ".img") != 0) continue;
     struct stat st;
     if (fstatat(fd, name.c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0 || !S_ISREG(st.st_mode)) continue;

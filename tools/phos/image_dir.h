@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <ctime>
 #include <string>
+#include <vector>
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
@@ -44,6 +45,16 @@ Result<UniqueFd> open_existing(const std::string& path);
 
 // Fails unless `fd` holds a complete CRIU dump, known by its inventory.img.
 Result<void> check_inventory(int fd, const std::string& path);
+
+// Keeps other commands from changing images in the directory as long as `fd` is open. Error EBUSY:
+// one does so now.
+Result<void> lock_directory(int fd, const std::string& path);
+
+// Names in a directory, sorted, without "." and "..". `path` is for messages.
+Result<std::vector<std::string>> list_directory(int fd, const std::string& path);
+
+// Makes what was renamed or removed in the directory durable.
+Result<void> sync_directory(int fd, const std::string& path);
 
 // Bytes of all image files (*.img) in the directory that were written at `since` or later.
 uint64_t image_bytes(int fd, time_t since);

@@ -32,6 +32,8 @@ constexpr Command kCommands[] = {
     {"diff", "tell how the GPU memory of two such directories differs", phos::cli::run_diff},
     {"extract", "write the bytes of one allocation of GPU memory to a file",
      phos::cli::run_extract},
+    {"squash", "make one directory of a chain of them", phos::cli::run_squash},
+    {"rebase", "make a dump build on another one", phos::cli::run_rebase},
     {"check", "tell whether this machine can dump and restore CUDA processes",
      phos::cli::run_check},
     {"daemon", "ask for, start or stop phosd, which does the work", phos::cli::run_daemon},
