@@ -307,9 +307,10 @@ class CriuTest(unittest.TestCase):
         os.replace(self.faults + '.new', self.faults)  # it is read at any time
 
     def hold_in_driver(self, call):
-        """FUNCTION N: who makes that call next stays in it until let_driver_go(), or until other
-        faults are wanted."""
-        self.fail_in_driver(call + ' hold')
+        """FUNCTION N [PROGRAM]: who makes that call next stays in it until let_driver_go(), or until
+        other faults are wanted."""
+        function, n, *program = call.split()
+        self.fail_in_driver(':'.join([f'{function} {n} hold', *program]))
 
     def is_held(self, call, target=None):
         """Is the target (None: phosd) in it?"""

@@ -292,7 +292,7 @@ class FailedDump(CriuTest):
         self.assert_no_phos_images()
 
     def test_second_dump_at_once_is_refused(self):
-        copy = 'cuMemcpyDtoHAsync 1'
+        copy = 'cuMemcpyDtoHAsync 1 phosd'
         self.hold_in_driver(copy)
         target = self.counter()
         first = self.dump(target, wait=False)

@@ -313,9 +313,8 @@ class WithoutAttaching(PreDumpTest):
         target.check_output(self)
 
 
-# phosd's copies and hashes; targets do not use the one function, and are not asked about the other.
-COPY = 'cuMemcpyDtoHAsync *'
-HASH = 'cuLaunchKernel *'
+COPY = 'cuMemcpyDtoHAsync * phosd'
+HASH = 'cuLaunchKernel * phosd'
 LOCK = 'cuCheckpointProcessLock 1'
 
 

@@ -25,7 +25,7 @@ STEPS_BACK = {
     'driver_restore': 'cuCheckpointProcessRestore 1',
     'driver_unlock': 'cuCheckpointProcessUnlock 4',
     'map_back': 'cuMemAlloc 3',
-    'load': 'cuMemcpyHtoDAsync *',  # phosd's, once the driver has restored
+    'load': 'cuMemcpyHtoDAsync * phosd',  # once the driver has restored
 }
 
 

@@ -14,6 +14,7 @@
 //           hold: waits until the file does not hold this line any more, then works. Who waits is
 //                 in a file of that name and ".held": a line "PID FUNCTION N" for each call, so
 //                 that a test knows when, and need not hurry
+//           hold:NAME: the same, but only in programs of that name
 //           exit: the process dies by SIGKILL
 //           failed: of cuCheckpointProcess*; 999, and the process is in state failed for good
 //           elsewhere: cuMemAddressReserve pays no heed to the hint, as long as three reservations
@@ -26,6 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -161,6 +163,8 @@ CUresult act_out_fault(const char* function) {
     }
     if (!strcmp(f.what, "hold")) {
       hold(f, nth);
+    } else if (!strncmp(f.what, "hold:", 5)) {
+      if (!strcmp(f.what + 5, program_invocation_short_name)) hold(f, nth);
     } else {
       result = act(f.what);
     }
