@@ -4,7 +4,9 @@
 #include <cerrno>
 #include <string>
 
+#include "gpu-tracker/abi/phosd.pb-c.h"
 #include "gpu-tracker/base/log.h"
+#include "gpu-tracker/daemon/config.h"
 
 namespace phos {
 namespace {
@@ -24,15 +26,14 @@ Result<std::shared_ptr<const ImageKey>> load_image_key(const DaemonConfig& confi
   return load(config.key_file);
 }
 
-Result<PageStoreOptions> choose_storage(const DaemonConfig& config,
-                                        const Phos__Wire__Hello& hello) {
+Result<ImageStorage> choose_storage(const DaemonConfig& config, const Phos__Wire__Hello& hello) {
   const bool dumps =
       hello.stage == PHOS__WIRE__STAGE__DUMP || hello.stage == PHOS__WIRE__STAGE__PRE_DUMP;
-  PageStoreOptions options{config.compress};
+  ImageStorage storage{{config.compress}};
   if (dumps && hello.compress) {
     auto choice = parse_compression(hello.compress);
     if (!choice) return choice.error().wrap("compress = '" + std::string(hello.compress) + "'");
-    options.compression = *choice;
+    storage.pages.compression = *choice;
   }
   const bool encrypt = dumps && (config.encrypt || (hello.has_encrypt && hello.encrypt));
   auto key = load_image_key(config);
@@ -45,11 +46,12 @@ Result<PageStoreOptions> choose_storage(const DaemonConfig& config,
     return Error(Domain::kUsage, ENOKEY,
                  "the images cannot be encrypted: phosd has no key; set key-file in phosd.conf");
   }
-  if (encrypt) options.key = *key;
+  if (key && *key) storage.configured_key = (*key)->id();
+  if (encrypt) storage.pages.key = *key;
   if (hello.stage == PHOS__WIRE__STAGE__RESTORE && hello.key_file) {
     if (auto own = load(hello.key_file); !own) return own.error();
   }
-  return options;
+  return storage;
 }
 
 Result<Durability> choose_durability(const DaemonConfig& config, const Phos__Wire__Hello& hello) {

@@ -43,6 +43,18 @@ void log_round(int pid, const char* name, const RoundReport& report) {
 
 }  // namespace
 
+// A restore may have brought a key with it. Memory that is away must not depend on one which the
+// next phosd, should this one die, does not find by itself.
+Result<void> Session::check_keys(const PreviousPages& previous) const {
+  for (const ChainLevel& level : previous.levels()) {
+    if (level.key_id == KeyId{} || level.key_id == storage_.configured_key) continue;
+    return Error(Domain::kUsage, ENOKEY,
+                 level.directory + " is encrypted with key " + format_key_id(level.key_id) +
+                     ", and phosd is configured with another one or none");
+  }
+  return {};
+}
+
 // What the parent directory has of this process. One that is of no use costs a full copy.
 std::optional<PreviousPages> Session::open_previous(int vpid) const {
   auto parent = open_parent(image_dir_.get());
@@ -54,15 +66,16 @@ std::optional<PreviousPages> Session::open_previous(int vpid) const {
     return std::nullopt;
   }
   auto previous = PreviousPages::open(parent->get(), vpid);
-  if (previous) return std::move(*previous);
+  const auto usable = previous && *previous ? check_keys(**previous) : Result<void>();
+  if (previous && usable) return std::move(*previous);
   log(LogLevel::kWarn, "daemon", "GPU pages are not built on the parent's: %s",
-      previous.error().message().c_str());
+      (previous ? usable.error() : previous.error()).message().c_str());
   return std::nullopt;
 }
 
 Result<std::shared_ptr<PageStore>> Session::page_store() {
   if (store_) return store_;
-  auto store = PageStore::create(image_dir_.get(), dump_id_, storage_);
+  auto store = PageStore::create(image_dir_.get(), dump_id_, storage_.pages);
   if (!store) return store.error();
   store_ = std::move(*store);
   return store_;

@@ -54,7 +54,7 @@ Result<ProcessLock> Session::take_lock(int pid, uint64_t start_time, bool what_i
   return lock;
 }
 
-Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, PageStoreOptions storage,
+Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, ImageStorage storage,
                                  Durability durability) {
   image_dir_ = std::move(image_dir);
   if (durability == Durability::kMemory) {
@@ -64,7 +64,7 @@ Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, PageStoreO
   }
   stage_ = stage;
   storage_ = std::move(storage);
-  storage_.later = unsynced_.get();
+  storage_.pages.later = unsynced_.get();
   if (getrandom(dump_id_.data(), dump_id_.size(), 0) != static_cast<ssize_t>(dump_id_.size())) {
     return Error::from_errno(errno, "getrandom");
   }
@@ -152,7 +152,7 @@ Result<ProcessImage> Session::describe(int pid, const Held& held) const {
   image.phos_version = PHOS_VERSION;
   image.gpus = gpus_;
   image.device_bytes = held.memory.own;
-  if (storage_.key) image.key_id = storage_.key->id();
+  if (storage_.pages.key) image.key_id = storage_.pages.key->id();
   return image;
 }
 
@@ -207,7 +207,7 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   timings.write_us = us(held->write_time);
   timings.release_us = us(held->release_time);
   if (held->stopped) timings.stopped_us = us(since(*held->stopped));
-  if (storage_.key && stage_ == DumpStage::kDump) log_unencrypted(pid, *held->image);
+  if (storage_.pages.key && stage_ == DumpStage::kDump) log_unencrypted(pid, *held->image);
   log_storage();
   return write_process_image(image_dir_.get(), *held->image, unsynced_.get());
 }

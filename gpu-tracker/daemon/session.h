@@ -21,6 +21,7 @@
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/daemon/gate_pins.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
+#include "gpu-tracker/daemon/image_storage.h"
 #include "gpu-tracker/daemon/live_copy.h"
 #include "gpu-tracker/daemon/memory_loader.h"
 #include "gpu-tracker/daemon/memory_release.h"
@@ -28,7 +29,6 @@
 #include "gpu-tracker/driver/gpu_driver.h"
 #include "gpu-tracker/image/durability.h"
 #include "gpu-tracker/image/image.h"
-#include "gpu-tracker/image/page_store.h"
 
 namespace phos {
 
@@ -67,10 +67,9 @@ class Session {
   void set_client_gone(std::function<bool()> gone) { client_gone_ = std::move(gone); }
 
   // A dump or pre-dump into `image_dir` (takes ownership). Removes phos images of an earlier dump
-  // there. It builds on what the directory's link `parent` leads to. `storage`: how the images are
-  // stored. kMemory: see take_unsynced().
+  // there. It builds on what the directory's link `parent` leads to. kMemory: see take_unsynced().
   Result<void> begin_dump(UniqueFd image_dir, DumpStage stage = DumpStage::kDump,
-                          PageStoreOptions storage = {}, Durability durability = Durability::kDisk);
+                          ImageStorage storage = {}, Durability durability = Durability::kDisk);
 
   // A restore from `image_dir`: refuses images this machine cannot take.
   Result<FilesImage> begin_restore(UniqueFd image_dir);
@@ -229,6 +228,7 @@ class Session {
   Result<void> restore_memory(int pid, const ProcessImage& image);
   static void kill_unrestored(int pid, Held* held);
 
+  Result<void> check_keys(const PreviousPages& previous) const;
   std::optional<PreviousPages> open_previous(int vpid) const;
   Result<std::shared_ptr<PageStore>> page_store();
   bool has_room_for(uint64_t bytes) const;  // in the image directory
@@ -276,7 +276,7 @@ class Session {
   std::vector<int> inspected_;  // whose trees are dumped
   DumpId dump_id_{};
   DumpStage stage_ = DumpStage::kDump;
-  PageStoreOptions storage_;
+  ImageStorage storage_;
   bool dumping_ = false;
   bool release_wanted_ = false;
   bool will_go_on_ = false;

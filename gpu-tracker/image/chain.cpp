@@ -194,7 +194,7 @@ class PageChain::Builder {
       if (auto ok = open_pages(dir_fd, key, &file); !ok) return ok;
     }
     chain_.levels_.push_back({directory_path(dir_fd), image.dump_id, image.stage, image.created_us,
-                              count_pages(image), st.st_mode});
+                              count_pages(image), st.st_mode, image.key_id});
     return {};
   }
 

@@ -130,6 +130,8 @@ class PreviousPages {
   // To be recorded as parent_dump_id, and to be used and recorded as hash_key.
   const DumpId& dump_id() const;
   const std::vector<uint8_t>& hash_key() const;
+  // The parent's directory first.
+  const std::vector<ChainLevel>& levels() const;
 
   PreviousPages(PreviousPages&&) noexcept;
   PreviousPages& operator=(PreviousPages&&) noexcept;

@@ -230,6 +230,7 @@ struct ChainLevel {
   uint64_t created_us = 0;
   PageCounts pages;
   uint32_t directory_mode = 0;  // st_mode
+  KeyId key_id{};               // all zeros: it is not encrypted
 };
 
 // All phos images of a directory.

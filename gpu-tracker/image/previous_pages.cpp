@@ -71,6 +71,10 @@ const std::vector<uint8_t>& PreviousPages::hash_key() const {
   return state_->chain.image().hash_key;
 }
 
+const std::vector<ChainLevel>& PreviousPages::levels() const {
+  return state_->chain.levels();
+}
+
 const AllocationInfo* PreviousPages::find(const GpuUuid& gpu, uint64_t address,
                                           uint64_t size) const {
   return state_->index.find(gpu, address, size);

@@ -207,6 +207,21 @@ class Encrypted(StorageTest):
         self.assertIn('all as saved', self.ok('verify', self.images).stdout)
         self.restore_by_phos(target)
 
+    def test_does_not_build_on_what_the_next_phosd_could_not_read(self):
+        target = self.counter()
+        self.dump_by_phos(target, '--encrypt')
+        self.stop_phosd()
+        self.settings(f'key_file = {self.other_key}')
+        self.restore_by_phos(target, '--key-file', self.key)
+        first = self.images
+        self.images_in('2')
+        # This phosd knows the key now.
+        result = self.ok('pre-dump', '--gpu-only', '-t', str(target.pid), '-D', self.images,
+                         '--key-file', self.key, '--prev-images-dir', first)
+        self.assertIn(f'is encrypted with key {key_id(KEY)}, and phosd is configured with another',
+                      result.stderr)
+        self.assertEqual(self.stored(), 16 * MIB)
+
     def test_by_setting(self):
         self.settings(f'key_file = {self.key}', 'encrypt = on', 'compress = lz4')
         target = self.even_counter()
@@ -261,14 +276,17 @@ class Killed(StorageTest):
     def test_phosd(self):
         target, criu = self.dump_until('checkpoint', start=self.even_counter)
         self.kill_phosd_for_good()
+        self.wait_successor(criu)
         self.let_driver_go()
-        criu.wait()
+        criu.communicate(timeout=60)
         self.assertNotEqual(criu.returncode, 0)
         self.assert_left_alone(target)
+        self.wait_no_phos_images()
 
     def test_phosd_and_criu(self):
         target, criu = self.dump_until('checkpoint', start=self.even_counter)
         self.kill_both(criu)
+        self.ok('daemon', 'status')
         self.let_driver_go()
-        self.ok('status')
         self.assert_left_alone(target)
+        self.wait_no_phos_images()
