@@ -28,7 +28,7 @@ $(error clang or libbpf's headers are missing: run "make deps" (or set CLANG))
 endif
 endif
 
-.PHONY: help deps criu check check-gpu demo lint fuzz fmt tidy install uninstall bundle clean distclean
+.PHONY: help deps criu check check-long check-gpu demo lint fuzz fmt tidy install uninstall bundle clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile ci/module.mk
@@ -51,6 +51,11 @@ check: ## build everything and run every test that can run here
 	wait $$fetch; fetched=$$?; cat $(B)/fetch.log; exit $$((made | fetched))
 	$(Q)ci/lint
 	$(Q)$(PYTHON) test/run.py --build $(B)
+
+check-long: ## check, and what takes minutes more: the tracker on nvidia-uvm in guests, NFS
+	$(Q)+$(MAKE) --no-print-directory check
+	$(Q)B=$(B) ci/deps long
+	$(Q)PHOS_TEST_LONG=1 $(PYTHON) test/run.py --build $(B) --tier vm
 
 check-gpu: deps ## the same, and fail if there is no real GPU
 	$(Q)+$(MAKE_ALL)

@@ -138,6 +138,11 @@ static unsigned int lock_timeout(unsigned int alarm_left)
 	return alarm_left < MAX_TIMEOUT_S ? alarm_left : MAX_TIMEOUT_S;
 }
 
+static int say_yes(int pid)
+{
+	return 1;
+}
+
 static int ignore_found(const struct phosd_process *process)
 {
 	return 0;
@@ -170,7 +175,7 @@ int phos_plugin_pause_devices(int pid)
 	 * The first task is the root, and the only time that all of the tree runs: phosd locks all
 	 * of it then, because processes that work together cannot be locked one after the other.
 	 */
-	if (root_seen ? !may_use_cuda(pid) : !tree_may_use_cuda(pid)) {
+	if (root_seen ? !may_use_cuda(pid) : !visit_cuda_tree(pid, say_yes)) {
 		root_seen = true;
 		return -ENOTSUP;
 	}
@@ -360,7 +365,7 @@ int phos_plugin_resume_devices_late(int pid)
 	struct phosd_process process = { 0 };
 	struct service_threads threads;
 	unsigned int remaining = 0;
-	int ret;
+	int ret = 0;
 
 	if (!enabled) {
 		if (unclaimed && may_use_cuda(pid))
@@ -372,17 +377,25 @@ int phos_plugin_resume_devices_late(int pid)
 	}
 	if (!phosd_started() && !may_use_cuda(pid))
 		return -ENOTSUP;
-	ret = phosd_find_restored(pid, &process);
+	/*
+	 * Should criu die, the kernel would let all of the tree go, also tasks that wait for their
+	 * turn, without their GPU. The first task is the root.
+	 */
+	if (!root_seen)
+		ret = visit_cuda_tree(pid, die_with_criu);
+	root_seen = true;
+	if (!ret)
+		ret = phosd_find_restored(pid, &process);
 	if (!ret && !process.pid)
 		return -ENOTSUP;
-	/* Threads that the dump has not parked would come to the driver before their memory. */
+	/* If its threads have other names than we know. */
 	if (!ret)
-		ret = die_with_criu(pid, true);
+		ret = die_with_criu(pid);
 	if (!ret)
 		ret = service_threads_resume(&threads, pid, process.restore_tid);
 	if (!ret) {
 		ret = phosd_resume(pid, &remaining);
-		if (service_threads_stop(&threads) || die_with_criu(pid, false))
+		if (service_threads_stop(&threads))
 			ret = -1;
 	}
 	/* `criu restore` without -d stays with the tasks; phosd need not. */

@@ -79,9 +79,9 @@ static int set_options(int tid, long more)
 	return ptrace(PTRACE_SETOPTIONS, tid, NULL, (void *)options) ? -1 : 0;
 }
 
-int die_with_criu(int pid, bool die)
+int die_with_criu(int pid)
 {
-	if (tracer_of(pid) != getpid() || !set_options(pid, die ? PTRACE_O_EXITKILL : 0))
+	if (tracer_of(pid) != getpid() || !set_options(pid, PTRACE_O_EXITKILL))
 		return 0;
 	phos_err("cannot set ptrace options of process %d: %s", pid, strerror(errno));
 	return -1;

@@ -33,11 +33,11 @@ int service_threads_stop(struct service_threads *threads);
 int restore_thread_stop(struct restore_thread *thread);
 
 /*
- * From now on, or no longer, the kernel kills the frozen task `pid` if criu dies: none of its
+ * The kernel kills the frozen task `pid` if criu dies before it detaches from it: none of its
  * threads executes anything more then. One that this process does not trace is left alone. Returns
  * 0, or -1 with the reason in CRIU's log.
  */
-int die_with_criu(int pid, bool die);
+int die_with_criu(int pid);
 
 /* The traced thread's tracer; 0: none; -1: no such thread. */
 int tracer_of(int tid);

@@ -10,7 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #define KILL_TIMEOUT_MS 5000
@@ -83,32 +82,33 @@ int find_thread(int pid, const char *name)
 }
 
 /* CRIU reads the tree from the same files (parse_children). */
-bool tree_may_use_cuda(int pid)
+int visit_cuda_tree(int pid, int (*visit)(int pid))
 {
 	char path[64 + NAME_MAX];
 	struct dirent *entry;
-	bool found;
 	DIR *dir;
+	int ret;
 
-	if (may_use_cuda(pid))
-		return true;
+	ret = may_use_cuda(pid) ? visit(pid) : 0;
+	if (ret)
+		return ret;
 	snprintf(path, sizeof(path), "/proc/%d/task", pid);
 	dir = opendir(path);
 	if (!dir)
-		return false;
-	for (found = false; !found && (entry = readdir(dir));) {
+		return 0;
+	while (!ret && (entry = readdir(dir))) {
 		FILE *f;
 		int child;
 
 		snprintf(path, sizeof(path), "/proc/%d/task/%s/children", pid, entry->d_name);
 		f = fopen(path, "re");
-		while (f && !found && fscanf(f, "%d", &child) == 1)
-			found = tree_may_use_cuda(child);
+		while (f && !ret && fscanf(f, "%d", &child) == 1)
+			ret = visit_cuda_tree(child, visit);
 		if (f)
 			fclose(f);
 	}
 	closedir(dir);
-	return found;
+	return ret;
 }
 
 bool has_device_files(int pid)
@@ -134,13 +134,47 @@ bool has_device_files(int pid)
 	return found;
 }
 
+static bool thread_runs(int pid, const char *tid)
+{
+	char path[64 + NAME_MAX], stat[128];
+	const char *state;
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/task/%s/stat", pid, tid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	n = read(fd, stat, sizeof(stat) - 1);
+	close(fd);
+	stat[n > 0 ? n : 0] = '\0';
+	state = strrchr(stat, ')');
+	return state && state[1] && state[2] != 'Z' && state[2] != 'X';
+}
+
+/* Threads that CRIU traces stay as zombies until it asks for them, and so does the process. */
+static bool any_thread_runs(int pid)
+{
+	struct dirent *entry;
+	bool runs = false;
+	char path[64];
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	dir = opendir(path);
+	if (!dir)
+		return false;
+	while (!runs && (entry = readdir(dir)))
+		runs = isdigit((unsigned char)entry->d_name[0]) && thread_runs(pid, entry->d_name);
+	closedir(dir);
+	return runs;
+}
+
 void kill_task(int pid)
 {
-	struct pollfd p = { .fd = (int)syscall(SYS_pidfd_open, pid, 0), .events = POLLIN };
+	int waited;
 
 	kill(pid, SIGKILL);
-	if (p.fd >= 0) {
-		poll(&p, 1, KILL_TIMEOUT_MS);
-		close(p.fd);
-	}
+	for (waited = 0; waited < KILL_TIMEOUT_MS && any_thread_runs(pid); waited++)
+		poll(NULL, 0, 1);
 }

@@ -11,8 +11,11 @@
 /* Has a thread with the name of CUDA's restore thread. Does not ask the driver. */
 bool may_use_cuda(int pid);
 
-/* The same of `pid` or a descendant. */
-bool tree_may_use_cuda(int pid);
+/*
+ * Calls visit() for each process of the tree that may use CUDA, `pid` and its descendants, until it
+ * returns other than 0. Returns what it returned last; 0: there is none.
+ */
+int visit_cuda_tree(int pid, int (*visit)(int pid));
 
 /* The thread of `pid` with this name; 0: there is none. */
 int find_thread(int pid, const char *name);

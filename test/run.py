@@ -3,8 +3,9 @@
 """Runs phos's test tiers and says for each test: ok, FAIL or SKIP.
 
 Tiers: unit, tools (mostly GoogleTest programs), sim (the driver contract and the agent on the simulated
-GPU), criu (real dumps and restores by CRIU on the simulated GPU; root), vm (tests of these two in
-QEMU guests with other kernels), gpu (all of these and test/gpu on a real one). A tier that cannot
+GPU), criu (real dumps and restores by CRIU on the simulated GPU; root), uvm (managed memory, where
+nvidia-uvm is loaded; no GPU needed; root), vm (tests of these three in QEMU guests with other
+kernels, and with nvidia-uvm), gpu (all of these and test/gpu on a real one). A tier that cannot
 run here is one SKIP with its reason; REQUIRE_GPU=1 makes a missing GPU a failure. test/oracle.py
 checks that no tier left anything behind. Tests that do not measure time, and mostly wait, run beside
 each other (--jobs); what they print is in the order of the tiers and tests all the same.
@@ -33,7 +34,7 @@ sys.path.insert(0, TEST_DIR)
 
 import oracle  # noqa: E402  (lies beside this file)
 
-TIERS = ["unit", "tools", "sim", "criu", "vm", "gpu"]
+TIERS = ["unit", "tools", "sim", "criu", "uvm", "vm", "gpu"]
 
 
 class Outcome:
@@ -113,6 +114,13 @@ def describe_exit(status, timeout):
     if status < 0:
         return f"died of {signal.Signals(-status).name}"
     return f"exit status {status}"
+
+
+def uvm_missing():
+    """Why tests of managed memory cannot run here, or None."""
+    if not os.access("/dev/nvidia-uvm", os.R_OK | os.W_OK):
+        return "nvidia-uvm is not loaded (no /dev/nvidia-uvm); the tier vm runs this in a guest"
+    return None
 
 
 def beside_each_other(jobs, function, items):
@@ -293,6 +301,7 @@ def make_stages(options):
         [Tier("sim", [program("live", min(2, options.jobs))], sim),
          Tier("criu", [scripts("criu", jobs=options.jobs, which=f"(?!{busy})")], sim, no_root)],
         [Tier("criu", [scripts("criu", which=busy)], sim, no_root)],
+        [Tier("uvm", [program("uvm")], {}, no_root or uvm_missing())],
         # One case is a guest's whole life, on a processor that QEMU emulates: slow enough.
         [Tier("vm", [scripts("vm", 3 * options.timeout)], {}, no_root)],
         [Tier("gpu", [program("contract"), program("agent"), program("track"), program("live"),

@@ -24,3 +24,6 @@ all: $(B)/test/copy_bench
 # What compressing and encrypting pages costs a thread.
 $(eval $(call program,test/compress_bench,tools/bench/compress.cpp,lib/libphos.a,$(IMAGE_LIBS) -lpthread))
 all: $(B)/test/compress_bench
+# How fast pages files are written and read.
+$(eval $(call program,test/image_bench,tools/bench/image_io.cpp,lib/libphos.a,$(IMAGE_LIBS) $(TRACK_LIBS) -ldl -lpthread))
+all: $(B)/test/image_bench

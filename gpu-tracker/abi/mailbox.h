@@ -49,7 +49,7 @@ enum phos_agent_start_step {
 enum phos_agent_command {
   PHOS_COMMAND_NONE = 0,
   PHOS_COMMAND_ENUMERATE = 1, /* in: ranges; out: records */
-  /* in: argument, a phos_export_guard; in and out: exports; closes what is still open first */
+  /* in: argument, a phos_guard; in and out: exports; closes what is still open first */
   PHOS_COMMAND_EXPORT = 2,
   PHOS_COMMAND_CLOSE = 3, /* closes the descriptors of the last EXPORT */
   PHOS_COMMAND_EXIT = 4,  /* the thread ends */
@@ -76,6 +76,7 @@ enum phos_agent_result {
   PHOS_RESULT_BAD_COMMAND = 1, /* unknown, or counts out of bounds */
   PHOS_RESULT_DRIVER = 2,      /* driver_result says what libcuda answered */
   PHOS_RESULT_CANCELLED = 3,   /* `cancel` was set */
+  PHOS_RESULT_UNGUARDED = 4,   /* the gate has opened */
   PHOS_RESULT_BAD_TABLE = 16,  /* what the agent noted of released memory has been overwritten */
   PHOS_RESULT_NO_HOOKS = 17,   /* unknown code at an entry point; driver_result: which, from 1 */
   PHOS_RESULT_IN_USE = 18,     /* EXIT: the agent still holds memory of the application */
@@ -149,7 +150,7 @@ struct phos_allocation {
  * Why no thread frees memory while it is exported. The driver (580) does not protect itself against
  * that: the agent's thread would crash on objects that are gone.
  */
-enum phos_export_guard {
+enum phos_guard {
   PHOS_GUARD_GATE = 1,   /* threads that would are parked: only while the gate is closed */
   PHOS_GUARD_CALLER = 2, /* phosd sees to it: the driver's lock, all of the process stands still */
 };
@@ -206,7 +207,7 @@ struct phos_mailbox {
   uint64_t next_address;
   uint64_t driver_calls; /* out of ENUMERATE */
   uint64_t nanoseconds;  /* out: how long the command took */
-  /* in of EXPORT: a phos_export_guard; in of MAP_BACK: how many misses of a native reallocation are
+  /* in of EXPORT: a phos_guard; in of MAP_BACK: how many misses of a native reallocation are
    * allowed before the rest is adopted; out of MAP_BACK: 0, or the entry point (from 1) that could
    * not be hooked. */
   uint32_t argument;
@@ -220,7 +221,8 @@ struct phos_mailbox {
   uint8_t released_by[16];
   /* Written by phosd: the agent was to leave, and could not yet; whoever finds it may make it. */
   uint32_t leaving;
-  uint8_t reserved[3900];
+  uint32_t gate_used; /* out of GATE_INSTALL, until GATE_FORGET: its handler's code may be in use */
+  uint8_t reserved[3896];
   struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];

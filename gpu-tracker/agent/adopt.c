@@ -11,6 +11,7 @@
 #include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
 #include "gpu-tracker/agent/release.h"
+#include "gpu-tracker/agent/steer.h"
 
 /* cuda.h: CUmemAllocationProp, CUmemAccessDesc */
 #define ALLOCATION_PINNED 1
@@ -38,65 +39,60 @@ struct access {
 };
 
 #define MAX_DEVICES 64
-#define MAX_PLUGS 64
-
-/* Gaps that cuMemAlloc would have taken; reserved until all is done. */
-struct plugs {
-  uint64_t address[MAX_PLUGS];
-  uint64_t size[MAX_PLUGS];
-  uint32_t count;
-  uint32_t allowed;
-};
 
 /* The entry's addresses were given up for an attempt that failed: takes them again. */
-static void take_back(const struct driver* driver, struct released* e) {
+static void take_back(const struct driver* driver, struct withheld* withheld, struct released* e) {
   bool got = false;
   reserve_exactly(driver, e->address, e->reserved, &got);
-  if (!got) got = regain(driver, e->address, e->reserved);
-  if (!got) reallocate_lost(driver, e);
+  if (!got) got = regain(driver, withheld, e->address, e->reserved);
+  if (got) return;
+  steer_let_go();
+  reallocate_lost(driver, e);
 }
 
 /*
  * Reserves where cuMemAlloc has just been, so that it does not go there again; without the entry's
  * own addresses, with which the gap below them was one while they were free.
  */
-static bool plug(const struct driver* driver, struct plugs* plugs, uint64_t at,
+static bool plug(const struct driver* driver, struct withheld* withheld, uint64_t at,
                  const struct released* e) {
   uint64_t end = at + e->reserved;
   if (at < e->address && end > e->address) end = e->address;
   if (at > e->address && at < e->address + e->reserved) at = e->address + e->reserved;
-  bool got = false;
-  if (end > at) reserve_exactly(driver, at, end - at, &got);
-  if (!got) return false;
-  plugs->address[plugs->count] = at;
-  plugs->size[plugs->count++] = end - at;
-  return true;
+  return end > at && withhold_at(driver, withheld, at, end - at);
 }
 
 /* One attempt. False: the entry is reserved as before, or LOST, and there is no use in another. */
-static bool hit_or_miss(const struct driver* driver, struct released* e, struct plugs* plugs) {
+static bool hit_or_miss(const struct driver* driver, bool steered, struct released* e,
+                        struct withheld* withheld) {
   uint64_t at = 0;
-  if (!hints_are_honoured(driver, e->reserved)) {
-    plugs->allowed = plugs->count;
+  if (!withhold(driver, withheld, e->address, e->reserved)) return false;
+  /* At the beginning of a region they would go back to the kernel, and cuMemAlloc elsewhere. */
+  const bool first = e->address % REGION == 0;
+  if (first ? !steered : !hold_region(driver, withheld, e->address, e->reserved)) return false;
+  if (first) steer_keep(e->address, region_up(e->reserved));
+  if (driver->address_free(e->address, e->reserved)) {
+    steer_let_go();
     return false;
   }
-  if (driver->address_free(e->address, e->reserved)) return false;
   const int result = alloc_in_context(driver, e->context, e->size, &at);
-  if (!result && at == e->address) {
+  if (!result && at == e->address && (!first || steer_settled())) {
+    steer_let_go();
     set_entry_state(e, PHOS_RELEASED_NATIVE);
     return true;
   }
   const bool freed = !result && !free_in_context(driver, e->context, at);
-  take_back(driver, e);
-  if (freed && plug(driver, plugs, at, e)) return true;
-  if (!result) plugs->allowed = plugs->count; /* hints are not honoured here */
-  return false;
+  take_back(driver, withheld, e);
+  steer_let_go();
+  return freed && plug(driver, withheld, at, e);
 }
 
-static void bring_back_native(const struct driver* driver, struct released* e,
-                              struct plugs* plugs) {
-  while (state_of(e) == PHOS_RELEASED_RESERVED && plugs->count < plugs->allowed) {
-    if (!hit_or_miss(driver, e, plugs)) return;
+/* `misses`: how many attempts may yet fail. */
+static void bring_back_native(const struct driver* driver, bool steered, struct released* e,
+                              struct withheld* withheld, uint32_t* misses) {
+  while (state_of(e) == PHOS_RELEASED_RESERVED && *misses) {
+    if (!hit_or_miss(driver, steered, e, withheld)) *misses = 0;
+    if (*misses && state_of(e) == PHOS_RELEASED_RESERVED) --*misses;
   }
 }
 
@@ -133,10 +129,10 @@ static void adopt(const struct driver* driver, struct released* e) {
   driver->mem_release(handle);
 }
 
-static void find_lost(const struct driver* driver, struct released* e) {
+static void find_lost(const struct driver* driver, struct withheld* withheld, struct released* e) {
   bool got = false;
   e->result = reserve_exactly(driver, e->address, e->reserved, &got);
-  if (!got) got = regain(driver, e->address, e->reserved);
+  if (!got) got = regain(driver, withheld, e->address, e->reserved);
   if (got) {
     e->result = CU_SUCCESS;
     set_entry_state(e, PHOS_RELEASED_RESERVED);
@@ -184,23 +180,28 @@ int run_released(const struct driver* driver, struct phos_mailbox* m) {
 }
 
 int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
-  struct plugs plugs;
-  plugs.count = 0;
-  plugs.allowed = m->argument < MAX_PLUGS ? m->argument : MAX_PLUGS;
+  struct withheld withheld;
+  withheld.count = 0;
+  withheld.complete = 0;
+  withheld.failed = false;
+  uint32_t misses = m->argument;
   m->argument = 0;
   m->count = 0;
   if (!answers_quiet()) return PHOS_RESULT_THREAD_INSIDE;
   if (!table_check()) return PHOS_RESULT_BAD_TABLE;
   table_order();
+  /* Before anything is withheld, which might be these. */
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    if (state_of(e) == PHOS_RELEASED_LOST) find_lost(driver, e);
-    bring_back_native(driver, e, &plugs);
+    if (state_of(e) == PHOS_RELEASED_LOST) find_lost(driver, &withheld, e);
   }
-  while (plugs.count) {
-    plugs.count--;
-    driver->address_free(plugs.address[plugs.count], plugs.size[plugs.count]);
+  const bool steered = steer_begin();
+  for (uint32_t i = 0; i < table_count(); i++) {
+    struct released* e = table_entry(i);
+    bring_back_native(driver, steered, e, &withheld, &misses);
   }
+  steer_end();
+  give_back_withheld(driver, &withheld);
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
     if (state_of(e) != PHOS_RELEASED_RESERVED) continue;

@@ -15,6 +15,7 @@
 #include <sys/prctl.h>
 
 #include "gpu-tracker/agent/hooks.h"
+#include "gpu-tracker/agent/steer.h"
 #include "gpu-tracker/agent/sys.h"
 #include "gpu-tracker/agent/table.h"
 
@@ -56,7 +57,7 @@ static void set_state(uint32_t state) {
 /* Nothing of the process may need the agent any more. */
 static int may_leave(const struct phos_mailbox* m) {
   if (m->gate.signal) return PHOS_RESULT_GATE_BUSY;
-  return holds_memory() ? PHOS_RESULT_IN_USE : PHOS_RESULT_OK;
+  return holds_memory() || steer_is_in_place() ? PHOS_RESULT_IN_USE : PHOS_RESULT_OK;
 }
 
 static void execute(struct phos_mailbox* m) {
@@ -253,6 +254,7 @@ static uint32_t begin(struct phos_mailbox* m, int32_t* code) {
   *code = driver_load(&g_driver, g_libc.dlsym, libcuda);
   if (*code >= 0) return PHOS_START_SYMBOL;
   hooks_find(&g_driver, g_libc.dlsym, libcuda);
+  steer_find(find_in_libc("dlinfo"), find_in_libc("__errno_location"), libcuda);
   /* Of our own, not the C library's, which would keep it in a cache. */
   const long stack = sys6(SYS_mmap, 0, STACK_SIZE + GUARD_SIZE, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);

@@ -52,7 +52,7 @@ struct driver {
 /* Fills the table by dlsym(). Returns -1, or the index of the first name that libcuda lacks. */
 int driver_load(struct driver* driver, void* (*find)(void* handle, const char* name), void* handle);
 
-/* What the driver knows about an address, in one call, so that it fits together. */
+/* What the driver knows about an address. */
 struct memory_facts {
   uint64_t context;
   uint64_t memory_type;
@@ -67,6 +67,13 @@ struct memory_facts {
   uint64_t mapping_address;
   uint64_t mapping_size;
 };
+
+/*
+ * Does nobody allocate or free? As phosd has shown; whoever would is parked for as long as this
+ * holds. libcuda (580) does not protect those who ask about memory, or make a handle to it, against
+ * that: the process would end by SIGSEGV. `guard`: PHOS_GUARD_*.
+ */
+bool is_guarded(const struct phos_mailbox* mailbox, uint32_t guard);
 
 /* Returns the CUresult. An address without memory is no error: then memory_type is 0. */
 int driver_facts(const struct driver* driver, uint64_t address, struct memory_facts* facts);

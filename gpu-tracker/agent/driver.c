@@ -53,7 +53,6 @@ static const struct {
     {7, offsetof(struct memory_facts, buffer_id)},
     {8, offsetof(struct memory_facts, is_managed)},
     {9, offsetof(struct memory_facts, device)},
-    {10, offsetof(struct memory_facts, legacy_ipc)},
     {11, offsetof(struct memory_facts, range_address)},
     {12, offsetof(struct memory_facts, range_size)},
     {14, offsetof(struct memory_facts, handle_types)},
@@ -62,7 +61,9 @@ static const struct {
     {19, offsetof(struct memory_facts, mapping_address)},
 };
 #define FACTS (sizeof kFacts / sizeof kFacts[0])
-_Static_assert(FACTS * sizeof(uint64_t) == sizeof(struct memory_facts), "every field is asked for");
+/* CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: for memory of cuMemAlloc alone. */
+#define LEGACY_IPC 10
+_Static_assert((FACTS + 1) * sizeof(uint64_t) == sizeof(struct memory_facts), "all is asked for");
 
 int driver_facts(const struct driver* driver, uint64_t address, struct memory_facts* facts) {
   int attributes[FACTS];
@@ -72,5 +73,10 @@ int driver_facts(const struct driver* driver, uint64_t address, struct memory_fa
     data[i] = (char*)facts + kFacts[i].field;
     *(uint64_t*)data[i] = 0; /* what the driver does not know it does not write */
   }
-  return driver->pointer_get_attributes(FACTS, attributes, data, address);
+  facts->legacy_ipc = 0;
+  const int result = driver->pointer_get_attributes(FACTS, attributes, data, address);
+  if (result || !facts->context || facts->pool || facts->is_managed) return result;
+  attributes[0] = LEGACY_IPC;
+  data[0] = &facts->legacy_ipc;
+  return driver->pointer_get_attributes(1, attributes, data, address);
 }

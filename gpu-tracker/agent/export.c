@@ -48,11 +48,10 @@ static int export_fd(const struct driver* driver, const struct phos_allocation* 
   return CU_SUCCESS;
 }
 
-/* phosd has shown that no thread frees. Whoever would is parked for as long as this holds. */
-static bool is_guarded(const struct phos_mailbox* m, uint32_t guard) {
+bool is_guarded(const struct phos_mailbox* m, uint32_t guard) {
   if (guard == PHOS_GUARD_CALLER) return true;
   const uint32_t state = __atomic_load_n(&m->gate.word, __ATOMIC_ACQUIRE) & PHOS_GATE_STATE;
-  return state == PHOS_GATE_CLOSED || state == PHOS_GATE_HELD;
+  return guard == PHOS_GUARD_GATE && (state == PHOS_GATE_CLOSED || state == PHOS_GATE_HELD);
 }
 
 static void export_one(const struct driver* driver, struct phos_export* e) {

@@ -179,6 +179,7 @@ static bool fits(enum preference p, const struct action* old, bool blocked) {
 
 int gate_install(struct phos_mailbox* m) {
   g_gate = &m->gate;
+  m->gate_used = 1;
   g_process = sys3(SYS_getpid, 0, 0, 0);
   if (m->gate.signal && handler_is_ours((int)m->gate.signal)) return PHOS_RESULT_OK;
   m->gate.signal = 0;
@@ -219,6 +220,7 @@ int gate_forget(struct phos_mailbox* m) {
     return PHOS_RESULT_GATE_BUSY;
   }
   g_gate = NULL;
+  m->gate_used = 0;
   return PHOS_RESULT_OK;
 }
 

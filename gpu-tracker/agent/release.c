@@ -1,16 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Frees memory and keeps its addresses, one allocation at a time: the driver honours the hint of a
- * reservation for what has just been freed (test/contract/release_test.cpp), and so soon nobody
- * else has taken it. Released is what begins and ends with its own 2 MiB blocks: cuMemAlloc memory
- * above 2 MiB, and what was adopted before. Not VMM memory of the application's: with a handle to
- * it, of which the driver does not tell, it would keep the old memory alive, and map that
+ * reservation for what has just been freed (regain.c; test/contract/release_test.cpp), and so soon
+ * nobody else has taken it. Released is what begins and ends with its own 2 MiB blocks: cuMemAlloc
+ * memory above 2 MiB, and what was adopted before. Not VMM memory of the application's: with a
+ * handle to it, of which the driver does not tell, it would keep the old memory alive, and map that
  * elsewhere.
  */
 #include "gpu-tracker/agent/release.h"
 
 #include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
+#include "gpu-tracker/agent/steer.h"
 
 /* Each miss holds as much memory as is wanted until the right address has come. */
 #define MAX_MISSES 16
@@ -43,7 +44,7 @@ int reserve_exactly(const struct driver* driver, uint64_t address, uint64_t size
   *got = false;
   const int result = driver->address_reserve(&at, size, 0, address, 0);
   if (result) return result;
-  *got = at == address;
+  *got = at == address && steer_owns_no_more();
   return *got ? CU_SUCCESS : driver->address_free(at, size);
 }
 
@@ -122,24 +123,8 @@ static uint32_t release_adopted(const struct driver* driver, struct released* e,
   return PHOS_RELEASE_DONE;
 }
 
-/* Sizes for which addresses can be kept. Nobody else is in the driver while a command runs. */
-#define MAX_SIZES 16
-struct kept_sizes {
-  uint64_t size[MAX_SIZES];
-  uint32_t count;
-};
-
-static bool can_keep(const struct driver* driver, struct kept_sizes* sizes, uint64_t size) {
-  for (uint32_t i = 0; i < sizes->count; i++) {
-    if (sizes->size[i] == size) return true;
-  }
-  if (!hints_are_honoured(driver, size)) return false;
-  if (sizes->count < MAX_SIZES) sizes->size[sizes->count++] = size;
-  return true;
-}
-
 static uint32_t release_native(const struct driver* driver, const struct phos_allocation* found,
-                               struct kept_sizes* sizes, struct phos_allocation* a) {
+                               bool steered, struct withheld* withheld, struct phos_allocation* a) {
   struct released values = {
       .address = found->address,
       .size = found->size,
@@ -149,22 +134,25 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   };
   a->result = find_out_access(driver, &values);
   if (a->result) return PHOS_RELEASE_FAILED;
-  if (!can_keep(driver, sizes, values.reserved)) return PHOS_RELEASE_UNSUITABLE;
+  if (!withhold(driver, withheld, values.address, values.reserved) ||
+      !hold_region(driver, withheld, values.address, values.reserved)) {
+    return PHOS_RELEASE_UNSUITABLE;
+  }
   struct released* e = table_add(&values, STATE_NONE);
   if (!e) {
     a->result = CU_OUT_OF_MEMORY;
     return PHOS_RELEASE_FAILED;
   }
-  const uint64_t anchor = hold_anchor(driver, e->address, e->reserved);
+  if (steered && e->address % REGION == 0) steer_keep(e->address, region_up(e->reserved));
   a->result = free_in_context(driver, e->context, e->address);
   if (a->result) {
-    let_go_of_anchor(driver, anchor);
+    steer_let_go();
     return PHOS_RELEASE_FAILED;
   }
   bool got = false;
   a->result = reserve_exactly(driver, e->address, e->reserved, &got);
-  if (!got) got = regain(driver, e->address, e->reserved);
-  let_go_of_anchor(driver, anchor);
+  if (!got) got = regain(driver, withheld, e->address, e->reserved);
+  steer_let_go();
   if (got) {
     set_entry_state(e, PHOS_RELEASED_RESERVED);
     return PHOS_RELEASE_DONE;
@@ -173,7 +161,7 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   return state_of(e) == PHOS_RELEASED_NATIVE ? PHOS_RELEASE_REALLOCATED : PHOS_RELEASE_LOST;
 }
 
-static uint32_t release_one(const struct driver* driver, struct kept_sizes* sizes,
+static uint32_t release_one(const struct driver* driver, bool steered, struct withheld* withheld,
                             struct phos_allocation* a) {
   struct memory_facts facts;
   struct phos_allocation found;
@@ -188,7 +176,7 @@ static uint32_t release_one(const struct driver* driver, struct kept_sizes* size
     return release_adopted(driver, known, a);
   }
   if (!is_suitable(&found)) return PHOS_RELEASE_UNSUITABLE;
-  return release_native(driver, &found, sizes, a);
+  return release_native(driver, &found, steered, withheld, a);
 }
 
 /* What the last map back gave to the driver again is the driver's: it is released, or not, anew. */
@@ -211,16 +199,21 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
   m->driver_result = hooks_prepare();
   if (m->driver_result) return PHOS_RESULT_NO_HOOKS;
   forget_native();
-  struct kept_sizes sizes;
-  sizes.count = 0;
+  struct withheld withheld;
+  withheld.count = 0;
+  withheld.complete = 0;
+  withheld.failed = false;
+  const bool steered = steer_begin();
   bool stop = false;
   for (uint32_t i = 0; i < count; i++) {
     struct phos_allocation a = m->allocations[i];
     stop = stop || __atomic_load_n(&m->cancel, __ATOMIC_RELAXED);
-    a.status = stop ? PHOS_RELEASE_NOT_REACHED : release_one(driver, &sizes, &a);
+    a.status = stop ? PHOS_RELEASE_NOT_REACHED : release_one(driver, steered, &withheld, &a);
     stop = stop || a.status == PHOS_RELEASE_LOST;
     m->allocations[i] = a;
   }
+  steer_end();
+  give_back_withheld(driver, &withheld);
   table_order();
   tidy_hooks();
   return PHOS_RESULT_OK;

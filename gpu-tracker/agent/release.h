@@ -13,19 +13,31 @@ int alloc_in_context(const struct driver* driver, uint64_t context, uint64_t siz
 int free_in_context(const struct driver* driver, uint64_t context, uint64_t address);
 /* Reserves exactly [address, address + size): what is to be had elsewhere is given back. */
 int reserve_exactly(const struct driver* driver, uint64_t address, uint64_t size, bool* got);
+/* Free addresses that are reserved until a command ends, so that libcuda does not give them. */
+#define MAX_WITHHELD 1024
+struct withheld {
+  uint64_t address[MAX_WITHHELD];
+  uint64_t size[MAX_WITHHELD];
+  uint32_t count;
+  uint64_t complete; /* no addresses of libcuda's own are left for as many bytes; 0: not known */
+  bool failed;       /* and that could not be had */
+};
 /*
- * Does libcuda reserve so many bytes where it is asked to, if that is free? Without it addresses
- * that are given up, if for a moment, may be lost.
+ * Takes the free addresses which libcuda would give instead of those it is asked for. True: so many
+ * bytes are now reserved at `address`, or where else one asks for it, if that is free. Without it
+ * addresses that are given up, if for a moment, may be lost.
  */
-bool hints_are_honoured(const struct driver* driver, uint64_t size);
+bool withhold(const struct driver* driver, struct withheld* w, uint64_t address, uint64_t size);
+/* Takes these, too. */
+bool withhold_at(const struct driver* driver, struct withheld* w, uint64_t at, uint64_t size);
 /*
- * Reserves a little beside [address, address + reserved), for the time between the end of that
- * memory and its reservation: less else that is large fits there better. 0: that is taken already.
+ * Sees to it that the region of [address, address + size) is not given back to the kernel when that
+ * is freed, if it does not begin there: libcuda would not follow a hint into the middle of one.
  */
-uint64_t hold_anchor(const struct driver* driver, uint64_t address, uint64_t reserved);
-void let_go_of_anchor(const struct driver* driver, uint64_t anchor);
+bool hold_region(const struct driver* driver, struct withheld* w, uint64_t address, uint64_t size);
+void give_back_withheld(const struct driver* driver, struct withheld* w);
 /* Reserves [address, address + size), which libcuda has refused once; tries for 0.2 s. */
-bool regain(const struct driver* driver, uint64_t address, uint64_t size);
+bool regain(const struct driver* driver, struct withheld* w, uint64_t address, uint64_t size);
 /*
  * For an entry without memory and addresses: cuMemAlloc until it answers with the old address, and
  * the entry is NATIVE, or a few times, and it is LOST.

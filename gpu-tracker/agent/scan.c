@@ -93,6 +93,7 @@ struct scan {
   struct phos_mailbox* mailbox;
   uint64_t end; /* of the last allocation that was recorded */
   uint64_t calls;
+  uint32_t guard;
   uint32_t count;
   uint32_t known_devices; /* bit set: its UUID is in uuids[] */
   uint8_t uuids[KNOWN_DEVICES][16];
@@ -143,6 +144,7 @@ static int scan_range(struct scan* s, struct phos_address_range range) {
   uint64_t at = step_up(range.begin);
   while (at < range.end) {
     if (__atomic_load_n(&s->mailbox->cancel, __ATOMIC_RELAXED)) return PHOS_RESULT_CANCELLED;
+    if (!is_guarded(s->mailbox, s->guard)) return PHOS_RESULT_UNGUARDED;
     if (s->count == PHOS_MAILBOX_MAX_ALLOCATIONS) {
       s->mailbox->next_address = at;
       return PHOS_RESULT_OK;
@@ -176,6 +178,7 @@ int run_enumerate(const struct driver* driver, struct phos_mailbox* m) {
   scan.mailbox = m;
   scan.end = scan.calls = 0;
   scan.count = scan.known_devices = 0;
+  scan.guard = m->argument;
   const uint32_t ranges = m->count;
   m->count = 0;
   m->next_address = 0;

@@ -79,6 +79,7 @@ struct PagesToLoad {
   std::vector<PageRef> pages;
   std::vector<PageHash> hashes;
   PinnedPool::Buffer buffer;  // none: the pages are zeros, which the GPU writes by itself
+  bool in_place = false;      // the bytes are there already; no buffer
 };
 
 // Gives the next pages to load. kLater: none now, others will come; only where it may not wait,

@@ -410,7 +410,9 @@ Result<void> CopyEngine::start_load(Lane& lane, PagesToLoad work) {
   lane.buffer = std::move(work.buffer);
   lane.expected = std::move(work.hashes);
   auto r = send_table(lane, 0, work.pages);
-  if (!lane.buffer) {
+  if (work.in_place) {
+    // Nothing is to be sent.
+  } else if (!lane.buffer) {
     if (r) r = clear(work.pages);
   } else {
     if (r) r = context_.record(lane.sending, transfers_);

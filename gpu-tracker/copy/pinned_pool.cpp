@@ -103,6 +103,22 @@ void PinnedPool::Buffer::abandon() {
   pool_->statistics_.lost++;
 }
 
+PinnedPool::Peak::Peak(PinnedPool& pool) : pool_(pool) {
+  std::lock_guard<std::mutex> hold(pool_.mutex_);
+  buffers_ = pool_.statistics_.in_use;
+  pool_.peaks_.push_back(this);
+}
+
+PinnedPool::Peak::~Peak() {
+  std::lock_guard<std::mutex> hold(pool_.mutex_);
+  std::erase(pool_.peaks_, this);
+}
+
+uint64_t PinnedPool::Peak::bytes() const {
+  std::lock_guard<std::mutex> hold(pool_.mutex_);
+  return buffers_ * pool_.buffer_bytes();
+}
+
 PinnedPool::PinnedPool(PinnedPoolOptions options) : options_(std::move(options)) {}
 
 PinnedPool::~PinnedPool() {
@@ -198,6 +214,7 @@ PinnedPool::Buffer PinnedPool::take(std::unique_lock<std::mutex>&) {
   free_.pop_back();
   statistics_.in_use++;
   statistics_.peak_in_use = std::max(statistics_.peak_in_use, statistics_.in_use);
+  for (Peak* peak : peaks_) peak->buffers_ = std::max(peak->buffers_, statistics_.in_use);
   return Buffer(this, data);
 }
 

@@ -57,6 +57,21 @@ class PinnedPool {
     uint8_t* data_ = nullptr;
   };
 
+  // The most that was in use at a time, whoever used it, since it was made. The pool outlives it.
+  class Peak {
+   public:
+    explicit Peak(PinnedPool& pool);
+    ~Peak();
+    Peak(const Peak&) = delete;
+    Peak& operator=(const Peak&) = delete;
+    uint64_t bytes() const;
+
+   private:
+    friend class PinnedPool;
+    PinnedPool& pool_;
+    uint64_t buffers_;
+  };
+
   struct Statistics {
     uint64_t buffers = 0;  // made
     uint64_t in_use = 0;   // of those, handed out
@@ -96,6 +111,7 @@ class PinnedPool {
   std::optional<Buffer> acquire_spare(uint64_t keep, std::stop_token stop);
 
   uint64_t buffer_bytes() const { return options_.buffer_bytes; }
+  uint64_t max_bytes() const { return options_.max_bytes; }
   uint64_t max_buffers() const { return options_.max_bytes / options_.buffer_bytes; }
   Statistics statistics() const;
 
@@ -123,6 +139,7 @@ class PinnedPool {
   std::vector<Region> regions_;
   std::vector<uint8_t*> free_;  // the last one given back is the warmest
   Statistics statistics_;
+  std::vector<Peak*> peaks_;
 };
 
 }  // namespace phos

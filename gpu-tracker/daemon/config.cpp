@@ -76,7 +76,7 @@ Result<TrackerChoice> parse_tracker(const std::string& text) {
   return usage("must be auto, activity, content or verify");
 }
 
-Result<bool> parse_release(const std::string& text) {
+Result<bool> parse_auto(const std::string& text) {
   if (text == "auto") return true;
   if (text == "off") return false;
   return usage("must be auto or off");
@@ -155,7 +155,7 @@ constexpr Setting kSettings[] = {
      "auto: GPU memory is saved by phos alone where that can be; off: by the driver too "
      "(default: off)",
      [](const std::string& text, DaemonConfig* config) {
-       return assign(parse_release(text), &config->release);
+       return assign(parse_auto(text), &config->release);
      }},
     {"compress",
      "how pages of GPU memory are stored: none, zstd, zstd:LEVEL or lz4 (default: none)",
@@ -179,6 +179,12 @@ constexpr Setting kSettings[] = {
      "disk: images are durable when a dump is done; memory: some time later (default: disk)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_durability(text), &config->durability);
+     }},
+    {"direct-storage",
+     "auto: saved pages go from the disk into GPU memory where that can be; off: through host "
+     "memory (default: off)",
+     [](const std::string& text, DaemonConfig* config) {
+       return assign(parse_auto(text), &config->direct_storage);
      }},
     {"log-level", "error, warning, info or debug (default: info)",
      [](const std::string& text, DaemonConfig* config) {

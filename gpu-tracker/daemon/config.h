@@ -23,9 +23,8 @@ struct DaemonConfig {
   unsigned max_sessions = 32;
   double max_slowdown = 3;  // percent of its speed that copying may cost a running process
   TrackerChoice tracker = TrackerChoice::kContent;
-  // GPU memory, before the driver's checkpoint, where that can be. Not by default yet: on a real
-  // GPU a process that allocates and frees all the time lost the addresses of an allocation
-  // (regain.c).
+  // GPU memory, before the driver's checkpoint, where that can be. Not by default until what keeps
+  // the addresses (regain.c, steer.c) has run on a real GPU as it is now.
   bool release = false;
   // Of what is saved of GPU memory; a dump may ask for something else.
   CompressionChoice compress;
@@ -33,6 +32,9 @@ struct DaemonConfig {
   std::string key_file;           // absolute; empty: encrypted images cannot be read or written
   bool encrypt = false;           // a dump may ask for it too, but not for the opposite
   Durability durability = Durability::kDisk;
+  // Saved pages go from the disk into GPU memory where that can be. Not by default yet: it has not
+  // run on a real GPU.
+  bool direct_storage = false;
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 

@@ -24,6 +24,7 @@ namespace {
 
 constexpr int kLookForClientMs = 50;
 constexpr int kLookForTracerMs = 20;
+constexpr int kTryAgainMs = 1000;
 
 std::string lock_dir(const Node& node) {
   return node.config().run_dir + "/lock";
@@ -53,7 +54,7 @@ void insist(const Work& work) {
       return;
     } catch (const std::exception& e) {
       log(LogLevel::kError, "daemon", "bringing processes back failed, trying again: %s", e.what());
-      poll(nullptr, 0, 1000);
+      poll(nullptr, 0, kTryAgainMs);
     }
   }
 }
@@ -68,6 +69,20 @@ bool is_still_left(const Node& node, const LeftProcess& left) {
   return std::any_of(all.begin(), all.end(), [&](const LeftProcess& l) {
     return l.pid == left.pid && l.start_time == left.start_time;
   });
+}
+
+// Returns when it is back, gone, or given up. EBUSY, EAGAIN: another session has it.
+Result<void> take_over_left(Node& node, const LeftProcess& left) {
+  auto engines = node.engines();
+  if (!engines) return engines.error();
+  auto driver = node.driver();
+  if (!driver) return driver.error();
+  Session session(**driver, lock_dir(node), *engines);
+  session.begin_take_over(left.image_dir);
+  session.set_client_gone([] { return true; });
+  if (auto taken = session.take_over(left); !taken) return taken;
+  session.recover();
+  return {};
 }
 
 const char* to_string(Phos__Wire__Stage stage) {
@@ -374,14 +389,9 @@ Result<void> Connection::hello(const Phos__Wire__Hello& hello, UniqueFd image_di
 }
 
 void bring_back_left(Node& node, const LeftProcess& left) {
-  auto driver = node.driver();
-  auto engines = driver ? node.engines() : driver.error();
-  auto entry = engines ? node.admit(0, PHOS__WIRE__STAGE__TAKE_OVER) : engines.error();
+  auto entry = node.admit(0, PHOS__WIRE__STAGE__TAKE_OVER);
   if (!entry) {
-    log(LogLevel::kError, "daemon",
-        "process %d, which a phosd that died has left, is not brought "
-        "back: %s",
-        left.pid, entry.error().message().c_str());
+    log(LogLevel::kError, "daemon", "%s", entry.error().message().c_str());
     return;
   }
   SessionLog::Scope scope(&(*entry)->log);
@@ -391,18 +401,25 @@ void bring_back_left(Node& node, const LeftProcess& left) {
     log(LogLevel::kWarn, "daemon", "encrypted images cannot be read: %s",
         key.error().message().c_str());
   }
+  bool told = false;
   insist([&] {
-    // A criu that lives has its tasks traced, or its plugin asks for them.
-    while (is_traced_or_stopped(left.pid)) {
-      if (!is_still_left(node, left)) return;
-      poll(nullptr, 0, kLookForTracerMs);
+    while (is_still_left(node, left)) {
+      // A criu that lives has its tasks traced, or its plugin asks for them.
+      if (is_traced_or_stopped(left.pid)) {
+        poll(nullptr, 0, kLookForTracerMs);
+        continue;
+      }
+      auto r = take_over_left(node, left);
+      if (r || r.error().code() == EBUSY || r.error().code() == EAGAIN) return;
+      if (!std::exchange(told, true)) {
+        log(LogLevel::kError, "daemon",
+            "%s, which a phosd that died has left, cannot be brought back yet, trying again and "
+            "again: %s",
+            process(left.pid).c_str(), r.error().message().c_str());
+      }
+      pollfd stop = {node.stop_fd(), POLLIN, 0};  // then it is the next phosd's
+      if (poll(&stop, 1, kTryAgainMs) == 1) return;
     }
-    if (!is_still_left(node, left)) return;
-    Session session(**driver, lock_dir(node), *engines);
-    session.begin_take_over(left.image_dir);
-    session.set_client_gone([] { return true; });
-    auto taken = session.take_over(left);
-    if (taken) session.recover();
   });
   node.leave(**entry);
 }

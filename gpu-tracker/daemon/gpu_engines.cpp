@@ -7,8 +7,8 @@
 
 namespace phos {
 
-GpuEngines::GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool)
-    : driver_(driver), pool_(pool) {}
+GpuEngines::GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool, bool direct_storage)
+    : driver_(driver), pool_(pool), wants_direct_storage_(direct_storage) {}
 
 GpuEngines::~GpuEngines() {
   std::lock_guard<std::mutex> hold(mutex_);
@@ -56,6 +56,18 @@ Result<GpuEngines::User> GpuEngines::use(const GpuUuid& uuid, const PageHashKey&
   }
   users_++;
   return User(this, it->second.get());
+}
+
+const DirectStorage* GpuEngines::direct_storage() {
+  if (!wants_direct_storage_) return nullptr;
+  std::call_once(direct_storage_opened_, [&] {
+    auto opened = DirectStorage::open();
+    if (opened) direct_storage_ = std::move(*opened);
+    log(LogLevel::kInfo, "daemon", "direct storage: %s",
+        direct_storage_ ? direct_storage_->description().c_str()
+                        : opened.error().message().c_str());
+  });
+  return direct_storage_.get();
 }
 
 void GpuEngines::close_all() {

@@ -10,6 +10,7 @@
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/copy/engine.h"
 #include "gpu-tracker/copy/pinned_pool.h"
+#include "gpu-tracker/driver/direct_storage.h"
 #include "gpu-tracker/driver/gpu_driver.h"
 
 namespace phos {
@@ -25,8 +26,8 @@ struct OpenGpu {
 // while somebody uses them; the host memory stays warm for the next time.
 class GpuEngines {
  public:
-  // `driver` outlives this object.
-  GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool);
+  // `driver` outlives this object. `direct_storage`: it is used where there is one.
+  GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool, bool direct_storage = false);
   // Nobody uses a GPU any more.
   ~GpuEngines();
 
@@ -52,6 +53,10 @@ class GpuEngines {
   // holds `busy` sets its own.
   Result<User> use(const GpuUuid& uuid, const PageHashKey& key);
 
+  // What reads files into GPU memory; null: nothing does. Opened by the first call, which may take
+  // a while and says in the log why there is none.
+  const DirectStorage* direct_storage();
+
   PinnedPool& pool() { return pool_; }
   PinnedPool::Statistics pool_statistics() const { return pool_.statistics(); }
 
@@ -60,6 +65,9 @@ class GpuEngines {
 
   GpuDriver& driver_;
   PinnedPool pool_;
+  const bool wants_direct_storage_;
+  std::once_flag direct_storage_opened_;
+  std::unique_ptr<DirectStorage> direct_storage_;
   std::mutex mutex_;
   std::map<GpuUuid, std::unique_ptr<OpenGpu>> open_;
   OpenGpu* pinned_by_ = nullptr;  // whose context the pool is attached to

@@ -109,9 +109,8 @@ Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
   images.store = *store;
   for (const GpuInfo& gpu : gpus_) images.gpus.push_back(gpu.uuid);
   images.previous = open_previous(status->vpid);
-  // From here on there is an agent in it, which another phosd will take out. (A pre-dump's images
-  // may be complete before the agent has left: nobody is to remove them as those of a failed dump.)
-  if (stage_ == DumpStage::kDump) (void)note(held).ok();  // said when it is locked
+  // From here on there is an agent in it, which another phosd will take out.
+  (void)note(held).ok();  // said when it is locked
   const auto start = steady_clock::now();
   auto copy = LiveCopy::start({pid, status->vpid, held->restore_tid, tracker}, std::move(images),
                               *engines_);
@@ -124,7 +123,8 @@ Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
 Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limits,
                                  const CopyProgress& progress, const std::stop_token& stop) {
   const auto end = steady_clock::now() + limits.budget;
-  uint64_t before = UINT64_MAX, copied_all = 0, postponed = 0;
+  uint64_t before = UINT64_MAX, copied_all = 0;
+  bool postponed = false;
   std::string postponed_why;
   for (unsigned number = 1; number <= limits.max_rounds; number++) {
     auto report = copy->round(limits.max_slowdown, stop);
@@ -135,7 +135,7 @@ Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limi
     }
     const uint64_t copied = report->round.bytes;
     copied_all = report->total_bytes;
-    postponed = report->postponed_bytes;
+    postponed = report->postponed;
     postponed_why = report->postponed_why;
     if (!postponed && !is_worth_another(copied, before)) break;
     if (steady_clock::now() >= end) break;
@@ -145,6 +145,9 @@ Result<void> Session::run_rounds(int pid, LiveCopy* copy, const CopyLimits& limi
     if (auto r = copy->stop_watching(); !r) return r;
     return Error(Domain::kErrno, EAGAIN,
                  "none of its memory could be handed over: " + postponed_why);
+  }
+  if (stage_ == DumpStage::kPreDump) {
+    if (auto r = copy->forget_freed(); !r) return r;
   }
   if (auto r = copy->flush(); !r) return r;
   return copy->stop_watching();
@@ -256,8 +259,8 @@ Result<void> Session::complete_copy(int pid, Held* held) {
 Result<void> Session::finish_pre_dump() {
   for (auto& [pid, held] : held_) {
     if (!held.copy) continue;
-    auto r = held.copy->conclude();
-    if (r) r = held.copy->release();
+    held.copy->conclude();
+    auto r = held.copy->release();
     if (r) continue;
     // Of one that has ended meanwhile nothing is saved.
     if (!has_ended(pid, held.restore_tid, held.start_time, r.error())) return r;

@@ -10,7 +10,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/daemon/memory_release.h"
 #include "gpu-tracker/daemon/messages.h"
-#include "gpu-tracker/gate/guarded_export.h"
+#include "gpu-tracker/gate/memory_guard.h"
 
 namespace phos {
 namespace {
@@ -112,6 +112,7 @@ LiveCopy::LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngin
 
 LiveCopy::~LiveCopy() {
   gpus_.clear();
+  guard_.reset();
   leave_process();
 }
 
@@ -147,21 +148,25 @@ void LiveCopy::leave_to_driver(const AgentAllocation& a) {
   left_to_driver_.push_back(std::move(info));
 }
 
-// While it stands the process may run, and free what it likes: nothing is handed over then.
-Result<std::unique_ptr<GuardedExport>> LiveCopy::start_guard() {
-  auto guard = GuardedExport::start(target_.pid, *agent_);
-  if (guard) return guard;
-  return guard.error().wrap("its memory cannot be handed over while it runs, as nothing keeps " +
-                            process(target_.pid) + " from freeing it meanwhile");
+// While it stands the process may run, and allocate and free what it likes.
+Result<void> LiveCopy::start_guard() {
+  if (guard_) return {};
+  auto guard = MemoryGuard::start(target_.pid, *agent_);
+  if (!guard) {
+    return guard.error().wrap("its memory cannot be handed over while it runs, as nothing keeps " +
+                              process(target_.pid) + " from freeing it meanwhile");
+  }
+  guard_ = std::move(*guard);
+  return guard_->open();
 }
 
-Result<void> LiveCopy::finish_guard(GuardedExport* guard) {
-  auto finished = guard->finish();
-  if (!finished) {
+Result<void> LiveCopy::finish_guard() {
+  if (!guard_) return {};
+  if (auto finished = guard_->finish(); !finished) {
     unclean_ = finished.error();
     return finished;
   }
-  const GuardCost& cost = guard->cost();
+  const GuardCost& cost = guard_->cost();
   log(LogLevel::kDebug, "daemon",
       "%s: %u closings of its gate, the first took %.1f ms: the longest proof %.1f ms, threads "
       "parked for at most %.1f ms, opened in %.1f ms",
@@ -169,22 +174,33 @@ Result<void> LiveCopy::finish_guard(GuardedExport* guard) {
       static_cast<double>(cost.longest_proof.count()) / 1e3,
       static_cast<double>(cost.longest_closed.count()) / 1e3,
       static_cast<double>(cost.finish.count()) / 1e3);
+  guard_.reset();
   return {};
+}
+
+Result<std::vector<AgentAllocation>> LiveCopy::list() {
+  if (auto r = start_guard(); !r) return r.error();
+  return finder_.list([this](const auto* ranges) { return guard_->enumerate(ranges); });
 }
 
 // Memory of which a handle can be had is mapped here; everything else stays with the driver.
 // `guard`: null if the caller keeps the process from freeing it.
-Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, GuardedExport* guard) {
+Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, MemoryGuard* guard) {
+  uint64_t postponed = 0;
   auto handles =
-      guard ? guard->export_memory(fresh) : agent_->export_memory(fresh, ExportGuard::kCaller);
+      guard ? guard->export_memory(fresh) : agent_->export_memory(fresh, AgentGuard::kCaller);
+  // Nobody is to be parked for what follows.
+  auto opened = guard ? guard->open() : Result<void>();
   if (!handles) return handles.error();
+  if (!opened) return opened;
+  if (auto r = forget_gone(); !r) return r;
   Refusals refusals;
   for (size_t i = 0; i < fresh.size(); i++) {
     const AgentAllocation& a = fresh[i];
     AgentExport& handle = (*handles)[i];
     if (handle.status == ExportStatus::kStale) continue;  // freed meanwhile
     if (handle.status == ExportStatus::kUnguarded) {
-      postponed_bytes_ += a.size;
+      postponed += a.size;
       leave_to_driver(a);
       continue;
     }
@@ -203,16 +219,16 @@ Result<void> LiveCopy::import_new(const std::vector<AgentAllocation>& fresh, Gua
     leave_to_driver(a);
   }
   refusals.report(process(target_.pid));
-  if (postponed_bytes_ && guard) postponed_why_ = guard->obstacle();
-  if (postponed_bytes_) {
+  if (postponed) {
+    postponed_why_ = guard->obstacle();
     log(LogLevel::kInfo, "daemon", "%s: %s are not copied in this round: %s",
-        process(target_.pid).c_str(), megabytes(postponed_bytes_).c_str(), postponed_why_.c_str());
+        process(target_.pid).c_str(), megabytes(postponed).c_str(), postponed_why_.c_str());
   }
   return {};
 }
 
-// Forgets what the process has freed. Returns what phos could copy and does not yet.
-Result<std::vector<AgentAllocation>> LiveCopy::compare(const std::vector<AgentAllocation>& seen) {
+// Returns what phos could copy and does not yet; what it copies and is no more is to be forgotten.
+std::vector<AgentAllocation> LiveCopy::compare(const std::vector<AgentAllocation>& seen) {
   std::set<uint64_t> present;
   std::vector<AgentAllocation> fresh;
   left_to_driver_.clear();
@@ -226,37 +242,28 @@ Result<std::vector<AgentAllocation>> LiveCopy::compare(const std::vector<AgentAl
       const CopiedAllocation* copied = m->find(a.address);
       known |= copied && is_same(copied->seen, a);
     }
-    present.insert(a.address);
-    if (known) continue;
-    for (auto& m : gpus_) {
-      if (auto r = m->remove(a.address); !r) return r.error();
+    if (known) {
+      present.insert(a.address);
+    } else {
+      fresh.push_back(a);
     }
-    fresh.push_back(a);
   }
+  gone_.clear();
   for (auto& m : gpus_) {
-    std::vector<uint64_t> gone;
     for (const auto& [address, copied] : m->all()) {
-      if (!present.count(address)) gone.push_back(address);
-    }
-    for (uint64_t address : gone) {
-      if (auto r = m->remove(address); !r) return r.error();
+      if (!present.count(address)) gone_.push_back(address);
     }
   }
   return fresh;
 }
 
-// What is there may have changed while the guard was set up, which takes longer than to look again.
-Result<void> LiveCopy::hand_over() {
-  auto guard = start_guard();
-  if (!guard) return guard.error();
-  Result<void> done = (*guard)->open();
-  if (done) {
-    auto seen = finder_.list(*agent_);
-    auto fresh = seen ? compare(*seen) : seen.error();
-    done = fresh ? import_new(*fresh, guard->get()) : Result<void>(fresh.error());
+Result<void> LiveCopy::forget_gone() {
+  for (uint64_t address : std::exchange(gone_, {})) {
+    for (auto& m : gpus_) {
+      if (auto r = m->remove(address); !r) return r;
+    }
   }
-  auto finished = finish_guard(guard->get());
-  return done ? finished : done;
+  return {};
 }
 
 Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_token& stop) {
@@ -289,17 +296,19 @@ Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_to
 }
 
 Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& stop) {
-  auto seen = finder_.list(*agent_);
-  if (!seen) return seen.error();
-  auto fresh = compare(*seen);
-  if (!fresh) return fresh.error();
-  postponed_bytes_ = 0;
-  if (!fresh->empty()) {
-    if (auto r = hand_over(); !r) return r.error();
+  postponed_why_.clear();
+  if (auto seen = list(); seen) {
+    if (auto r = import_new(compare(*seen), guard_.get()); !r) return r.error();
+  } else if (seen.error().code() == EAGAIN) {
+    postponed_why_ = seen.error().message();
+    log(LogLevel::kInfo, "daemon", "%s: new memory is not looked for in this round: %s",
+        process(target_.pid).c_str(), postponed_why_.c_str());
+  } else {
+    return seen.error();
   }
   auto report = copy_round(max_slowdown, stop);
   if (report) {
-    report->postponed_bytes = postponed_bytes_;
+    report->postponed = !postponed_why_.empty();
     report->postponed_why = postponed_why_;
   }
   return report;
@@ -307,34 +316,32 @@ Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& 
 
 // Much may be freed since the last round began, and what is recorded should be there. What is new
 // would have to be copied as a whole, with the process standing still: that is left to the driver.
-Result<void> LiveCopy::forget_freed() {
-  auto seen = agent_->enumerate();
+Result<void> LiveCopy::forget(Result<std::vector<AgentAllocation>> seen) {
   if (!seen) return seen.error();
-  auto fresh = compare(*seen);
-  if (!fresh) return fresh.error();
-  for (const AgentAllocation& a : *fresh) leave_to_driver(a);
-  return {};
+  for (const AgentAllocation& a : compare(*seen)) leave_to_driver(a);
+  return forget_gone();
+}
+
+Result<void> LiveCopy::forget_freed() {
+  auto seen = list();
+  if (guard_) (void)guard_->open().ok();  // finish() says whether it is
+  // What is recorded beyond need does no harm: the next dump compares all that it finds.
+  if (!seen && seen.error().code() == EAGAIN) return {};
+  return forget(std::move(seen));
 }
 
 Result<void> LiveCopy::stop_watching() {
-  auto stopped = finder_.stop();
+  // In this order: the finder looks for breakpoints that are left.
+  auto stopped = finish_guard();
+  if (auto r = finder_.stop(); stopped && !r) stopped = r;
   if (unclean_) return *unclean_;
   return stopped;
-}
-
-Result<void> LiveCopy::conclude() {
-  auto r = forget_freed();
-  leave_process();
-  return r;
 }
 
 Result<void> LiveCopy::catch_up() {
   auto seen = agent_->enumerate();
   if (!seen) return seen.error();
-  auto fresh = compare(*seen);
-  if (!fresh) return fresh.error();
-  postponed_bytes_ = 0;
-  if (auto r = import_new(*fresh, nullptr); !r) return r;
+  if (auto r = import_new(compare(*seen), nullptr); !r) return r;
   caught_up_ = true;
   return {};
 }
@@ -342,7 +349,7 @@ Result<void> LiveCopy::catch_up() {
 Result<RoundReport> LiveCopy::last_round() {
   // A driver that does not answer in a locked process, as 580 does, need not be waited for.
   agent_->set_command_timeout(kLockedAnswer);
-  auto forgotten = caught_up_ ? Result<void>() : forget_freed();
+  auto forgotten = caught_up_ ? Result<void>() : forget(agent_->enumerate());
   if (!forgotten) {
     log(LogLevel::kWarn, "daemon",
         "%s: what it has freed or allocated since the last round cannot be told, so that the image "

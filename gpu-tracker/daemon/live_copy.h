@@ -30,7 +30,7 @@
 
 namespace phos {
 
-class GuardedExport;
+class MemoryGuard;
 
 struct LiveCopyTarget {
   int pid = 0;   // in phosd's pid namespace
@@ -52,9 +52,9 @@ struct RoundReport {
   uint64_t copy_us = 0;        // of round.us, until all was in host memory
   uint64_t checked_bytes = 0;  // hashed in place
   uint64_t total_bytes = 0;    // that phos copies of this process
-  // Could not be handed over this time, since a thread was freeing memory; the next round tries
-  // again.
-  uint64_t postponed_bytes = 0;
+  // There is memory that could not be had this time, since a thread was allocating or freeing; the
+  // next round tries again.
+  bool postponed = false;
   std::string postponed_why;
 };
 
@@ -69,17 +69,19 @@ class LiveCopy {
   ~LiveCopy();
 
   // Looks for new and freed memory (memory_finder.h), then hashes and copies. The process must not
-  // be locked. EPERM, ENOTSUP: its memory cannot be handed over while it runs (guarded_export.h).
+  // be locked. EPERM, ENOTSUP: its memory cannot be had while it runs (memory_guard.h).
   // `max_slowdown`: share of its speed the application may lose; 0: no limit. A request to stop
   // ends it within milliseconds, with ECANCELED; the copy is of no use then.
   Result<RoundReport> round(double max_slowdown, const std::stop_token& stop = {});
   // Makes durable what is saved, while the process runs rather than when it stands still.
   Result<void> flush() { return images_.store->flush(); }
+  // Of a pre-dump, after the rounds: forgets what the process has freed meanwhile.
+  Result<void> forget_freed();
   // No further round(): no breakpoint of phos is left in the process, whose memory may be dumped;
   // if that fails, it must not be. Further calls give the same answer.
   Result<void> stop_watching();
-  // Either, of a pre-dump: forgets what the process has freed, and leaves it.
-  Result<void> conclude();
+  // Either, of a pre-dump: leaves the process.
+  void conclude() { leave_process(); }
   // Before last_round(), of a process that is not locked, but none of whose threads is in libcuda
   // or can enter it: last_round() will save new memory, too.
   Result<void> catch_up();
@@ -102,15 +104,16 @@ class LiveCopy {
   LiveCopy(const LiveCopyTarget& target, LiveCopyImages images, GpuEngines& engines,
            PageHashKey key);
 
-  Result<std::vector<AgentAllocation>> compare(const std::vector<AgentAllocation>& seen);
+  std::vector<AgentAllocation> compare(const std::vector<AgentAllocation>& seen);
+  Result<void> forget_gone();
   Result<CopiedMemory*> memory_on(const GpuUuid& gpu);
   void leave_to_driver(const AgentAllocation& a);
-  Result<std::unique_ptr<GuardedExport>> start_guard();
-  Result<void> finish_guard(GuardedExport* guard);
-  Result<void> import_new(const std::vector<AgentAllocation>& fresh, GuardedExport* guard);
-  Result<void> hand_over();
+  Result<void> start_guard();
+  Result<void> finish_guard();
+  Result<std::vector<AgentAllocation>> list();
+  Result<void> import_new(const std::vector<AgentAllocation>& fresh, MemoryGuard* guard);
   Result<RoundReport> copy_round(double max_slowdown, const std::stop_token& stop);
-  Result<void> forget_freed();
+  Result<void> forget(Result<std::vector<AgentAllocation>> seen);
   void leave_process();
 
   const LiveCopyTarget target_;
@@ -119,13 +122,14 @@ class LiveCopy {
   const PageHashKey key_;
   std::shared_ptr<Agent> agent_;
   MemoryFinder finder_;
+  std::unique_ptr<MemoryGuard> guard_;  // from the first round to stop_watching()
   std::vector<std::unique_ptr<CopiedMemory>> gpus_;
   std::vector<AllocationInfo> left_to_driver_;  // as last seen
+  std::vector<uint64_t> gone_;                  // addresses of what is copied and is no more
   std::set<uint64_t> refused_;                  // buffer ids that could not be mapped
   std::vector<DumpRound> rounds_;
   bool caught_up_ = false;        // with what it has freed and allocated
-  uint64_t postponed_bytes_ = 0;  // in this round
-  std::string postponed_why_;
+  std::string postponed_why_;     // in this round, if anything
   std::optional<Error> unclean_;  // probes of the guard's are left
 };
 

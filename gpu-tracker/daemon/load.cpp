@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "gpu-tracker/base/log.h"
 #include "gpu-tracker/daemon/messages.h"
 
 namespace phos {
@@ -33,7 +34,11 @@ std::string describe_memory(const GpuUuid& gpu, uint64_t address, uint64_t size)
 }
 
 MemoryLoad::MemoryLoad(const PageChain& chain, GpuEngines& engines, const PageHashKey& key)
-    : chain_(chain), engines_(engines), key_(key), places_(chain.image().allocations.size()) {}
+    : chain_(chain),
+      engines_(engines),
+      key_(key),
+      places_(chain.image().allocations.size()),
+      direct_storage_(engines.direct_storage()) {}
 
 MemoryLoad::~MemoryLoad() = default;
 
@@ -103,6 +108,7 @@ Result<LoadReport> MemoryLoad::run(std::stop_token stop) {
     });
   }
   for (auto& t : threads) t.join();
+  direct_files_.clear();
   if (error_) return *error_;
   return report_;
 }
@@ -143,25 +149,70 @@ void MemoryLoad::read() {
     if (!first_read_) first_read_ = std::chrono::steady_clock::now();
     hold.unlock();
     changed_.notify_all();  // it may have been the last one that others wait for
-    auto buffer = engines_.pool().acquire(stop);
-    Result<uint64_t> done = uint64_t{0};
-    if (buffer) {
-      batch.buffer = std::move(*buffer);
-      done = read_batch(chain_, &batch);
-    } else {
-      done = buffer.error();
-    }
-    if (!done) {
-      fail(done.error());
-      return;
-    }
+    auto done = read(*gpu, &batch, stop);
+    if (!done) fail(done.error());
     hold.lock();
     gpu->reading--;
+    changed_.notify_all();
+    if (!done) return;
+    if (batch.in_place) report_.direct_bytes += *done;
     gpu->ready.push_back(std::move(batch));
     report_.read_bytes += *done;
     report_.read_us = static_cast<uint64_t>(since(*first_read_).count());
-    changed_.notify_all();
   }
+}
+
+Result<uint64_t> MemoryLoad::read(Gpu& gpu, LoadBatch* batch, std::stop_token stop) {
+  batch->in_place = read_in_place(gpu, *batch);
+  if (batch->in_place) return uint64_t{batch->pages} * kPageBytes;
+  auto buffer = engines_.pool().acquire(std::move(stop));
+  if (!buffer) return buffer.error();
+  batch->buffer = std::move(*buffer);
+  return read_batch(chain_, batch);
+}
+
+const DirectStorage::File* MemoryLoad::direct_file(int fd) {
+  std::lock_guard<std::mutex> hold(mutex_);
+  if (!direct_storage_) return nullptr;
+  auto it = direct_files_.find(fd);
+  if (it == direct_files_.end()) {
+    auto file = direct_storage_->use(fd);
+    if (!file) log(LogLevel::kInfo, "daemon", "%s", file.error().message().c_str());
+    it = direct_files_.emplace(fd, file ? std::move(*file) : nullptr).first;
+  }
+  return it->second.get();
+}
+
+// Straight into the GPU's memory. False: not all of the batch can come so, and nobody writes there;
+// then all of it is read by other means.
+bool MemoryLoad::read_in_place(Gpu& gpu, const LoadBatch& batch) {
+  struct Part {
+    const DirectStorage::File* file;
+    uint64_t offset, to, bytes;
+  };
+  std::vector<Part> parts;
+  for (const LoadPiece& p : batch.pieces) {
+    const auto from = chain_.direct_range(p.run);
+    const DirectStorage::File* const file = from ? direct_file(from->fd) : nullptr;
+    if (!file) return false;
+    const uint64_t begin = uint64_t{p.run.first_page} * kPageBytes;
+    const uint64_t to = gpu.targets[places_[p.allocation].target].mapped_at + begin;
+    const uint64_t left = chain_.image().allocations[p.allocation].size - begin;
+    const uint64_t bytes = std::min(from->bytes, left);
+    if ((from->offset | to | bytes) % DirectStorage::kAlignment != 0) return false;
+    parts.push_back({file, from->offset, to, bytes});
+  }
+  auto r = (*gpu.user)->context->make_current();
+  for (const Part& p : parts) {
+    if (r) r = p.file->read(p.offset, p.to, p.bytes);
+  }
+  if (r) return true;
+  std::lock_guard<std::mutex> hold(mutex_);
+  if (std::exchange(direct_storage_, nullptr)) {
+    log(LogLevel::kWarn, "daemon", "direct storage is not used any more for process %d: %s",
+        chain_.image().pid, r.error().message().c_str());
+  }
+  return false;
 }
 
 Result<void> MemoryLoad::load_gpu(Gpu& gpu) {
@@ -177,6 +228,13 @@ Result<void> MemoryLoad::load_gpu(Gpu& gpu) {
   }
   if (r) r = load_pages(open, gpu);
   if (r) return r;
+  // Somebody may still read into the memory.
+  fail(r.error());
+  {
+    std::unique_lock<std::mutex> hold(mutex_);
+    gpu.open = false;
+    changed_.wait(hold, [&] { return gpu.reading == 0; });
+  }
   (void)let_go(*open.context, gpu).ok();
   // With the last user the context goes, and all that it still maps.
   gpu.user.reset();
@@ -305,6 +363,7 @@ void MemoryLoad::fill_in(Gpu& gpu, LoadBatch batch, PagesToLoad* pages) {
     }
   }
   pages->buffer = std::move(batch.buffer);
+  pages->in_place = batch.in_place;
   std::lock_guard<std::mutex> hold(mutex_);
   report_.bytes += bytes;
 }

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -63,6 +64,10 @@ class MemoryLoad {
   Gpu* gpu_of(const LoadBatch& batch) const;
 
   void read();
+  Result<uint64_t> read(Gpu& gpu, LoadBatch* batch, std::stop_token stop);
+  bool read_in_place(Gpu& gpu, const LoadBatch& batch);
+  // Null: it cannot be read so.
+  const DirectStorage::File* direct_file(int fd);
   Gpu* next_to_read(bool* more);
   void fail(const Error& error);
 
@@ -87,6 +92,9 @@ class MemoryLoad {
   std::optional<Error> error_;  // the first
   LoadReport report_;
   std::optional<std::chrono::steady_clock::time_point> first_read_;
+
+  const DirectStorage* direct_storage_;  // null: there is none, or it has failed
+  std::map<int, std::unique_ptr<DirectStorage::File>> direct_files_;  // by descriptor
 };
 
 }  // namespace phos

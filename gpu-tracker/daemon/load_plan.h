@@ -24,6 +24,7 @@ struct LoadBatch {
   std::vector<LoadPiece> pieces;
   uint32_t pages = 0;
   bool zero = false;
+  bool in_place = false;      // where they are to go, without a buffer
   PinnedPool::Buffer buffer;  // with the pages' bytes, once they have been read
 };
 

@@ -38,6 +38,8 @@ Result<UniqueFd> make_signal_fd() {
 
 Result<void> serve(const DaemonCommandLine& options, Readiness& readiness) {
   DaemonConfig config = options.config;
+  // libcufile's log would lie in the root directory. Before there are threads.
+  if (config.direct_storage) setenv("CUFILE_LOGFILE_PATH", "/dev/null", 0);
   if (auto r = make_run_dir(config.run_dir); !r) return r;
   auto signals = make_signal_fd();
   if (!signals) return signals.error();

@@ -148,7 +148,7 @@ MemoryFinder::~MemoryFinder() {
   if (auto r = stop(); !r) log(LogLevel::kError, "daemon", "%s", r.error().message().c_str());
 }
 
-Result<std::vector<AgentAllocation>> MemoryFinder::scan(Agent& agent) {
+Result<std::vector<AgentAllocation>> MemoryFinder::scan_all(const MemoryScan& scan) {
   if (source_) {
     source_->mark();
     settled_ = 0;
@@ -162,10 +162,11 @@ Result<std::vector<AgentAllocation>> MemoryFinder::scan(Agent& agent) {
     }
   }
   statistics_.scans++;
-  return agent.enumerate();
+  return scan(nullptr);
 }
 
-Result<std::optional<std::vector<AgentAllocation>>> MemoryFinder::list_by_ledger(Agent& agent) {
+Result<std::optional<std::vector<AgentAllocation>>> MemoryFinder::list_by_ledger(
+    const MemoryScan& scan) {
   const std::optional<std::vector<AgentAllocation>> none;
   if (!source_) return none;
   LedgerAnswer answer = source_->allocations();
@@ -182,7 +183,7 @@ Result<std::optional<std::vector<AgentAllocation>>> MemoryFinder::list_by_ledger
   auto places = places_of(answer.events, *device);
   if (!places || places->size() > PHOS_MAILBOX_MAX_RANGES) return none;
   statistics_.lookups++;
-  auto seen = agent.enumerate(*places);
+  auto seen = scan(&*places);
   if (!seen) return seen.error();
   if (!calls_explain(answer.events, last_, *seen)) return none;
   settled_ += answer.events.size();
@@ -196,10 +197,10 @@ Result<std::optional<std::vector<AgentAllocation>>> MemoryFinder::list_by_ledger
 }
 
 // Nothing may have happened since the ledger was asked; else the two differ with good reason.
-Result<std::vector<AgentAllocation>> MemoryFinder::verify(Agent& agent,
+Result<std::vector<AgentAllocation>> MemoryFinder::verify(const MemoryScan& scan,
                                                           std::vector<AgentAllocation> listed) {
   statistics_.scans++;
-  auto seen = agent.enumerate();
+  auto seen = scan(nullptr);
   if (!seen || is_same_list(*seen, listed)) return seen;
   const LedgerAnswer since = source_->allocations();
   if (since.verdict != LedgerAnswer::Verdict::kScan && since.events.size() <= settled_) {
@@ -212,13 +213,17 @@ Result<std::vector<AgentAllocation>> MemoryFinder::verify(Agent& agent,
   return seen;
 }
 
-Result<std::vector<AgentAllocation>> MemoryFinder::list(Agent& agent) {
-  auto known = list_by_ledger(agent);
+Result<std::vector<AgentAllocation>> MemoryFinder::list(const MemoryScan& scan) {
+  auto known = list_by_ledger(scan);
   if (!known) return known.error();
-  auto now = !*known                             ? scan(agent)
-             : choice_ == TrackerChoice::kVerify ? verify(agent, std::move(**known))
+  auto now = !*known                             ? scan_all(scan)
+             : choice_ == TrackerChoice::kVerify ? verify(scan, std::move(**known))
                                                  : std::move(**known);
-  if (now) last_ = *now;
+  if (now) {
+    last_ = *now;
+  } else if (source_) {
+    source_->prove({});  // what was marked for the scan is not known: the next list is a scan
+  }
   return now;
 }
 

@@ -20,6 +20,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -43,6 +44,10 @@ bool calls_explain(const std::vector<LedgerEvent>& events,
                    const std::vector<AgentAllocation>& known,
                    const std::vector<AgentAllocation>& seen);
 
+// Asks the process's driver: about all of its memory (null), or about what begins in these ranges.
+using MemoryScan =
+    std::function<Result<std::vector<AgentAllocation>>(const std::vector<AddressRange>*)>;
+
 // Not thread-safe, but stop() may run on a thread of its own.
 class MemoryFinder {
  public:
@@ -60,8 +65,9 @@ class MemoryFinder {
   // stop(); an error is logged.
   ~MemoryFinder();
 
-  // What the process has, by address. `agent`: of that process, which must not be locked.
-  Result<std::vector<AgentAllocation>> list(Agent& agent);
+  // What the process has, by address. `scan`: of that process, which must not be locked; an error
+  // of its own is handed on.
+  Result<std::vector<AgentAllocation>> list(const MemoryScan& scan);
 
   // Where memory may have been freed, mapped or allocated since the last list(). For a locked
   // process, of which the agent cannot ask. Nothing: it cannot be told, and the log says why.
@@ -74,10 +80,11 @@ class MemoryFinder {
   const Statistics& statistics() const { return statistics_; }
 
  private:
-  Result<std::vector<AgentAllocation>> scan(Agent& agent);
+  Result<std::vector<AgentAllocation>> scan_all(const MemoryScan& scan);
   // Nothing: a scan is needed.
-  Result<std::optional<std::vector<AgentAllocation>>> list_by_ledger(Agent& agent);
-  Result<std::vector<AgentAllocation>> verify(Agent& agent, std::vector<AgentAllocation> listed);
+  Result<std::optional<std::vector<AgentAllocation>>> list_by_ledger(const MemoryScan& scan);
+  Result<std::vector<AgentAllocation>> verify(const MemoryScan& scan,
+                                              std::vector<AgentAllocation> listed);
 
   const int pid_;
   const TrackerChoice choice_;

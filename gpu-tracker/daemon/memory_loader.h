@@ -5,8 +5,9 @@
 //   page files --readers--> pinned buffers --DMA--> GPU memory --kernel: hash--> equal to the
 //   image?
 //
-// Readers fill buffers while the GPU takes others. Zeros are written by the GPU itself, and hashed
-// like everything else.
+// Readers fill buffers while the GPU takes others, or have the disk write into GPU memory where
+// there is direct storage (driver/direct_storage.h). Zeros are written by the GPU itself, and
+// hashed like everything else.
 #pragma once
 
 #include <cstdint>
@@ -32,14 +33,15 @@ struct MemoryToLoad {
 };
 
 struct LoadReport {
-  uint64_t pages = 0;       // loaded and proved, zeros too
-  uint64_t zero_pages = 0;  // of those
-  uint64_t bytes = 0;       // of memory
-  uint64_t read_bytes = 0;  // from disk, by load() itself
-  uint64_t warm_bytes = 0;  // prefetched
-  uint64_t load_us = 0;     // all of load()
-  uint64_t take_us = 0;     // of that, the end of the prefetch
-  uint64_t import_us = 0;   // of that, opening GPUs and mapping the memory, the slowest GPU's
+  uint64_t pages = 0;         // loaded and proved, zeros too
+  uint64_t zero_pages = 0;    // of those
+  uint64_t bytes = 0;         // of memory
+  uint64_t read_bytes = 0;    // from disk, by load() itself
+  uint64_t direct_bytes = 0;  // of those, straight into GPU memory
+  uint64_t warm_bytes = 0;    // prefetched
+  uint64_t load_us = 0;       // all of load()
+  uint64_t take_us = 0;       // of that, the end of the prefetch
+  uint64_t import_us = 0;     // of that, opening GPUs and mapping the memory, the slowest GPU's
   uint64_t transfer_us = 0, hash_us = 0;  // of that, on the GPUs; the sums
   uint64_t read_us = 0;                   // of that, from the first read to the end of the last
 };

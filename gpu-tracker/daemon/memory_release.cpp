@@ -79,13 +79,19 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_
                                                            const GatePins& pins) {
   auto agent = Agent::find(pid, restore_tid);
   if (!agent) return agent.error();
-  if (!*agent) return std::unique_ptr<MemoryRelease>();
+  if (!*agent) {
+    if (auto r = Agent::remove_leftovers(pid, restore_tid); !r) {
+      log(LogLevel::kDebug, "daemon", "%s", r.error().message().c_str());
+    }
+    return std::unique_ptr<MemoryRelease>();
+  }
   std::unique_ptr<MemoryRelease> found(
       new MemoryRelease(pid, std::make_shared<Agent>(std::move(**agent))));
   auto released = found->agent_->released();
   if (!released) return released.error();
   found->away_ = any_away(*released);
-  if (!found->away_ && !found->agent_->gate().signal) {
+  // One that is open again, but not yet shown to have been left by all threads, is taken over too.
+  if (!found->away_ && !found->agent_->gate().signal && !found->agent_->gate_was_used()) {
     // Whoever brought it is dead. It stays where memory that it stands in for needs it.
     let_agent_leave(pid, &found->agent_, true);
     return std::unique_ptr<MemoryRelease>();
@@ -237,7 +243,7 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
   std::vector<AgentAllocation> memory;
   for (const MemoryToLoad& m : *work) memory.push_back(m.target);
   // The gate is closed, and nobody but the agent has been in the driver since it was.
-  auto handles = agent_->export_memory(memory, ExportGuard::kCaller);
+  auto handles = agent_->export_memory(memory, AgentGuard::kCaller);
   if (!handles) return handles.error();
   for (size_t i = 0; i < work->size(); i++) {
     AgentExport& handle = (*handles)[i];

@@ -39,7 +39,7 @@ Result<GpuEngines*> Node::engines() {
   if (!engines_) {
     PinnedPoolOptions pool;
     pool.max_bytes = config_.pool_size;
-    engines_ = std::make_unique<GpuEngines>(**opened, pool);
+    engines_ = std::make_unique<GpuEngines>(**opened, pool, config_.direct_storage);
   }
   return engines_.get();
 }
@@ -70,6 +70,12 @@ NodeStatus Node::status() const {
   NodeStatus status;
   status.pid = getpid();
   status.config = config_;
+  // Not while the driver is being opened, which takes a while: there is no pool yet.
+  if (std::unique_lock<std::mutex> driver(driver_mutex_, std::try_to_lock); driver && engines_) {
+    const PinnedPool::Statistics pool = engines_->pool_statistics();
+    status.pool_made = pool.buffers * engines_->pool().buffer_bytes();
+    status.pool_peak = pool.peak_in_use * engines_->pool().buffer_bytes();
+  }
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& [id, entry] : sessions_) {
     status.sessions.push_back({id, entry->client_pid, entry->stage, entry->log.pid(),

@@ -32,6 +32,8 @@ struct SessionStatus {
 struct NodeStatus {
   int pid = 0;
   DaemonConfig config;
+  uint64_t pool_made = 0;  // bytes of pinned memory that there are
+  uint64_t pool_peak = 0;  // of these, the most that was in use at a time
   std::vector<SessionStatus> sessions;
 };
 
@@ -90,7 +92,7 @@ class Node {
   const OpenDriver open_driver_;
   const UniqueFd stop_fd_;
 
-  std::mutex driver_mutex_;  // taken alone
+  mutable std::mutex driver_mutex_;  // taken alone
   std::unique_ptr<GpuDriver> driver_;
   std::unique_ptr<GpuEngines> engines_;
 

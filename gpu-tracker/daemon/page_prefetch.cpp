@@ -64,6 +64,7 @@ void PagePrefetch::plan() {
 
 // Those of the image, if they are here: it saves the time only, so nobody minds if not.
 void PagePrefetch::open_gpus() {
+  (void)engines_.direct_storage();
   for (int index : gpu_indices_) {
     if (stop_.stop_requested()) return;
     auto user = engines_.use(chain_.image().gpus[static_cast<size_t>(index)].uuid, key_);

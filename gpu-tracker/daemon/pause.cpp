@@ -253,9 +253,12 @@ Result<void> Session::lock_all(steady_clock::time_point deadline, unsigned timeo
   }
 }
 
-// For another phosd, should this one die.
+// For another phosd, should this one die. A pre-dump's images may be complete before the agent has
+// left: nobody is to remove them as those of a failed dump.
 Result<void> Session::note(Held* held) {
-  auto noted = held->lock.note(held->found, image_dir_.get(), format_dump_id(dump_id_));
+  auto noted =
+      held->lock.note(held->found, image_dir_.get(),
+                      stage_ == DumpStage::kDump ? format_dump_id(dump_id_) : std::string());
   held->noted = noted.ok();
   return noted;
 }

@@ -29,6 +29,9 @@ Result<UniqueFd> open_noted_directory(const std::string& path);
 // Those with a file in `directory`, held by somebody now or not. Files that say nothing are left
 // out: of those processes nothing had been changed yet.
 std::vector<LeftProcess> read_left_processes(const std::string& directory);
+// Those that nobody holds: phosds that died have left them. Removes the files of such as had noted
+// nothing. `held_elsewhere`: does another phosd hold some?
+std::vector<LeftProcess> find_abandoned(const std::string& directory, bool* held_elsewhere);
 
 // Held until destroyed, or until this process ends however it may. Move-only.
 class ProcessLock {
@@ -36,8 +39,9 @@ class ProcessLock {
   // Fails at once if another holds it. EBUSY; EAGAIN: who holds it is about to let go. So also if a
   // phosd has noted something and died: it must be undone first, by who takes it with
   // `what_is_left`.
+  // `gone`: as held_for().
   static Result<ProcessLock> take(const std::string& directory, int pid, uint64_t start_time,
-                                  bool what_is_left = false);
+                                  bool what_is_left = false, std::function<bool()> gone = {});
 
   // From now on the process may be changed: brought back to `found`, with `image_dir` (an open
   // directory). `dump`: which is made there, if one is. ENOENT: noted, but the directory is not to
@@ -54,6 +58,8 @@ class ProcessLock {
   void in_trouble(const std::string& why) const;
   // Until this phosd ends; what has been noted stays for the next one.
   void keep();
+  // Lets go of it, and what has been noted stays for whoever takes it next.
+  void leave();
 
   ProcessLock() = default;
   ProcessLock(ProcessLock&&) = default;

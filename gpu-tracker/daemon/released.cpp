@@ -414,6 +414,10 @@ Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
       ms(std::chrono::microseconds(back->load.import_us)),
       ms(std::chrono::microseconds(back->load.transfer_us)),
       ms(std::chrono::microseconds(back->load.hash_us)));
+  if (back->load.direct_bytes) {
+    log(LogLevel::kInfo, "daemon", "%s: %s of it went from the disk into GPU memory",
+        process(pid).c_str(), megabytes(back->load.direct_bytes).c_str());
+  }
   return {};
 }
 

@@ -25,6 +25,7 @@ using std::chrono::milliseconds;
 
 // When there are no file descriptors left: poll() would return at once, again and again.
 constexpr milliseconds kAcceptPause{200};
+constexpr milliseconds kLookForLeft{1000};
 
 // Answers a client that gets no thread. What it may have sent is read: closing a unix socket with
 // unread data makes the other end lose our answer.
@@ -46,19 +47,20 @@ Server::~Server() {
 }
 
 int Server::wait_ms() const {
-  auto until = Clock::time_point::max();
-  const auto idle = node_.config().idle_timeout;
-  if (clients_.empty() && idle.count() > 0) until = last_work_ + idle;
+  auto until = look_again_;
+  if (may_leave_when_idle()) until = std::min(until, last_work_ + node_.config().idle_timeout);
   if (accept_again_ > Clock::now()) until = std::min(until, accept_again_);
-  if (until == Clock::time_point::max()) return -1;
   // Rounded up, so as not to wake a moment too early.
   const auto left = duration_cast<milliseconds>(until - Clock::now()).count() + 1;
   return static_cast<int>(std::clamp<int64_t>(left, 0, INT_MAX));
 }
 
+bool Server::may_leave_when_idle() const {
+  return clients_.empty() && !held_elsewhere_ && node_.config().idle_timeout.count() > 0;
+}
+
 bool Server::is_idle() const {
-  const auto idle = node_.config().idle_timeout;
-  return clients_.empty() && idle.count() > 0 && Clock::now() >= last_work_ + idle;
+  return may_leave_when_idle() && Clock::now() >= last_work_ + node_.config().idle_timeout;
 }
 
 void Server::start_client(UniqueFd socket) {
@@ -79,8 +81,9 @@ void Server::start_client(UniqueFd socket) {
 }
 
 // `work` says whether it was a session.
-void Server::start(const std::string& name, std::function<bool()> work) {
+void Server::start(const std::string& name, std::function<bool()> work, int left_pid) {
   Client& client = clients_.emplace_back();
+  client.left_pid = left_pid;
   try {
     client.thread = std::thread([this, &client, work = std::move(work)]() mutable {
       const bool was_session = work();
@@ -98,12 +101,19 @@ void Server::start(const std::string& name, std::function<bool()> work) {
 }
 
 void Server::bring_back_left_processes() {
-  GatePins(node_.config().run_dir).remove_stale();
-  for (const LeftProcess& left : read_left_processes(node_.config().run_dir + "/lock")) {
-    start(process(left.pid), [this, left] {
+  if (Clock::now() < look_again_) return;
+  look_again_ = Clock::now() + kLookForLeft;
+  for (const LeftProcess& left :
+       find_abandoned(node_.config().run_dir + "/lock", &held_elsewhere_)) {
+    if (std::any_of(clients_.begin(), clients_.end(),
+                    [&](const Client& c) { return c.left_pid == left.pid; })) {
+      continue;
+    }
+    const auto work = [this, left] {
       bring_back_left(node_, left);
       return true;
-    });
+    };
+    start(process(left.pid), work, left.pid);
   }
 }
 
@@ -145,6 +155,7 @@ Result<void> Server::run() {
   ended_fd_.reset(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!ended_fd_) return Error::from_errno(errno, "eventfd");
   last_work_ = Clock::now();
+  GatePins(node_.config().run_dir).remove_stale();
   bring_back_left_processes();
   bool leaving = false;
   while (!leaving || !clients_.empty()) {
@@ -157,6 +168,7 @@ Result<void> Server::run() {
     }
     join_ended();
     if (leaving) continue;
+    bring_back_left_processes();
     if (fds[3].revents) admit_waiting();
     const bool told = fds[1].revents || fds[2].revents;
     if (!told && !is_idle()) continue;

@@ -34,15 +34,18 @@ class Server {
     std::thread thread;
     bool ended = false;        // guarded by mutex_
     bool was_session = false;  // the same
+    int left_pid = 0;          // which it brings back; 0: none
   };
 
   // What poll(2) is to wait for: -1 without end.
   int wait_ms() const;
+  bool may_leave_when_idle() const;
   bool is_idle() const;
   void admit_waiting();
   void start_client(UniqueFd socket);
-  void start(const std::string& name, std::function<bool()> work);
-  // What a phosd that was killed together with its client has left.
+  void start(const std::string& name, std::function<bool()> work, int left_pid = 0);
+  // What a phosd that was killed together with its client has left. Again and again: one that was
+  // told to stop may still have begun sessions, and be killed.
   void bring_back_left_processes();
   void join_ended();
 
@@ -54,6 +57,8 @@ class Server {
   std::list<Client> clients_;
   Clock::time_point last_work_;
   Clock::time_point accept_again_;  // after a failure of accept()
+  Clock::time_point look_again_;    // for left processes
+  bool held_elsewhere_ = false;     // another phosd holds processes, which it may leave
 };
 
 }  // namespace phos

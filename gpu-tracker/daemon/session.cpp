@@ -49,9 +49,7 @@ void Session::ends_soon() const {
 }
 
 Result<ProcessLock> Session::take_lock(int pid, uint64_t start_time, bool what_is_left) const {
-  auto lock = ProcessLock::take(lock_dir_, pid, start_time, what_is_left);
-  if (lock && client_gone_) lock->held_for(client_gone_);
-  return lock;
+  return ProcessLock::take(lock_dir_, pid, start_time, what_is_left, client_gone_);
 }
 
 Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, ImageStorage storage,
@@ -62,6 +60,7 @@ Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, ImageStora
     if (!directory) return Error::from_errno(errno, "cannot use the image directory");
     unsynced_ = std::make_unique<UnsyncedFiles>(std::move(directory));
   }
+  if (engines_) pool_peak_.emplace(engines_->pool());
   stage_ = stage;
   storage_ = std::move(storage);
   storage_.pages.later = unsynced_.get();
@@ -245,12 +244,19 @@ Result<void> Session::bring_back(int pid, CudaState target, Held* held) {
 }
 
 Result<void> Session::take_over(const LeftProcess& left) {
-  // Of one that has ended only the file is left, which goes with the lock.
   auto lock = take_lock(left.pid, left.start_time, true);
   if (!lock) return lock.error();
   auto tid = driver_.restore_thread_id(left.pid);
   auto start_time = read_start_time(left.pid);
-  if (!tid || !start_time || *start_time != left.start_time) return {};
+  // One that has no CUDA any more is dying, or runs another program (execve).
+  const bool ended = start_time ? *start_time != left.start_time ||
+                                      (!tid && is_cuda_error(tid.error(), kCudaErrorNotInitialized))
+                                : start_time.error().code() == ESRCH;
+  if (ended) return {};  // only the file is left, which goes with the lock
+  if (!tid || !start_time) {
+    lock->leave();
+    return tid ? start_time.error() : tid.error();
+  }
   Held held(*tid, left.found, *start_time, std::move(*lock));
   held.taken_over = true;
   left_dump_ = left.dump;
@@ -377,6 +383,11 @@ Result<void> Session::finish(bool success) {
   }
   finished_ = success;
   failed_ = !success;
+  if (success && pool_peak_ && pool_peak_->bytes()) {
+    log(LogLevel::kInfo, "daemon",
+        "at most %s of pinned host memory were in use at a time, of %s that may be (pool_size)",
+        megabytes(pool_peak_->bytes()).c_str(), megabytes(engines_->pool().max_bytes()).c_str());
+  }
   if (unsynced_ && success && !unsynced_->empty()) {
     log(LogLevel::kInfo, "daemon",
         "%s of GPU images are in the page cache; phosd makes them durable from now on",

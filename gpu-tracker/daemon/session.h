@@ -79,7 +79,8 @@ class Session {
   // The same; the directory is opened by its path when it is needed.
   void begin_take_over(const std::string& image_dir) { noted_dir_ = image_dir; }
   // Holds a process that a phosd which died has left; recover() brings it back, if it has not
-  // ended. EBUSY: somebody else does.
+  // ended. EBUSY, EAGAIN: somebody else does. Any other error: what is noted of it stays, try
+  // again.
   Result<void> take_over(const LeftProcess& left);
 
   // The processes will probably go on when the dump is done: what they will need is read ahead.
@@ -265,9 +266,10 @@ class Session {
   GpuEngines* const engines_;
   std::function<bool()> client_gone_;  // may be empty
   UniqueFd image_dir_;
-  std::unique_ptr<UnsyncedFiles> unsynced_;  // null: files are durable when they have their names
-  std::shared_ptr<PageStore> store_;         // of the dump's pages; null: none was needed so far
-  std::string noted_dir_;                    // not opened yet
+  std::optional<PinnedPool::Peak> pool_peak_;  // of a dump
+  std::unique_ptr<UnsyncedFiles> unsynced_;    // null: files are durable when they have their names
+  std::shared_ptr<PageStore> store_;           // of the dump's pages; null: none was needed so far
+  std::string noted_dir_;                      // not opened yet
   std::string left_dump_;  // of a phosd that died; nothing of it is restored by it
   bool failed_ = false;    // as finish() was told
   bool statistics_logged_ = false;

@@ -32,6 +32,9 @@ class PackedStatus {
     message_.socket = mutable_string(status.config.socket);
     message_.max_sessions = status.config.max_sessions;
     message_.pool_size = status.config.pool_size;
+    message_.has_pool_made = message_.has_pool_peak = true;
+    message_.pool_made = status.pool_made;
+    message_.pool_peak = status.pool_peak;
     message_.idle_timeout = static_cast<uint32_t>(status.config.idle_timeout.count());
     for (size_t i = 0; i < sessions_.size(); i++) {
       const SessionStatus& from = status.sessions[i];

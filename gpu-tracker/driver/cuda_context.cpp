@@ -36,6 +36,11 @@ class CudaContext final : public GpuContext {
   CudaContext(const CudaContext&) = delete;
   CudaContext& operator=(const CudaContext&) = delete;
 
+  Result<void> make_current() override {
+    if (CUresult r = enter()) return error("making the context current", r);
+    return {};
+  }
+
   Result<GpuMemoryInfo> memory_info() override {
     size_t free = 0, total = 0;
     CUresult r = enter();

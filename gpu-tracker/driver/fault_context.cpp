@@ -11,6 +11,9 @@ class FaultContext final : public GpuContext {
   FaultContext(std::unique_ptr<GpuContext> context, FaultPlan& plan)
       : context_(std::move(context)), plan_(plan) {}
 
+  Result<void> make_current() override {
+    return plan_.run<void>("make_current", [&] { return context_->make_current(); });
+  }
   Result<GpuMemoryInfo> memory_info() override {
     return plan_.run<GpuMemoryInfo>("memory_info", [&] { return context_->memory_info(); });
   }

@@ -38,6 +38,10 @@ class GpuContext {
   // Closes the context and leaves the calling thread without one. What still runs is lost.
   virtual ~GpuContext() = default;
 
+  // Makes the context current on the calling thread, for a library that asks for it
+  // (direct_storage.h). The calls below do so themselves.
+  virtual Result<void> make_current() = 0;
+
   // ---- the device
   virtual Result<GpuMemoryInfo> memory_info() = 0;
   virtual Result<int> multiprocessors() = 0;

@@ -69,7 +69,7 @@ Result<std::unique_ptr<Gate>> Gate::close(int pid, Agent& agent, const GateOptio
   auto text = LibraryText::find(pid);
   if (!text) return text.error();
   if (auto r = agent.claim_gate(); !r) return r.error();
-  if (options.functions == GatedFunctions::kFrees && has_parked(agent.gate())) {
+  if (options.functions == GatedFunctions::kMemory && has_parked(agent.gate())) {
     agent.unclaim_gate();
     return process_error(pid, EBUSY,
                          "its threads are parked already, since a phosd that has died; open that "
@@ -108,7 +108,7 @@ Result<void> Gate::choose_probes() {
   std::vector<ExportedFunction> gated;
   for (const ExportedFunction& f : *functions) {
     if (f.name.rfind("cu", 0) != 0) continue;
-    if (options_.functions == GatedFunctions::kFrees && !may_free_exportable(f.name)) continue;
+    if (options_.functions == GatedFunctions::kMemory && !may_change_memory(f.name)) continue;
     const auto at = f.offset ? emulated_entry(f.code) : std::nullopt;
     if (at) {
       offsets.insert(f.offset + *at);
@@ -382,8 +382,8 @@ Result<void> Gate::release() {
 }
 
 // Until no thread is in the handler, or on its way into it.
-Result<void> Gate::wait_left() {
-  const auto deadline = steady_clock::now() + kLeaveTimeout;
+Result<void> Gate::wait_left(milliseconds timeout) {
+  const auto deadline = steady_clock::now() + timeout;
   const phos_gate& g = agent_.gate();
   for (;;) {
     const bool underway = program_ && load(g.arrived) - arrived_before_ != program_->sent();
@@ -408,7 +408,7 @@ Result<void> Gate::open() {
   }
   if (!clean) return clean;
   if (signal_) {
-    if (auto r = wait_left(); !r) return r;
+    if (auto r = wait_left(kLeaveTimeout); !r) return r;
     if (auto r = agent_.remove_gate(); !r) return r;
   }
   opened_ = true;

@@ -51,9 +51,10 @@ class GateProgram;
 // What the gate covers.
 enum class GatedFunctions {
   kAll,
-  // Those that can take away memory which phos copies (may_free_exportable()): the application goes
-  // on with all else. About a sixth of the probes, so that closing takes a fraction of the time.
-  kFrees,
+  // Those that can make or take away memory which phos copies (may_change_memory()): the
+  // application goes on with all else. A part of the probes, so that closing takes a fraction of
+  // the time.
+  kMemory,
 };
 
 struct GateOptions {
@@ -81,7 +82,7 @@ class Gate {
   // Closes the gate of process `pid`, in which `agent` is; it must outlive the gate and not be
   // moved. Returns once every probe is in place (50 to 150 ms); threads park when they call. Parked
   // threads of a phosd that died stay parked. EBUSY: the agent has a gate already, or another phosd
-  // has the agent; with kFrees, threads are parked already. ENOTSUP, EPERM: the kernel cannot, or
+  // has the agent; with kMemory, threads are parked already. ENOTSUP, EPERM: the kernel cannot, or
   // this process may not. The caller then takes the driver's own checkpoint.
   static Result<std::unique_ptr<Gate>> close(int pid, Agent& agent,
                                              const GateOptions& options = {});
@@ -104,7 +105,7 @@ class Gate {
   // outside later on either stays there or parks. threads.h has the argument for each thread.
   Result<void> check_quiet(std::chrono::milliseconds timeout = std::chrono::milliseconds(50));
 
-  // With kFrees: every thread is parked, one of the agent's, or provably outside of the functions
+  // With kMemory: every thread is parked, one of the agent's, or provably outside of the functions
   // gated, and would park if it called one; so none is inside since before the gate closed. Needs
   // no lock of the driver's. Threads that run all the time are stopped for microseconds each
   // (ptrace). EAGAIN: it could not be shown within `timeout`, and who was in the way: a call that
@@ -170,7 +171,7 @@ class Gate {
   bool hold_passing(const std::vector<ThreadInfo>& threads,
                     std::chrono::steady_clock::time_point deadline);
   Result<void> check_counters();
-  Result<void> wait_left();
+  Result<void> wait_left(std::chrono::milliseconds timeout);
 
   int pid_;
   Agent& agent_;
@@ -184,7 +185,7 @@ class Gate {
   UniqueFd link_;
   // Of them, those where there was no breakpoint of somebody else's (the tracker's) before.
   std::vector<uint64_t> own_offsets_;
-  CallBodies bodies_;  // with kFrees
+  CallBodies bodies_;  // with kMemory
   HeldThreads held_threads_;
   uint64_t arrived_before_ = 0;                     // when the gate closed for the first time
   uint64_t passed_before_ = 0, missed_before_ = 0;  // when it closed the last time

@@ -20,6 +20,8 @@ constexpr unsigned kPatientLooks = 3;
 // What it takes to stop a thread that has a processor.
 constexpr auto kLeastStop = milliseconds(5);
 constexpr auto kTraceTimeout = milliseconds(50);
+// For threads that were let go to get a processor: there may be few, and many who want them.
+constexpr auto kPassTimeout = milliseconds(5000);
 
 bool blocks(const ThreadInfo& thread, int signal) {
   return thread.blocked & (1ull << (signal - 1));
@@ -88,7 +90,7 @@ Result<void> Gate::show_outside(const CallBodies& bodies, bool may_block, millis
 }
 
 Result<void> Gate::check_outside(milliseconds timeout) {
-  if (options_.functions != GatedFunctions::kFrees) {
+  if (options_.functions != GatedFunctions::kMemory) {
     return process_error(pid_, EINVAL, "its gate covers all functions; check_quiet() is for that");
   }
   auto agent_code = agent_.call_code();
@@ -104,7 +106,7 @@ Result<void> Gate::check_closed() {
 
 Result<void> Gate::let_pass() {
   if (auto r = release(); !r) return r;
-  return wait_left();
+  return wait_left(kPassTimeout);
 }
 
 void Gate::close_again() {

@@ -91,6 +91,9 @@ class PageChain {
   // are an error.
   Result<void> read(const PageRun& run, void* data) const;
   Result<void> read_page(size_t allocation, uint64_t page, void* data) const;
+  // Where the run's bytes lie in a file just as read() returns them; nothing: they are not stored
+  // so, or are better read through the page cache.
+  std::optional<PageFile::Range> direct_range(const PageRun& run) const;
   // Where the run's first page is, for messages.
   std::string describe(const PageRun& run) const;
 
@@ -118,13 +121,14 @@ class PageChain {
   std::vector<File> files_;
 };
 
-// What a parent has, for a dump that builds on it.
+// What a parent has, for a dump that builds on it. As long as the object lives, the parent's
+// directory is locked (shared) against commands that change images.
 class PreviousPages {
  public:
   // `dir_fd`: the parent's directory (open_parent). Nothing: it has no image of this process, or
   // one without pages; the dump then has no parent for it. Error: the chain is broken, has
   // kMaxChainLevels already, or lies where others can replace files, so that a dump which builds on
-  // it could not be restored.
+  // it could not be restored; EBUSY: a command is changing it.
   static Result<std::optional<PreviousPages>> open(int dir_fd, int pid);
 
   // To be recorded as parent_dump_id, and to be used and recorded as hash_key.

@@ -34,6 +34,11 @@ PagePlace PageChain::place(const PageRun& run) const {
   return {file.ref, file.stored[run.place].unit, file.stored[run.place].how};
 }
 
+std::optional<PageFile::Range> PageChain::direct_range(const PageRun& run) const {
+  if (!run.is_stored() || !is_plain(run)) return std::nullopt;
+  return files_[run.file].pages->direct_range(run.place, run.pages);
+}
+
 Result<void> PageChain::read(const PageRun& run, void* data) const {
   if (run.is_zero()) {
     memset(data, 0, uint64_t{run.pages} * kImagePageSize);

@@ -216,6 +216,11 @@ Result<size_t> read_at(int fd, void* buffer, size_t size, off_t offset, const st
   return done;
 }
 
+bool is_in_use(int dir_fd, const std::string& name) {
+  UniqueFd fd(openat(dir_fd, name.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+  return !fd || fcntl(fd.get(), F_SETLEASE, F_WRLCK) != 0;
+}
+
 bool is_cached(int fd, uint64_t size) {
   const uint64_t range[2] = {0, size};  // struct cachestat_range
   uint64_t pages[5] = {};               // struct cachestat: nr_cache comes first

@@ -79,6 +79,10 @@ Result<void> check_directory_mode(mode_t mode, const std::string& path);
 // Bytes read; fewer than `size` only at the end of the file.
 Result<size_t> read_at(int fd, void* buffer, size_t size, off_t offset, const std::string& path);
 
+// Has anybody the file open, or could it be so? (A lease for writing is given for a file that
+// nobody else has open.) True where the file system does not tell.
+bool is_in_use(int dir_fd, const std::string& name);
+
 // Does the page cache hold most of the file? False where the kernel does not tell (before
 // Linux 6.5).
 bool is_cached(int fd, uint64_t size);

@@ -8,52 +8,16 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <map>
 #include <string>
 #include <utility>
 
 #include "gpu-tracker/image/file.h"
 #include "gpu-tracker/image/names.h"
 #include "gpu-tracker/image/page_file.h"
+#include "gpu-tracker/image/used_pages.h"
 
 namespace phos {
 namespace {
-
-// [first, end) of slots or units.
-using Slots = std::pair<uint64_t, uint64_t>;
-using FileId = std::pair<int, int>;  // pid, GPU
-using UsedSlots = std::map<FileId, std::vector<Slots>>;
-
-void add_used(const ProcessImage& image, UsedSlots* used) {
-  for (const AllocationInfo& a : image.allocations) {
-    size_t packed = 0;
-    for (const PageExtent& e : a.extents) {
-      uint64_t slots = e.pages;
-      if (is_packed(image, e)) {
-        slots = 0;
-        for (uint32_t i = 0; i < e.pages; i++) slots += units_of(a.packed[packed++].bytes);
-      }
-      const Slots range{e.slot, e.slot + slots};
-      if (e.source == PageSource::kHere) (*used)[{image.pid, a.gpu}].push_back(range);
-      if (e.source != PageSource::kOther) continue;
-      const PagesFileRef& file = image.other_files[e.file];
-      if (file.dump_id == image.dump_id) (*used)[{file.pid, file.gpu}].push_back(range);
-    }
-  }
-}
-
-// What lies between them.
-std::vector<Slots> gaps(std::vector<Slots> used, uint64_t slots) {
-  std::sort(used.begin(), used.end());
-  std::vector<Slots> found;
-  uint64_t next = 0;
-  for (const auto& [first, end] : used) {
-    if (first > next) found.emplace_back(next, first);
-    next = std::max(next, end);
-  }
-  if (slots > next) found.emplace_back(next, slots);
-  return found;
-}
 
 // Bytes of [first, end) that take disk space.
 uint64_t data_bytes(int fd, off_t first, off_t end) {
@@ -69,30 +33,35 @@ uint64_t data_bytes(int fd, off_t first, off_t end) {
   return bytes;
 }
 
-Result<void> free_in(int dir_fd, const FileId& id, const DumpId& dump, std::vector<Slots> used,
-                     bool dry_run, FreedSpace* freed) {
-  const std::string name = page_file_name(id.first, id.second);
-  auto pages = PageFile::open(dir_fd, id.first, id.second, dump, PageIo::kCached);
+// False: errno says why not.
+bool punch_hole(int fd, off_t first, off_t bytes) {
+  int r;
+  do {
+    r = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, first, bytes);
+  } while (r != 0 && errno == EINTR);
+  return r == 0;
+}
+
+// Makes holes of what is not used in a pages file.
+Result<void> free_in(int dir_fd, const PageFileName& file, const DumpId& dump,
+                     const UsedPages& used, bool dry_run, FreedSpace* freed) {
+  const std::string name = page_file_name(file.pid, file.gpu);
+  auto pages = PageFile::open(dir_fd, file.pid, file.gpu, dump, PageIo::kCached);
   if (!pages) return pages.error();
   uint64_t size = 0;
   auto fd = open_image(dir_fd, name, dry_run ? 0 : O_RDWR, &size);
   if (!fd) return fd.error();
   const uint64_t slot_bytes = (*pages)->format().slot_bytes();
-  for (const auto& [first, end] : gaps(std::move(used), (*pages)->slots())) {
+  for (const auto& [first, end] : used.unused(dump, file.pid, file.gpu, (*pages)->slots())) {
     // The header's block comes before the slots.
     const auto from = static_cast<off_t>(kImagePageSize + first * slot_bytes);
     const auto bytes = static_cast<off_t>((end - first) * slot_bytes);
     const uint64_t data = data_bytes(fd->get(), from, from + bytes);
     if (data == 0) continue;
-    if (!dry_run) {
-      int r;
-      do {
-        r = fallocate(fd->get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, from, bytes);
-      } while (r != 0 && errno == EINTR);
-      if (r != 0 && (errno == EOPNOTSUPP || errno == ENOSYS)) return {};
-      if (r != 0) {
-        return Error::from_errno(errno, "cannot free pages of " + describe_file(dir_fd, name));
-      }
+    const bool punched = dry_run || punch_hole(fd->get(), from, bytes);
+    if (!punched && (errno == EOPNOTSUPP || errno == ENOSYS)) return {};
+    if (!punched) {
+      return Error::from_errno(errno, "cannot free pages of " + describe_file(dir_fd, name));
     }
     freed->bytes += data;
   }
@@ -100,13 +69,6 @@ Result<void> free_in(int dir_fd, const FileId& id, const DumpId& dump, std::vect
     return Error::from_errno(errno, "cannot sync " + describe_file(dir_fd, name));
   }
   return {};
-}
-
-// Has anybody the file open, or could it be so? A lease for writing is given for a file that nobody
-// else has open.
-bool is_in_use(int dir_fd, const std::string& name) {
-  UniqueFd fd(openat(dir_fd, name.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
-  return !fd || fcntl(fd.get(), F_SETLEASE, F_WRLCK) != 0;
 }
 
 Result<void> remove(int dir_fd, const std::string& name, bool dry_run, FreedSpace* freed) {
@@ -120,26 +82,23 @@ Result<void> remove(int dir_fd, const std::string& name, bool dry_run, FreedSpac
   return {};
 }
 
-// Goes through the pages files of the directory: `unused` is called for those that no image refers
-// to, `used` for the others.
-template <typename Unused, typename Used>
-Result<void> for_page_files(int dir_fd, const std::vector<ProcessImage>& images,
-                            const Unused& on_unused, const Used& on_used) {
-  UsedSlots used;
-  for (const ProcessImage& image : images) add_used(image, &used);
-  auto names = directory_names(dir_fd);
-  if (!names) return names.error();
-  for (const std::string& name : *names) {
-    const PageFileName parsed = parse_page_file_name(name);
-    if (!parsed.pid) continue;
-    auto it = used.find({parsed.pid, parsed.gpu});
-    auto ok = it == used.end() ? on_unused(name) : on_used(it->first, std::move(it->second));
-    if (!ok) return ok;
-  }
-  return {};
+UsedPages used_by(const std::vector<ProcessImage>& images) {
+  UsedPages used;
+  for (const ProcessImage& image : images) used.add(image);
+  used.sort();
+  return used;
 }
 
 }  // namespace
+
+Result<int> free_page_file_number(int dir_fd, const ProcessImage& image) {
+  for (auto number = static_cast<int>(image.gpus.size());; number++) {
+    const std::string name = page_file_name(image.pid, number);
+    if (faccessat(dir_fd, name.c_str(), F_OK, AT_SYMLINK_NOFOLLOW) == 0) continue;
+    if (errno == ENOENT) return number;
+    return Error::from_errno(errno, "cannot look for " + describe_file(dir_fd, name));
+  }
+}
 
 Result<std::vector<ProcessImage>> read_process_images(int dir_fd) {
   auto names = directory_names(dir_fd);
@@ -159,36 +118,55 @@ Result<std::vector<ProcessImage>> read_process_images(int dir_fd) {
   return images;
 }
 
-Result<FreedSpace> free_unused_pages(int dir_fd, const std::vector<ProcessImage>& images,
-                                     bool dry_run) {
-  FreedSpace freed;
-  auto done = for_page_files(
-      dir_fd, images,
-      [&](const std::string& name) { return remove(dir_fd, name, dry_run, &freed); },
-      [&](const FileId& id, std::vector<Slots> used) {
-        return free_in(dir_fd, id, images.front().dump_id, std::move(used), dry_run, &freed);
-      });
-  if (done && !dry_run && freed.files) done = sync_directory(dir_fd);
-  if (!done) return done.error();
-  return freed;
+Result<void> free_pages(int dir_fd, const DumpId& dump, const UsedPages& used, bool dry_run,
+                        FreedSpace* freed) {
+  auto names = directory_names(dir_fd);
+  if (!names) return names.error();
+  for (const std::string& name : *names) {
+    const PageFileName file = parse_page_file_name(name);
+    if (!file.pid) continue;
+    auto ok = used.has(dump, file.pid, file.gpu) ? free_in(dir_fd, file, dump, used, dry_run, freed)
+                                                 : remove(dir_fd, name, dry_run, freed);
+    if (!ok) return ok;
+  }
+  return dry_run || freed->files == 0 ? Result<void>() : sync_directory(dir_fd);
 }
 
-Result<FreedSpace> remove_leftovers(int dir_fd, bool dry_run) {
-  auto images = read_process_images(dir_fd);
-  if (!images) return images.error();
-  FreedSpace freed;
+Result<void> remove_temporary(int dir_fd, bool dry_run, FreedSpace* freed) {
   auto names = directory_names(dir_fd);
   if (!names) return names.error();
   for (const std::string& name : *names) {
     if (!name.ends_with(".tmp") || !is_image_name(name.substr(0, name.size() - 4))) continue;
     if (is_in_use(dir_fd, name)) continue;
-    if (auto ok = remove(dir_fd, name, dry_run, &freed); !ok) return ok.error();
+    if (auto ok = remove(dir_fd, name, dry_run, freed); !ok) return ok;
   }
-  auto done = for_page_files(
-      dir_fd, *images,
-      [&](const std::string& name) { return remove(dir_fd, name, dry_run, &freed); },
-      [](const FileId&, const std::vector<Slots>&) { return Result<void>(); });
+  return {};
+}
+
+Result<FreedSpace> free_unused_pages(int dir_fd) {
+  auto images = read_process_images(dir_fd);
+  if (!images) return images.error();
+  FreedSpace freed;
+  if (images->empty()) return freed;
+  auto done = free_pages(dir_fd, images->front().dump_id, used_by(*images), false, &freed);
   if (!done) return done.error();
+  return freed;
+}
+
+Result<FreedSpace> remove_leftovers(int dir_fd) {
+  auto images = read_process_images(dir_fd);
+  if (!images) return images.error();
+  FreedSpace freed;
+  if (auto ok = remove_temporary(dir_fd, false, &freed); !ok) return ok.error();
+  if (images->empty()) return freed;
+  const UsedPages used = used_by(*images);
+  auto names = directory_names(dir_fd);
+  if (!names) return names.error();
+  for (const std::string& name : *names) {
+    const PageFileName file = parse_page_file_name(name);
+    if (!file.pid || used.has(images->front().dump_id, file.pid, file.gpu)) continue;
+    if (auto ok = remove(dir_fd, name, false, &freed); !ok) return ok.error();
+  }
   return freed;
 }
 

@@ -20,6 +20,9 @@
 namespace phos {
 
 class UnsyncedFiles;  // durability.h
+struct ShownRun;      // page_statistics.h
+// By process and allocation.
+using ShownRuns = std::vector<std::vector<std::vector<ShownRun>>>;
 
 // 16 random bytes, the same in every file of one dump.
 using DumpId = std::array<uint8_t, 16>;
@@ -276,8 +279,8 @@ Result<void> check_stage(const ImageSet& set);
 Result<void> check_driver(const ProcessImage& image, int present_api_version);
 
 // For `phos show`: sizes in bytes (JSON), or in binary units for people (table). End with a
-// newline.
-std::string to_json(const ImageSet& set);
-std::string to_table(const ImageSet& set);
+// newline. `runs`, unless null: where the pages of each allocation are (page_statistics.h).
+std::string to_json(const ImageSet& set, const ShownRuns* runs = nullptr);
+std::string to_table(const ImageSet& set, const ShownRuns* runs = nullptr);
 
 }  // namespace phos

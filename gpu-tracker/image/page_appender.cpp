@@ -43,4 +43,49 @@ void PageAppender::add(const SavedHash& hash, const PageExtent& page) {
   extents.back().pages = 1;
 }
 
+void for_each_page(
+    const ProcessImage& image, const AllocationInfo& a,
+    const std::function<void(uint32_t page, PageSource source, const PagePlace* place)>& each) {
+  size_t packed = 0;
+  for (const PageExtent& e : a.extents) {
+    const bool has_place = e.source == PageSource::kHere || e.source == PageSource::kOther;
+    PagePlace place;
+    if (e.source == PageSource::kHere) place.file = {image.dump_id, image.pid, a.gpu, image.layout};
+    if (e.source == PageSource::kOther) place.file = image.other_files[e.file];
+    place.slot = e.slot;
+    for (uint32_t i = 0; i < e.pages; i++) {
+      if (place.file.layout.packed) place.packed = a.packed[packed++];
+      each(e.first_page + i, e.source, has_place ? &place : nullptr);
+      place.slot += place.file.layout.packed ? units_of(place.packed.bytes) : 1;
+    }
+  }
+}
+
+ProcessImage move_pages(const ProcessImage& image, const MovePage& where) {
+  ProcessImage moved = image;
+  moved.other_files.clear();
+  for (size_t i = 0; i < image.allocations.size(); i++) {
+    const AllocationInfo& from = image.allocations[i];
+    AllocationInfo& to = moved.allocations[i];
+    to.hashes.clear();
+    to.extents.clear();
+    to.packed.clear();
+    PageAppender pages(&moved, &to);
+    for_each_page(image, from, [&](uint32_t page, PageSource source, const PagePlace* place) {
+      const SavedHash& hash = from.hashes[page];
+      const std::optional<NewPlace> to_be = where(i, page, source);
+      if (to_be) {
+        source = to_be->source;
+        place = to_be->place ? &*to_be->place : nullptr;
+      }
+      if (place) {
+        pages.add(hash, *place);
+      } else {
+        pages.add(hash, source);
+      }
+    });
+  }
+  return moved;
+}
+
 }  // namespace phos

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// Records where the pages of an allocation are.
+// Records where the pages of an allocation are, and tells it.
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <optional>
 
 #include "gpu-tracker/image/image.h"
 
@@ -34,5 +36,21 @@ class PageAppender {
   AllocationInfo& allocation_;
   uint32_t end_ = 0;  // slot after the last page
 };
+
+// Calls `each` for all saved pages of an allocation of `image`, in order; `place` is null for those
+// that the image does not say the place of.
+void for_each_page(
+    const ProcessImage& image, const AllocationInfo& allocation,
+    const std::function<void(uint32_t page, PageSource source, const PagePlace* place)>& each);
+
+struct NewPlace {
+  PageSource source = PageSource::kHere;  // without a place: one that is in no file of this dump
+  std::optional<PagePlace> place = {};
+};
+// Of a page that has the source `source` so far. Nothing: it stays where it is.
+using MovePage =
+    std::function<std::optional<NewPlace>(size_t allocation, uint32_t page, PageSource source)>;
+// The same image with its pages in other places.
+ProcessImage move_pages(const ProcessImage& image, const MovePage& where);
 
 }  // namespace phos

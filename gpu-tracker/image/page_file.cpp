@@ -332,6 +332,11 @@ Result<std::unique_ptr<PageFile>> PageFile::open(int dir_fd, int pid, int gpu, c
       new PageFile(std::move(*fd), std::move(path), format_of(*header), header->slots, direct));
 }
 
+std::optional<PageFile::Range> PageFile::direct_range(uint64_t slot, uint64_t slots) const {
+  if (!direct_ || slot > slots_ || slots > slots_ - slot) return std::nullopt;
+  return Range{fd_.get(), offset_of(format_, slot), slots * format_.slot_bytes()};
+}
+
 Result<void> PageFile::read(uint64_t slot, void* data, uint64_t slots) const {
   if (!aligned(data)) return unaligned(path_);
   if (slot > slots_ || slots > slots_ - slot) {

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "gpu-tracker/base/result.h"
@@ -105,6 +106,14 @@ class PageFile {
   // Reads `slots` slots from `slot` on into `data`, aligned to kPageIoAlignment, as they are
   // stored.
   Result<void> read(uint64_t slot, void* data, uint64_t slots) const;
+
+  // Where slots lie, for who reads them around the page cache by other means; `fd` is the file's.
+  struct Range {
+    int fd;
+    uint64_t offset, bytes;
+  };
+  // Nothing: read() goes through the page cache, or the file has no such slots.
+  std::optional<Range> direct_range(uint64_t slot, uint64_t slots) const;
 
  private:
   PageFile(UniqueFd fd, std::string path, const PageFileFormat& format, uint64_t slots,

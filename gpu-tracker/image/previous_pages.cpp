@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // A chain as a dump that builds on it sees it.
+#include <fcntl.h>
+#include <sys/file.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <memory>
@@ -13,8 +16,23 @@
 
 namespace phos {
 
+namespace {
+
+// Keeps `phos gc`, `squash` and `rebase`, which lock what they change (flock), away from pages that
+// a new dump is about to refer to. Where directories cannot be locked, nobody is kept away.
+Result<UniqueFd> share_directory(int dir_fd) {
+  UniqueFd fd(openat(dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!fd) return Error::from_errno(errno, "opening " + describe_file(dir_fd, "."));
+  if (flock(fd.get(), LOCK_SH | LOCK_NB) == 0 || errno != EWOULDBLOCK) return fd;
+  return Error(Domain::kUsage, EBUSY,
+               printable(directory_path(dir_fd)) + " is being changed by another phos command");
+}
+
+}  // namespace
+
 struct PreviousPages::State {
-  explicit State(PageChain previous) : chain(std::move(previous)), index(chain.image()) {
+  State(PageChain previous, UniqueFd shared)
+      : lock(std::move(shared)), chain(std::move(previous)), index(chain.image()) {
     const auto& all = chain.image().allocations;
     for (size_t i = 0; i < all.size(); i++) {
       for (const PageRun& run : chain.runs(i)) {
@@ -28,6 +46,7 @@ struct PreviousPages::State {
               [](const auto& a, const auto& b) { return a.first < b.first; });
   }
 
+  UniqueFd lock;
   PageChain chain;
   SavedIndex index;                                   // of its image
   std::vector<std::pair<SavedHash, PageRun>> places;  // by hash
@@ -39,6 +58,8 @@ PreviousPages& PreviousPages::operator=(PreviousPages&&) noexcept = default;
 PreviousPages::~PreviousPages() = default;
 
 Result<std::optional<PreviousPages>> PreviousPages::open(int dir_fd, int pid) {
+  auto lock = share_directory(dir_fd);
+  if (!lock) return lock.error();
   auto image = read_process_image(dir_fd, pid);
   if (!image) {
     const Error& error = image.error();
@@ -59,7 +80,7 @@ Result<std::optional<PreviousPages>> PreviousPages::open(int dir_fd, int pid) {
                            " directories, as many as there can be: start a new one (a dump "
                            "without --prev-images-dir)");
   }
-  auto state = std::make_unique<State>(std::move(*chain));
+  auto state = std::make_unique<State>(std::move(*chain), std::move(*lock));
   return std::optional<PreviousPages>(PreviousPages(std::move(state)));
 }
 

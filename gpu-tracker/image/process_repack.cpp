@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/image/process_repack.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -11,7 +8,7 @@
 #include <utility>
 
 #include "gpu-tracker/image/file.h"
-#include "gpu-tracker/image/names.h"
+#include "gpu-tracker/image/free_pages.h"
 #include "gpu-tracker/image/page_appender.h"
 #include "gpu-tracker/image/page_walk.h"
 #include "gpu-tracker/image/saved_index.h"
@@ -129,22 +126,13 @@ Result<uint32_t> ProcessRepack::file_for(int gpu) {
   if (auto it = files_.find(index); it != files_.end()) return it->second;
   int number = gpu;
   if (to_.in_place) {
-    auto free = free_number();
+    auto free = free_page_file_number(to_.dir_fd, old_image());
     if (!free) return free.error();
     number = *free;
   }
   auto file = to_.store->add_file(old_image().pid, number);
   if (file) files_[index] = *file;
   return file;
-}
-
-Result<int> ProcessRepack::free_number() const {
-  for (auto number = static_cast<int>(old_image().gpus.size());; number++) {
-    const std::string name = page_file_name(old_image().pid, number);
-    if (faccessat(to_.dir_fd, name.c_str(), F_OK, AT_SYMLINK_NOFOLLOW) == 0) continue;
-    if (errno == ENOENT) return number;
-    return Error::from_errno(errno, "cannot look for " + describe_file(to_.dir_fd, name));
-  }
 }
 
 // ---- copying ----

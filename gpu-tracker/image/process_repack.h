@@ -76,7 +76,6 @@ class ProcessRepack {
   Fate fate_of(const PageRun& one, const Item& item) const;
   Result<void> claim(const SavedHash& hash, int gpu, Piece* piece);
   Result<uint32_t> file_for(int gpu);
-  Result<int> free_number() const;
   Result<void> copy_span(const Item& item, const Piece& piece, uint32_t first, uint32_t pages,
                          uint8_t* buffer) const;
   ProcessImage new_image() const;

@@ -126,7 +126,7 @@ class Repacker {
     for (size_t i = 0; written && i < processes.size(); i++)
       written = processes[i]->write(&report_);
     // Pages files that no image refers to now.
-    if (!written && is_in_place()) (void)remove_leftovers(dir_fd_, false);
+    if (!written && is_in_place()) (void)remove_leftovers(dir_fd_);
     return written;
   }
 

@@ -11,6 +11,7 @@
 #include "gpu-tracker/image/container.h"
 #include "gpu-tracker/image/image.h"
 #include "gpu-tracker/image/image_key.h"
+#include "gpu-tracker/image/page_statistics.h"
 
 namespace phos {
 namespace {
@@ -73,16 +74,40 @@ std::vector<ChainLevel> chain_of(const ImageSet& set, size_t process) {
 
 void write_pages(JsonWriter& json, const PageCounts& pages) {
   json.key("pages").begin_object().member("here", pages.here).member("parent", pages.parent);
-  json.member("zero", pages.zero).end_object();
+  json.member("zero", pages.zero).member("other", pages.other).member("dropped", pages.dropped);
+  json.end_object();
 }
 
-void write_allocation(JsonWriter& json, const AllocationInfo& a) {
+void write_runs(JsonWriter& json, const std::vector<ShownRun>& runs) {
+  json.key("runs").begin_array();
+  for (const ShownRun& run : runs) {
+    json.begin_object().member("first_page", run.first_page).member("pages", run.pages);
+    json.member("from", to_string(run.from));
+    if (!run.file.empty()) {
+      json.member("level", run.level).member("file", run.file).member("slot", run.slot);
+    }
+    json.end_object();
+  }
+  json.end_array();
+}
+
+void write_statistics(JsonWriter& json, const PageStatistics& s) {
+  json.key("statistics").begin_object().member("pages", s.pages).member("zero", s.zero);
+  json.member("in_parents", s.in_parents).member("equal", s.equal);
+  json.member("equal_to_other_processes", s.equal_to_other).member("dropped", s.dropped);
+  json.member("stored", s.stored).member("stored_bytes", s.stored_bytes);
+  json.member("memory_bytes", s.pages * kImagePageSize).end_object();
+}
+
+void write_allocation(JsonWriter& json, const AllocationInfo& a,
+                      const std::vector<ShownRun>* runs) {
   // The address as text: a JSON number loses bits above 2^53 in many readers.
   json.begin_object().member("address", hex(a.address)).member("size", a.size);
   json.member("gpu", a.gpu).member("kind", to_string(a.kind));
   json.member("path", to_string(a.path));
   if (a.buffer_id) json.member("buffer_id", a.buffer_id);
   if (!a.hashes.empty()) write_pages(json, count_pages(a));
+  if (!a.hashes.empty() && runs) write_runs(json, *runs);
   json.end_object();
 }
 
@@ -104,7 +129,8 @@ void write_saved(JsonWriter& json, const ProcessImage& p, const std::vector<Chai
   json.end_array();
 }
 
-void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<ChainLevel>& chain) {
+void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<ChainLevel>& chain,
+                   const std::vector<std::vector<ShownRun>>* runs) {
   json.begin_object();
   json.member("pid", p.pid).member("comm", p.comm).member("state", to_string(p.state));
   json.member("stage", to_string(p.stage)).key("parent_dump_id");
@@ -123,7 +149,9 @@ void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<Ch
     json.member("total_bytes", gpu.total_bytes).end_object();
   }
   json.end_array().key("allocations").begin_array();
-  for (const AllocationInfo& a : p.allocations) write_allocation(json, a);
+  for (size_t i = 0; i < p.allocations.size(); i++) {
+    write_allocation(json, p.allocations[i], runs ? &(*runs)[i] : nullptr);
+  }
   json.end_array().key("timings").begin_object();
   auto timing = [&](const char* name, uint64_t us) {
     if (us) json.member(name, us);
@@ -142,8 +170,57 @@ void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<Ch
 }
 
 std::string page_text(const PageCounts& pages) {
-  return format("%" PRIu64 " here (%s), %" PRIu64 " in parents, %" PRIu64 " zero", pages.here,
-                human_bytes(pages.here * kImagePageSize).c_str(), pages.parent, pages.zero);
+  std::string out =
+      format("%" PRIu64 " here (%s), %" PRIu64 " in parents, %" PRIu64 " zero", pages.here,
+             human_bytes(pages.here * kImagePageSize).c_str(), pages.parent, pages.zero);
+  if (pages.other) out += format(", %" PRIu64 " in other files", pages.other);
+  if (pages.dropped) out += format(", %" PRIu64 " dropped", pages.dropped);
+  return out;
+}
+
+// What was not stored, and why.
+std::string statistics_table(const PageStatistics& s) {
+  if (s.pages == 0) return "";
+  std::string out = "\n  memory              pages          size\n";
+  auto row = [&](const char* what, uint64_t pages, const std::string& more = "") {
+    if (!pages) return;
+    out += format("  %-14s %10" PRIu64 "  %12s", what, pages,
+                  human_bytes(pages * kImagePageSize).c_str()) +
+           more + "\n";
+  };
+  row("saved", s.pages);
+  row("zero", s.zero);
+  row("in parents", s.in_parents);
+  row("equal", s.equal, "  to another page of the process");
+  row("shared", s.equal_to_other, "  with another process");
+  row("dropped", s.dropped, "  since nothing needs it");
+  const uint64_t bytes = s.stored * kImagePageSize;
+  std::string more;
+  if (s.stored_bytes < bytes) {
+    more = format("  as %s (%.1f %%)", human_bytes(s.stored_bytes).c_str(),
+                  100 * static_cast<double>(s.stored_bytes) / static_cast<double>(bytes));
+  }
+  row("stored", s.stored, more);
+  return out;
+}
+
+std::string runs_table(const ProcessImage& p, const std::vector<std::vector<ShownRun>>& runs) {
+  std::string out;
+  for (size_t i = 0; i < runs.size(); i++) {
+    const AllocationInfo& a = p.allocations[i];
+    if (runs[i].empty()) continue;
+    out += format("\n  process %d, GPU %d, allocation at %s (%s)\n", p.pid, a.gpu,
+                  hex(a.address).c_str(), human_bytes(a.size).c_str());
+    out += "    first page       pages  from\n";
+    for (const ShownRun& run : runs[i]) {
+      out += format("    %10" PRIu64 "  %10" PRIu64 "  %s", run.first_page, run.pages,
+                    to_string(run.from));
+      if (run.level) out += format(", level %zu", run.level);
+      if (!run.file.empty()) out += format(": %s, slot %" PRIu64, run.file.c_str(), run.slot);
+      out += "\n";
+    }
+  }
+  return out;
 }
 
 // What phos saved itself, and where it is.
@@ -225,7 +302,7 @@ std::string process_table(const ProcessImage& p, const std::vector<ChainLevel>& 
 
 }  // namespace
 
-std::string to_json(const ImageSet& set) {
+std::string to_json(const ImageSet& set, const ShownRuns* runs) {
   JsonWriter json;
   json.begin_object().key("dump_id");
   DumpId id = dump_id_of(set);
@@ -236,9 +313,12 @@ std::string to_json(const ImageSet& set) {
   }
   json.key("processes").begin_array();
   for (size_t i = 0; i < set.processes.size(); i++) {
-    write_process(json, set.processes[i], chain_of(set, i));
+    write_process(json, set.processes[i], chain_of(set, i), runs ? &(*runs)[i] : nullptr);
   }
-  json.end_array().key("files").begin_array();
+  json.end_array();
+  const PageStatistics statistics = page_statistics(set.processes);
+  if (statistics.pages) write_statistics(json, statistics);
+  json.key("files").begin_array();
   for (const DeviceFile& file : set.files.files) {
     json.begin_object().member("id", file.id).member("path", file.path);
     json.member("flags", file.flags).end_object();
@@ -247,7 +327,7 @@ std::string to_json(const ImageSet& set) {
   return json.str() + "\n";
 }
 
-std::string to_table(const ImageSet& set) {
+std::string to_table(const ImageSet& set, const ShownRuns* runs) {
   DumpId id = dump_id_of(set);
   if (id == DumpId{}) return "no phos images\n";
   DumpStage stage = set.processes.empty() ? DumpStage::kDump : set.processes.front().stage;
@@ -255,6 +335,8 @@ std::string to_table(const ImageSet& set) {
   for (size_t i = 0; i < set.processes.size(); i++) {
     out += process_table(set.processes[i], chain_of(set, i));
   }
+  out += statistics_table(page_statistics(set.processes));
+  for (size_t i = 0; runs && i < runs->size(); i++) out += runs_table(set.processes[i], (*runs)[i]);
   if (!set.files.files.empty()) out += "\n  file id  flags       path\n";
   for (const DeviceFile& file : set.files.files) {
     out += format("  %7u  %-10s  ", file.id, hex(file.flags).c_str()) + printable(file.path) + "\n";

@@ -17,6 +17,8 @@ namespace {
 
 Error refusal(int pid, int result, int detail) {
   switch (result) {
+    case PHOS_RESULT_UNGUARDED:
+      return process_error(pid, EAGAIN, "the lease of its gate has expired");
     case PHOS_RESULT_BAD_TABLE:
       return process_error(pid, EPROTO,
                            "the record of its released GPU memory has been overwritten, by the "
@@ -131,9 +133,17 @@ Result<std::optional<Agent>> Agent::find(int pid, int restore_tid, const AgentOp
     return std::optional<Agent>();
   }
   Agent agent(pid, restore_tid, options, std::move(**found));
-  // Ends, or waits for, what a phosd that died has begun, and closes what it has left open.
+  // Ends, or waits for, what a phosd that died has begun, which may be EXIT; and closes what it has
+  // left open.
+  if (auto r = agent.settle(); !r) return r.error();
+  if (agent.mailbox_->state() != PHOS_AGENT_READY) return std::optional<Agent>();
   if (auto r = agent.run(PHOS_COMMAND_CLOSE, 0); !r) return r.error();
   return std::optional<Agent>(std::move(agent));
+}
+
+Result<void> Agent::remove_leftovers(int pid, int restore_tid, const AgentOptions& options) {
+  if (auto r = check_attachable(pid, restore_tid); !r) return r;
+  return phos::remove_leftovers(pid, restore_tid, options);
 }
 
 Agent::Agent(Agent&& other) noexcept
@@ -143,8 +153,7 @@ Agent::Agent(Agent&& other) noexcept
       mailbox_(std::move(other.mailbox_)),
       cost_(other.cost_),
       was_loaded_(other.was_loaded_),
-      missing_hook_(other.missing_hook_),
-      gate_used_(other.gate_used_) {
+      missing_hook_(other.missing_hook_) {
   other.mailbox_.reset();
 }
 
@@ -191,13 +200,14 @@ Result<void> Agent::run(phos_agent_command command, uint32_t count) {
   return refusal(pid_, result, driver_result);
 }
 
-Result<std::vector<AgentAllocation>> Agent::enumerate() {
+Result<std::vector<AgentAllocation>> Agent::enumerate(AgentGuard guard) {
   auto ranges = device_address_ranges(pid_);
   if (!ranges) return ranges.error();
-  return enumerate(*ranges);
+  return enumerate(*ranges, guard);
 }
 
-Result<std::vector<AgentAllocation>> Agent::enumerate(std::span<const AddressRange> ranges) {
+Result<std::vector<AgentAllocation>> Agent::enumerate(std::span<const AddressRange> ranges,
+                                                      AgentGuard guard) {
   if (ranges.size() > PHOS_MAILBOX_MAX_RANGES) {
     return process_error(pid_, E2BIG, "it has too many address ranges to look through");
   }
@@ -210,6 +220,7 @@ Result<std::vector<AgentAllocation>> Agent::enumerate(std::span<const AddressRan
     for (size_t i = 0; i < left.size(); i++) {
       mailbox_->payload().ranges[i] = {left[i].begin, left[i].end};
     }
+    mailbox_->shared().argument = static_cast<uint32_t>(guard);
     if (auto r = run(PHOS_COMMAND_ENUMERATE, static_cast<uint32_t>(left.size())); !r) {
       return r.error();
     }
@@ -244,7 +255,7 @@ Result<std::vector<AgentAllocation>> Agent::read_allocations(uint32_t count) {
   return out;
 }
 
-Result<void> Agent::export_batch(std::span<const AgentAllocation> batch, ExportGuard guard,
+Result<void> Agent::export_batch(std::span<const AgentAllocation> batch, AgentGuard guard,
                                  std::vector<AgentExport>* exports) {
   if (auto r = settle(); !r) return r;
   phos_export* records = mailbox_->payload().exports;
@@ -264,7 +275,8 @@ Result<void> Agent::export_batch(std::span<const AgentAllocation> batch, ExportG
     AgentExport out;
     out.type = batch[i].export_type;
     out.driver_result = e.driver_result;
-    if (e.status > PHOS_EXPORT_UNGUARDED || e.status == PHOS_EXPORT_FULL) {
+    const bool unguarded = e.status == PHOS_EXPORT_UNGUARDED && guard == AgentGuard::kCaller;
+    if (e.status > PHOS_EXPORT_UNGUARDED || e.status == PHOS_EXPORT_FULL || unguarded) {
       return process_error(pid_, EPROTO, "phos's agent in it could not export what it was asked");
     }
     out.status = static_cast<ExportStatus>(e.status);
@@ -281,7 +293,7 @@ Result<void> Agent::export_batch(std::span<const AgentAllocation> batch, ExportG
 }
 
 Result<std::vector<AgentExport>> Agent::export_memory(std::span<const AgentAllocation> allocations,
-                                                      ExportGuard guard) {
+                                                      AgentGuard guard) {
   std::vector<AgentExport> exports;
   exports.reserve(allocations.size());
   while (!allocations.empty()) {

@@ -58,11 +58,12 @@ enum class ExportStatus {
   kUnguarded = PHOS_EXPORT_UNGUARDED,  // the gate was open; untouched
 };
 
-// Why no thread of the process frees memory while handles to it are made. The driver (580) does not
-// protect itself against that: the process would end by SIGSEGV in the agent's thread.
-enum class ExportGuard {
-  // Threads that would free are parked at the gate, and none was under way: GuardedExport
-  // (gpu-tracker/gate) sees to it. The agent hands nothing over while the gate is open.
+// Why no thread of the process allocates or frees memory while the driver is asked about it, or
+// handles to it are made. The driver (580) does not protect itself against that: the process would
+// end by SIGSEGV in the agent's thread.
+enum class AgentGuard {
+  // Threads that would are parked at the gate, and none was under way: MemoryGuard
+  // (gpu-tracker/gate) sees to it. The agent does neither while the gate is open.
   kGate = PHOS_GUARD_GATE,
   // The caller knows: the process is locked by the driver, nobody but the agent runs in it, the
   // gate is closed and the driver quiet, or, in a test, its threads do nothing.
@@ -134,27 +135,31 @@ class Agent {
   // process that is frozen or traced: of its threads only the agent's must be able to run.
   static Result<std::optional<Agent>> find(int pid, int restore_tid,
                                            const AgentOptions& options = {});
+  // After find() has found none: takes out what a phosd has left that died while it brought the
+  // agent or took it out. Refuses as attach().
+  static Result<void> remove_leftovers(int pid, int restore_tid, const AgentOptions& options = {});
 
   Agent(Agent&& other) noexcept;
   Agent& operator=(Agent&&) = delete;
   // As detach(), whatever it says.
   ~Agent();
 
-  // All device memory, by address. The process runs meanwhile, so that what is allocated or freed
-  // during the scan may or may not be listed. Every cuMemAlloc above 1 MiB and every VMM mapping is
-  // found; blocks of smaller and pool memory only if their first bytes are in use.
+  // All device memory, by address. Every cuMemAlloc above 1 MiB and every VMM mapping is found;
+  // blocks of smaller and pool memory only if their first bytes are in use. EAGAIN: the gate has
+  // opened meanwhile (kGate).
   //
   // Must not be called while the process is locked by the driver, which would block the agent until
   // it is unlocked. ETIMEDOUT: it did not answer; it gives up when it can, and sleeps again.
-  Result<std::vector<AgentAllocation>> enumerate();
+  Result<std::vector<AgentAllocation>> enumerate(AgentGuard guard = AgentGuard::kCaller);
   // The same for what begins in these ranges, which are in ascending order.
-  Result<std::vector<AgentAllocation>> enumerate(std::span<const AddressRange> ranges);
+  Result<std::vector<AgentAllocation>> enumerate(std::span<const AddressRange> ranges,
+                                                 AgentGuard guard = AgentGuard::kCaller);
   const ScanCost& last_scan() const { return cost_; }
 
   // Handles to allocations as enumerate() described them, one each, in order. The caller owns
   // them; in the process no descriptor stays open, at most PHOS_EXPORT_MAX_FDS are for a moment.
   Result<std::vector<AgentExport>> export_memory(std::span<const AgentAllocation> allocations,
-                                                 ExportGuard guard);
+                                                 AgentGuard guard);
 
   void set_command_timeout(std::chrono::milliseconds timeout) {
     options_.command_timeout = timeout;
@@ -209,8 +214,9 @@ class Agent {
   // One gate at a time: EBUSY while another has it.
   Result<void> claim_gate();
   void unclaim_gate() { gate_claimed_ = false; }
-  // A gate was claimed, and not forgotten since: threads may be in the handler's code.
-  bool gate_was_used() const { return gate_used_; }
+  // A gate was installed, by whatever phosd, and not forgotten since: threads may be in the
+  // handler's code.
+  bool gate_was_used();
   uint64_t gate_address() const;
   // Code that calls into libcuda may be in beside the library's own: the agent's, which answers for
   // adopted memory, and its hooks, which go on into the library past the entry points.
@@ -239,7 +245,7 @@ class Agent {
 
   Result<void> settle();
   Result<void> run(phos_agent_command command, uint32_t count);
-  Result<void> export_batch(std::span<const AgentAllocation> batch, ExportGuard guard,
+  Result<void> export_batch(std::span<const AgentAllocation> batch, AgentGuard guard,
                             std::vector<AgentExport>* exports);
   Result<std::vector<AgentAllocation>> read_allocations(uint32_t count);
   Result<std::vector<ReleasedMemory>> run_released(phos_agent_command command);
@@ -252,7 +258,6 @@ class Agent {
   bool was_loaded_ = false;
   int missing_hook_ = 0;
   bool gate_claimed_ = false;
-  bool gate_used_ = false;
 };
 
 // Address ranges of process `pid` in which device memory can lie: inaccessible private memory, and

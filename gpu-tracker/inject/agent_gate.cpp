@@ -33,15 +33,17 @@ Result<void> Agent::remove_gate() {
 }
 
 Result<void> Agent::forget_gate() {
-  auto r = run(PHOS_COMMAND_GATE_FORGET, 0);
-  if (r) gate_used_ = false;
-  return r;
+  return run(PHOS_COMMAND_GATE_FORGET, 0);
+}
+
+bool Agent::gate_was_used() {
+  return mailbox_ && mailbox_->shared().gate_used;
 }
 
 Result<void> Agent::claim_gate() {
   if (!mailbox_) return process_error(pid_, EINVAL, "phos has let go of its agent");
   if (gate_claimed_) return process_error(pid_, EBUSY, "its gate is in use");
-  gate_claimed_ = gate_used_ = true;
+  gate_claimed_ = true;
   return {};
 }
 

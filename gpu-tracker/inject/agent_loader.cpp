@@ -260,6 +260,11 @@ Result<std::optional<Mailbox>> find_or_load(int pid, int restore_tid, const Agen
   return Mailbox::find(pid);
 }
 
+bool is_over(const Mailbox& mailbox) {
+  const phos_agent_state state = mailbox.state();
+  return state == PHOS_AGENT_ENDED || state == PHOS_AGENT_FAILED;
+}
+
 }  // namespace
 
 bool has_agent_thread(int pid) {
@@ -317,9 +322,9 @@ Result<Mailbox> load_agent(int pid, int restore_tid, const AgentOptions& options
     auto in_time = mailbox.wait_started(options.start_timeout);
     if (!in_time) return in_time.error();
     if (!*in_time) return process_error(pid, ETIMEDOUT, "phos's agent in it does not start");
-    // A phosd that died may have left a command under way, EXIT for one.
+    // A phosd that died may have left a command under way, EXIT for one, or after it.
     if (!mailbox.idle()) mailbox.cancel();
-    auto idle = mailbox.wait_idle(options.command_timeout);
+    auto idle = is_over(mailbox) ? Result<bool>(true) : mailbox.wait_idle(options.command_timeout);
     if (!idle) return idle.error();
     if (!*idle) {
       return process_error(pid, ETIMEDOUT,
@@ -350,10 +355,24 @@ Result<void> remove_agent(int pid, int restore_tid, const AgentOptions& options,
   }
   auto thread = attach_asleep(pid, restore_tid);
   if (!thread) return thread.error();
+  Loader loader(pid, std::move(*thread), options.start_timeout);
+  if (auto r = loader.close_leftovers(); !r) return r;
   // A phosd that died may have had the thread do so already.
   if (!mailbox.mapped()) return {};
-  const uint64_t finish = mailbox.shared().finish_function;
-  return Loader(pid, std::move(*thread), options.start_timeout).remove(finish);
+  return loader.remove(mailbox.shared().finish_function);
+}
+
+Result<void> remove_leftovers(int pid, int restore_tid, const AgentOptions& options) {
+  auto mailbox = Mailbox::find(pid);
+  if (!mailbox) return mailbox.error();
+  if (*mailbox) {
+    if (!is_over(**mailbox)) return {};
+    return remove_agent(pid, restore_tid, options, std::move(**mailbox));
+  }
+  if (find_fds(pid, kAgentFds).empty()) return {};
+  auto thread = attach_asleep(pid, restore_tid);
+  if (!thread) return thread.error();
+  return Loader(pid, std::move(*thread), options.start_timeout).close_leftovers();
 }
 
 }  // namespace phos

@@ -20,4 +20,8 @@ Result<Mailbox> load_agent(int pid, int restore_tid, const AgentOptions& options
 // The agent's thread has ended or never was: takes mailbox and library out of the process.
 Result<void> remove_agent(int pid, int restore_tid, const AgentOptions& options, Mailbox mailbox);
 
+// Of a phosd that died while it brought the agent or took it out: takes out what is not a working
+// agent. Leaves one alone that is.
+Result<void> remove_leftovers(int pid, int restore_tid, const AgentOptions& options);
+
 }  // namespace phos

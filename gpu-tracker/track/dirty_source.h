@@ -41,6 +41,9 @@ struct IdleProof {
   // kernel driver's accounting says how much is shared), no device has it registered for RDMA or
   // peer access, and the program has exported none of it. Later exports are counted as calls.
   bool no_outside_writer = false;
+  // Of managed memory: all permission to write to it, the process's and the GPUs', was revoked
+  // after the mark, and the GPUs have taken note (docs/trackers.md).
+  bool writes_revoked = false;
 };
 
 struct DirtyAnswer {
@@ -53,12 +56,13 @@ struct DirtyAnswer {
 class DirtySource {
  public:
   virtual ~DirtySource() = default;
-  // "content", "activity"
+  // "content", "activity", "uvm-bpf", "uvm-kmod"
   virtual const char* name() const = 0;
   // Begins an interval; the proof of the last one is forgotten.
   virtual void mark() = 0;
   virtual void prove(const IdleProof& proof) = 0;
-  // Device memory [address, address + size) of the process, from the proof's moment until now.
+  // Device or managed memory [address, address + size) of the process, from the proof's moment
+  // until now. A source that knows only the other kind says kMaybeDirty.
   virtual DirtyAnswer ask(uint64_t address, uint64_t size) = 0;
 };
 

@@ -232,16 +232,14 @@ cuUserObjectCreate cuUserObjectRelease cuUserObjectRetain cuVDPAUGetDevice cudbg
 cudbgApiDetach cudbgApiInit cudbgGetAPI cudbgGetAPIVersion cudbgMain cudbgReportDriverApiError
 cudbgReportDriverInternalError)";
 
-// Have the effect kFree, and never free memory of cuMemAlloc or cuMemMap. Graphs free only what
-// their own memory nodes have allocated, in a pool (cuda.h, cuGraphAddMemFreeNode), so that
-// launches need not wait while other memory is handed over; host memory; tiles of sparse arrays.
-constexpr std::string_view kFreesOtherNames = R"(
+// Have an effect, on memory of a pool alone: graphs allocate and free what their own memory nodes
+// are for (cuda.h, cuGraphAddMemFreeNode). So launches need not wait while memory is looked at.
+constexpr std::string_view kGraphWorkNames = R"(
 cuDeviceGraphMemTrim cuGraphAddMemAllocNode cuGraphAddMemFreeNode cuGraphAddNode cuGraphAddNode_v2
 cuGraphClone cuGraphDestroy cuGraphDestroyNode cuGraphExecDestroy cuGraphExecNodeSetParams
 cuGraphExecUpdate cuGraphExecUpdate_v2 cuGraphInstantiate cuGraphInstantiateWithFlags
 cuGraphInstantiateWithParams cuGraphInstantiateWithParams_ptsz cuGraphInstantiate_v2 cuGraphLaunch
-cuGraphLaunch_ptsz cuGraphUpload cuGraphUpload_ptsz cuMemFreeHost cuMemHostUnregister
-cuMemMapArrayAsync cuMemMapArrayAsync_ptsz)";
+cuGraphLaunch_ptsz cuGraphUpload cuGraphUpload_ptsz)";
 
 struct Row {
   unsigned effects;
@@ -279,7 +277,7 @@ void for_each_name(std::string_view names, Use use) {
 
 struct Table {
   std::unordered_map<std::string_view, EntryPoint> by_name;
-  std::unordered_set<std::string_view> frees_other;
+  std::unordered_set<std::string_view> graph_work;
   size_t rows = 0;
 };
 
@@ -291,7 +289,7 @@ Table make_table() {
       t.rows++;
     });
   }
-  for_each_name(kFreesOtherNames, [&](std::string_view name) { t.frees_other.insert(name); });
+  for_each_name(kGraphWorkNames, [&](std::string_view name) { t.graph_work.insert(name); });
   return t;
 }
 
@@ -307,8 +305,8 @@ EntryPoint find_entry_point(std::string_view name) {
   return found == table().by_name.end() ? EntryPoint{} : found->second;
 }
 
-bool may_free_exportable(std::string_view name) {
-  return find_entry_point(name).effects & kFree && !table().frees_other.contains(name);
+bool may_change_memory(std::string_view name) {
+  return find_entry_point(name).effects & (kAllocate | kFree) && !table().graph_work.contains(name);
 }
 
 EntryPointCount count_entry_points() {

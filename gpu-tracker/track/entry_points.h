@@ -47,10 +47,10 @@ struct EntryPoint {
 // Thread-safe.
 EntryPoint find_entry_point(std::string_view name);
 
-// May a call take away memory of which a handle can be had, that of cuMemAlloc or of cuMemMap, or
-// the context, mapping, handle or addresses it hangs on? All with the effect kFree, unknown names
-// too, but for those that free other memory only. Thread-safe.
-bool may_free_exportable(std::string_view name);
+// May a call make or take away memory about which the driver can be asked, or the context, mapping,
+// handle or addresses it hangs on? All with the effects kAllocate or kFree, unknown names too, but
+// for work with graphs, whose memory nodes are in a pool. Thread-safe.
+bool may_change_memory(std::string_view name);
 
 // How many names the table holds, and how many different ones: equal, or a name has two effects.
 struct EntryPointCount {

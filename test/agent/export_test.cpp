@@ -15,7 +15,7 @@ class ExportTest : public AgentTest {
   std::vector<phos::AgentExport> export_all(const std::vector<AgentAllocation>& allocations) {
     auto agent = attach();
     EXPECT_TRUE(agent) << agent.error().message();
-    auto exports = agent->export_memory(allocations, phos::ExportGuard::kCaller);
+    auto exports = agent->export_memory(allocations, phos::AgentGuard::kCaller);
     EXPECT_TRUE(exports) << exports.error().message();
     return std::move(*exports);
   }

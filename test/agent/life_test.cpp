@@ -1,19 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // How the agent comes, stays and goes, and that the process does not notice.
 #include <signal.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <fstream>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/inject/elf_symbols.h"
+#include "gpu-tracker/inject/mailbox.h"
+#include "gpu-tracker/inject/remote_thread.h"
 #include "test/agent/fixture.h"
 
 namespace agent_test {
 namespace {
+
+using phos::Mailbox;
 
 constexpr char kThread[] = PHOS_AGENT_THREAD_NAME;
 
@@ -132,7 +141,7 @@ TEST_F(AgentTest, LockedProcessTakesTheAgentAndListsItsMemory) {
     const auto* a = at(*all, address);
     ASSERT_TRUE(a);
     // Handles are not to be had, as a rule: that call waits for the lock. Not always on driver 580.
-    if (agent->export_memory({a, 1}, phos::ExportGuard::kCaller)) {
+    if (agent->export_memory({a, 1}, phos::AgentGuard::kCaller)) {
       EXPECT_FALSE(contract::on_simulation());
       ASSERT_EQ(contract::unlock(target_.pid()), CUDA_SUCCESS);
       return;
@@ -193,6 +202,69 @@ TEST_F(AgentTest, PhosdKilledAnywhereInAttachHarmsNobody) {
     EXPECT_EQ(footprint(pid).threads, before.threads) << step;
     ASSERT_EQ(target_.ask("ping"), "ok");
   }
+}
+
+// The mailbox of the agent that is in the process, as a phosd has it that does not live long.
+Mailbox mailbox_of(pid_t pid) {
+  auto found = Mailbox::find(pid);
+  EXPECT_TRUE(found && *found);
+  return std::move(**found);
+}
+
+void end_agent(Mailbox* mailbox) {
+  mailbox->start(PHOS_COMMAND_EXIT, 0);
+  auto ended = mailbox->wait_idle(std::chrono::seconds(10));
+  ASSERT_TRUE(ended && *ended);
+}
+
+TEST_F(AgentTest, PhosdKilledBeforeItRemovedTheEndedAgent) {
+  const pid_t pid = target_.pid(), tid = restore_tid(pid);
+  const Footprint before = footprint(pid);
+  ASSERT_TRUE(attach());
+  {
+    Mailbox mailbox = mailbox_of(pid);
+    ASSERT_NO_FATAL_FAILURE(end_agent(&mailbox));
+  }
+  EXPECT_NE(footprint(pid), before);
+  auto found = Agent::find(pid, tid);
+  ASSERT_TRUE(found) << found.error().message();
+  EXPECT_FALSE(*found);
+  auto removed = Agent::remove_leftovers(pid, tid);
+  ASSERT_TRUE(removed) << removed.error().message();
+  EXPECT_EQ(footprint(pid), before);
+  expect_works();
+}
+
+TEST_F(AgentTest, PhosdKilledAfterItAskedAnAgentThatHadEnded) {
+  ASSERT_TRUE(attach());
+  {
+    Mailbox mailbox = mailbox_of(target_.pid());
+    ASSERT_NO_FATAL_FAILURE(end_agent(&mailbox));
+    mailbox.start(PHOS_COMMAND_CLOSE, 0);
+  }
+  auto again = attach();
+  ASSERT_TRUE(again) << again.error().message();
+  EXPECT_TRUE(again->enumerate());
+}
+
+TEST_F(AgentTest, PhosdKilledBeforeItLoadedTheLibrary) {
+  const pid_t pid = target_.pid(), tid = restore_tid(pid);
+  const Footprint before = footprint(pid);
+  {
+    auto thread = phos::RemoteThread::attach(pid, tid);
+    ASSERT_TRUE(thread) << thread.error().message();
+    auto call = phos::find_remote_symbol(pid, "libc.so.6", "syscall");
+    ASSERT_TRUE(call) << call.error().message();
+    const std::string name = PHOS_AGENT_MEMFD_PREFIX "0123456789abcdef";
+    ASSERT_TRUE(thread->write(thread->scratch(), name.c_str(), name.size() + 1));
+    ASSERT_TRUE(thread->call(*call, {SYS_memfd_create, thread->scratch(), MFD_CLOEXEC},
+                             std::chrono::seconds(10)));
+  }
+  EXPECT_NE(footprint(pid).files, before.files);
+  auto removed = Agent::remove_leftovers(pid, tid);
+  ASSERT_TRUE(removed) << removed.error().message();
+  EXPECT_EQ(footprint(pid), before);
+  expect_works();
 }
 
 class FaultyDriver : public contract::WorkerTest {
@@ -260,7 +332,7 @@ TEST_F(FaultyDriver, FailedExportIsToldOfEach) {
   auto all = agent->enumerate();
   ASSERT_TRUE(all);
   auto exports =
-      agent->export_memory(of_kind(*all, AllocationKind::kDevice), phos::ExportGuard::kCaller);
+      agent->export_memory(of_kind(*all, AllocationKind::kDevice), phos::AgentGuard::kCaller);
   ASSERT_TRUE(exports);
   ASSERT_EQ(exports->size(), 1u);
   EXPECT_EQ((*exports)[0].status, ExportStatus::kFailed);

@@ -120,6 +120,11 @@ class Target:
         return not any(session_of(pid) == self.pid or int(pid) == self.pid
                        for pid in filter(str.isdigit, os.listdir('/proc')))
 
+    def died_of(self):
+        """The signal that ended it, once it is gone; None if that is not known."""
+        status = ENDED.get(self.pid)
+        return os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
+
     def kill(self):
         for pid in [self.pid] + children(self.pid):
             try:
@@ -164,6 +169,35 @@ def threads_of(pid):
     return found
 
 
+def traces_of(pid):
+    """What phos has in the process: threads, mappings, descriptors."""
+    found = {f'thread {name}' for _, name in threads_of(pid) if name.startswith('phos-')}
+    with open(f'/proc/{pid}/maps') as f:
+        found |= {f'mapping {m}' for m in re.findall(r'phos-(?:agent|mailbox)', f.read())}
+    for fd in os.listdir(f'/proc/{pid}/fd'):
+        try:
+            target = os.readlink(f'/proc/{pid}/fd/{fd}')
+        except FileNotFoundError:  # closed since
+            continue
+        if 'phos-agent' in target or 'phos-mailbox' in target:
+            found.add(f'descriptor {target}')
+    return found
+
+
+def wait_untouched(pid):
+    """Until nothing of phos is in the process; says what is."""
+    left = set()
+
+    def none():
+        left.clear()
+        left.update(traces_of(pid))
+        return not left
+    try:
+        wait_until(none, 'nothing of phos to be in the process')
+    except AssertionError as e:
+        raise AssertionError(f'{e}; there is: {", ".join(sorted(left))}') from None
+
+
 def session_of(pid):
     try:
         return os.getsid(int(pid))
@@ -184,11 +218,17 @@ def children(pid):
     return found
 
 
+ENDED = {}  # pid: what waitpid() said
+
+
 def reap():
     """Restored targets are children of a criu that has ended, and so become ours (subreaper)."""
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            ENDED[pid] = status
     except ChildProcessError:
         pass
 
@@ -338,6 +378,19 @@ class CriuTest(unittest.TestCase):
         self.targets.append(target)
         target.wait_tick(3)
         return target
+
+    def two_counters(self, parent_mib=4, child_mib=4):
+        """A counter and one that is its child."""
+        program = os.path.join(BUILD, 'test', 'counter')
+        output = os.path.join(self.directory, 'child')
+        script = (f'{program} --mib {child_mib} --interval-ms 20 > {output} & '
+                  f'exec {program} --mib {parent_mib} --interval-ms 20')
+        parent = Target(self.directory, ['/bin/sh', '-c', script], env=self.env())
+        self.targets.append(parent)
+        parent.wait_tick(3)
+        child = parent.other(children(parent.pid)[0], output)
+        child.wait_tick(3)
+        return parent, child
 
     def run_criu(self, *args, plugin_dir=PLUGIN_DIR, env=None, wait=True):
         argv = [self.criu, *args, '-v4', '-D', self.images]

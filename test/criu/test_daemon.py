@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """phosd as the one daemon of a machine: sessions side by side, its start, its end, its death."""
+import contextlib
 import json
 import os
 import re
@@ -111,6 +112,30 @@ class Sessions(DaemonTest):
             target.wait_tick(ticks + 3)
             target.check_output(self)
         self.assertEqual(len(self.phosd_pids()), 1)
+
+    def test_pinned_memory_is_bounded_and_told(self):
+        """Of a process with more memory than there may be pinned."""
+        self.configure('pool_size = 64M', 'release = auto')
+        phosd = self.phosd_in_foreground()
+        target = self.counter('--mib', '512')
+        self.dump_ok(target)
+        if 'round 1: ' not in self.log('dump.log'):
+            self.skipTest('memory cannot be copied while the process runs')
+        told = re.findall(r'at most (\d+) MiB of pinned host memory .* of 64 MiB',
+                          self.log('dump.log'))
+        self.assertEqual(len(told), 1)
+        self.assertTrue(0 < int(told[0]) <= 64, told)
+        status = self.status()
+        self.assertEqual(status['pool_peak_bytes'], int(told[0]) << 20)
+        wait_until(target.gone, 'the dumped process to be gone')
+        self.restore_ok()
+        self.assert_runs_on(target)
+        self.assertIn('512 MiB loaded and verified', self.log('restore.log'))
+        self.assertLessEqual(self.status()['pool_made_bytes'], 64 << 20)
+        # All of phosd: on a simulated GPU the process's memory, which phosd has mapped, is part of
+        # it; its code, and what describes the pages, come on top.
+        peak = int(status_field(phosd.pid, 'VmHWM').split()[0]) << 10
+        self.assertLess(peak, (512 + 256) << 20)
 
     def test_criu_killed_beside_a_session_that_goes_on(self):
         (killed, victim, _), (saved, criu, images) = self.two_dumps()
@@ -455,6 +480,53 @@ class End(DaemonTest):
         wait_until(lambda: not alive(old) or reap(), 'the old phosd to end')
         self.assert_runs_on(target)
         self.assert_runs_on(other)
+
+    @contextlib.contextmanager
+    def beside_a_stopping_one(self, target, locked_before=True):
+        """The pids of an old phosd, which holds the target for a client, and of a new one that serves."""
+        other = self.counter()
+        old = self.start_phosd()
+        with Client(self.socket) as client:
+            if locked_before:
+                self.held_by(client, target)
+            else:
+                self.assertTrue(client.hello(self.images).ok)
+            os.kill(old, signal.SIGTERM)
+            wait_until(lambda: not os.path.exists(self.socket), 'phosd to stop listening')
+            self.images = self.image_dir('other')
+            self.dump_ok(other, '--leave-running')
+            if not locked_before:
+                self.assertTrue(client.inspect(target.pid).ok)
+                self.assertTrue(client.lock(LIMIT * 1000).ok)
+            new, = set(self.phosd_pids()) - {old}
+            yield old, new
+
+    def stopping_one_is_killed(self, locked_before):
+        """And so is its client."""
+        target = self.counter()
+        with self.beside_a_stopping_one(target, locked_before) as (old, _):
+            os.kill(old, signal.SIGKILL)
+            wait_until(lambda: ended(old), 'the old phosd to be dead')
+        self.assert_runs_on(target)
+        self.wait_no_session()
+        self.images = self.image_dir('third')
+        self.dump_ok(target, '--leave-running')
+        self.assert_runs_on(target)
+
+    def test_stopping_one_is_killed(self):
+        self.stopping_one_is_killed(True)
+
+    def test_stopping_one_is_killed_that_has_locked_after_the_next_has_looked(self):
+        self.stopping_one_is_killed(False)
+
+    def test_stays_as_long_as_a_stopping_one_holds_a_process(self):
+        self.configure('idle_timeout = 1')
+        target = self.counter()
+        with self.beside_a_stopping_one(target) as (_, new):
+            time.sleep(3)  # it would have left
+            self.assertTrue(alive(new))
+        wait_until(lambda: not self.phosd_pids(), 'both to leave')
+        self.assert_runs_on(target)
 
 
 if __name__ == '__main__':

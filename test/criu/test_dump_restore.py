@@ -49,14 +49,7 @@ class DumpAndRestore(CriuTest):
         target.check_output(self)
 
     def test_tree_of_cuda_processes(self):
-        program = os.path.join(BUILD, 'test', 'counter')
-        script = (f'{program} --mib 4 --interval-ms 20 > {self.directory}/child & '
-                  f'exec {program} --mib 4 --interval-ms 20')
-        parent = Target(self.directory, ['/bin/sh', '-c', script], env=self.env())
-        self.targets.append(parent)
-        parent.wait_tick(3)
-        child = parent.other(children(parent.pid)[0], os.path.join(self.directory, 'child'))
-        child.wait_tick(3)
+        parent, child = self.two_counters()
         self.dump_ok(parent)
         wait_until(parent.gone, 'the dumped tree to be gone')
         ticks = parent.last_tick(), child.last_tick()
@@ -274,7 +267,8 @@ class FailedDump(CriuTest):
         self.killed_in(CHECKPOINT, target, 'criu').wait()
         self.let_driver_go()
         self.assert_runs_on(target)
-        self.assertEqual(self.glibc_signals_blocked(target), blocked)
+        # phosd lets the program go on first, and the thread, which waits for orders, then.
+        wait_until(lambda: self.glibc_signals_blocked(target) == blocked, 'its signals to be as before')
 
     @staticmethod
     def glibc_signals_blocked(target):
@@ -445,7 +439,7 @@ class OtherMachine(CriuTest):
         self.assertNotEqual(result.returncode, 0)
         self.assertTrue(any('GPU-11111111' in e and 'Some GPU' in e
                             for e in self.errors('restore.log')), self.errors('restore.log'))
-        self.assertTrue(target.gone())
+        wait_until(target.gone, 'the process to be gone')
         # `phos restore` says so before it starts CRIU.
         os.unlink(os.path.join(self.images, 'restore.log'))
         result = subprocess.run([os.path.join(BUILD, 'bin', 'phos'), 'restore', '-D', self.images],

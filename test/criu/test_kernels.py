@@ -95,7 +95,8 @@ class PreDumpsOfAllMemory(TrackingTest):
         self.assertEqual([level['stage'] for level in process['chain']],
                          ['dump'] + ['pre-dump'] * (levels - 1))
         # The counter writes to its big buffer only once.
-        self.assertEqual(process['pages'], {'here': 0, 'parent': mib * 16, 'zero': 0})
+        self.assertEqual(process['pages'], {'here': 0, 'parent': mib * 16, 'zero': 0,
+                                            'other': 0, 'dropped': 0})
 
     def test_criu(self):
         target = self.counter('--mib', '4')
@@ -223,7 +224,7 @@ class MemoryThatChanges(TrackingTest):
         self.criu_tool(stage, name, '-t', str(self.worker.pid), *link,
                        *['--track-mem'] * (stage == 'dump'))
         now = {block: block.pages() for block in self.copied}
-        wanted = {'here': 0, 'parent': 0, 'zero': 0}
+        wanted = dict.fromkeys(('here', 'parent', 'zero', 'other', 'dropped'), 0)
         for block, pages in now.items():
             before = self.saved.get(block, [None] * len(pages))
             for old, new in zip(before, pages):

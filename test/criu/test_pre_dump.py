@@ -10,7 +10,7 @@ import time
 import unittest
 
 from harness import (BUILD, REAL_GPU, CriuTest, Target, alive, children, ended,
-                     gpu_device_files, threads_of, wait_until)
+                     gpu_device_files, threads_of, wait_until, wait_untouched)
 
 PHOS = os.path.join(BUILD, 'bin', 'phos')
 
@@ -128,6 +128,29 @@ class Chains(PreDumpTest):
             return 'new'
         self.restored_after(change)
 
+    def test_collected(self):
+        def change():
+            # All of the big buffer is still needed from the first one.
+            one = json.loads(self.ok('gc', '--json', self.path('3')).stdout)['directories'][2]
+            self.assertGreaterEqual(one['kept_pages'], 8 * 16)
+            return '3'
+        self.restored_after(change)
+
+    def test_repaired(self):
+        def change():
+            for name in '123':
+                shutil.copytree(self.path(name), self.path('copy/' + name), symlinks=True)
+            pages, = (n for n in self.phos_images('1') if n.startswith('phos-pages-'))
+            with open(self.path('1/' + pages), 'r+b') as f:
+                for slot in (1, 2, 50):
+                    f.seek(slot * 65536)
+                    f.write(b'damaged')
+            self.assertIn('3 of 3 damaged pages', self.ok(
+                'verify', self.path('3'), '--repair-from', self.path('copy/3')).stdout)
+            shutil.rmtree(self.path('copy'))
+            return '3'
+        self.restored_after(change)
+
     def test_rebased_and_without_what_was_between(self):
         def change():
             self.ok('rebase', self.path('3'), '-p', self.path('1'))
@@ -186,7 +209,7 @@ class BrokenChains(PreDumpTest):
     def refused(self, says):
         self.fails('verify', self.path('2'), says=says)
         self.fails('restore', '-D', self.path('2'), says=says)
-        self.assertFalse(alive(self.target.pid))
+        wait_until(lambda: not alive(self.target.pid), 'it not to be let go')
         self.images = self.path('2')
         result = self.restore()
         self.assertNotEqual(result.returncode, 0)
@@ -410,6 +433,8 @@ class EndedEarly(PreDumpTest):
         self.let_driver_go()
         # What it left is no image, and the next one cleans it away.
         self.assertTrue(all(n.endswith('.tmp') for n in self.phos_images('1')))
+        self.ok('daemon', 'start')  # any phosd takes the agent out of it
+        wait_untouched(target.pid)
         self.pre_dump(target, '1')
         self.assertFalse(any(n.endswith('.tmp') for n in self.phos_images('1')))
         self.assert_runs_on(target)

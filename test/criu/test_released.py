@@ -10,7 +10,7 @@ import subprocess
 import unittest
 
 from harness import (BUILD, REAL_GPU, CriuTest, Target, alive, children, gpu_device_files,
-                     threads_of, wait_until)
+                     threads_of, wait_until, wait_untouched)
 
 PHOS = os.path.join(BUILD, 'bin', 'phos')
 MIB = 1 << 20
@@ -41,10 +41,6 @@ class ReleasedTest(CriuTest):
         return sum(a['size'] for p in self.show(images) for a in p['allocations']
                    if a['path'] == 'released')
 
-    def maps(self, target):
-        with open(f'/proc/{target.pid}/maps') as f:
-            return f.read()
-
     def has_agent(self, target):
         return any(name.startswith('phos-agent') for _, name in threads_of(target.pid))
 
@@ -52,9 +48,7 @@ class ReleasedTest(CriuTest):
         """It runs on with its memory, and nothing of phos is in its way."""
         self.assert_runs_on(target)
         # phosd leaves it a moment after CRIU has let it go.
-        wait_until(lambda: not self.has_agent(target), 'the agent to be gone')
-        wait_until(lambda: 'phos-mailbox' not in self.maps(target), 'its mailbox to be gone')
-        wait_until(lambda: 'phos-agent' not in self.maps(target), 'its library to be gone')
+        wait_untouched(target.pid)
         self.assert_runs_on(target)
         locks = os.path.join(self.run_dir, 'lock')
         wait_until(lambda: not os.listdir(locks), 'phosd to let go of it')
@@ -116,6 +110,21 @@ class DumpAndRestore(ReleasedTest):
         target.check_output(self)
         self.assert_left_alone(target)
 
+    def test_direct_storage(self):
+        """Of memory that is larger than what can be read ahead."""
+        if REAL_GPU:
+            self.skipTest('the library is the simulation\'s')
+        self.configure('release = auto', 'pool_size = 64M', 'direct_storage = auto')
+        target = self.counter('--mib', '256')
+        self.dump_ok(target)
+        self.restore_and_check(target)
+        log = self.log('restore.log')
+        self.assertIn('256 MiB loaded and verified', log)
+        direct = re.search(r'(\d+) MiB of it went from the disk into GPU memory', log)
+        if not direct and 'direct storage: nvidia-fs' in log:
+            self.skipTest('the file system of the images is in memory')
+        self.assertGreaterEqual(int(direct[1]), 128)
+
     def test_memory_that_phos_stands_in_for(self):
         """cuMemAlloc does not give the old addresses again: VMM memory takes their place."""
         if REAL_GPU:
@@ -160,14 +169,7 @@ class DumpAndRestore(ReleasedTest):
         self.restore_and_check(target)
 
     def test_tree_of_two_processes(self):
-        program = os.path.join(BUILD, 'test', 'counter')
-        script = (f'{program} --mib 4 --interval-ms 20 > {self.directory}/child & '
-                  f'exec {program} --mib 6 --interval-ms 20')
-        parent = Target(self.directory, ['/bin/sh', '-c', script], env=self.env())
-        self.targets.append(parent)
-        parent.wait_tick(3)
-        child = parent.other(children(parent.pid)[0], os.path.join(self.directory, 'child'))
-        child.wait_tick(3)
+        parent, child = self.two_counters(6, 4)
         self.dump_ok(parent)
         self.assertEqual(self.released_bytes(), 10 * MIB)
         self.restore_and_check(parent)
@@ -193,7 +195,8 @@ class UnderLoad(ReleasedTest):
         left = [a for a in process['allocations'] if a['path'] == 'driver' and
                 a['size'] > 2 * MIB]
         self.assertEqual(left, [], warnings)
-        self.assertGreaterEqual(self.released_bytes(), 6 * 3 * MIB)
+        # Four of the six threads may be about to allocate anew what they have just freed.
+        self.assertGreaterEqual(self.released_bytes(), 2 * 3 * MIB)
 
     def test_dump_and_restore(self):
         target = self.hammer()
@@ -316,7 +319,7 @@ class GoesOn(ReleasedTest):
 
     def test_endless_kernel(self):
         target = CriuTest.counter(self, '--spin-ms', '60000')
-        self.assertNotEqual(self.dump(target, '--timeout', '1').returncode, 0)
+        self.assertNotEqual(self.dump(target, '--timeout', '5').returncode, 0)
         self.assertTrue(any('did not finish within' in e for e in self.errors()), self.errors())
         self.assert_no_phos_images()
         wait_until(lambda: not self.has_agent(target), 'the agent to be gone')
@@ -337,9 +340,9 @@ class AllocationsThatAreNotReleased(ReleasedTest):
         self.fail_in_driver('cuMemFree * 999')
         self.dumps_by_the_driver('is left to the driver')
 
-    # The first five reservations are made and given up before anything is freed.
+    # The first reservation is made and given up before anything is freed.
     def test_addresses_are_lost(self):
-        self.fail_in_driver('cuMemAddressReserve 6+ 2', 'cuMemAlloc 3 2')
+        self.fail_in_driver('cuMemAddressReserve 2+ 2', 'cuMemAlloc 3 2')
         target = self.counter()
         result = self.dump(target)
         self.assertEqual(result.returncode, 0, self.log_tail('dump.log'))
@@ -352,12 +355,15 @@ class AllocationsThatAreNotReleased(ReleasedTest):
         self.fail_in_driver('cuMemAddressReserve * elsewhere')
         target = self.counter()
         self.dump_ok(target)
-        self.assertIn('is left to the driver', self.log('dump.log'))
-        self.assertEqual(self.released_bytes(), 0)
+        self.assertEqual(self.released_bytes(), 16 * MIB)
         self.restore_and_check(target)
 
+    def test_driver_that_follows_no_hint(self):
+        self.fail_in_driver('cuMemAddressReserve * anywhere')
+        self.dumps_by_the_driver('is left to the driver')
+
     def test_memory_that_is_there_again_at_once(self):
-        self.fail_in_driver('cuMemAddressReserve 6+ 2')
+        self.fail_in_driver('cuMemAddressReserve 2+ 2')
         target = self.counter()
         self.dump_ok(target)
         self.assertEqual(self.released_bytes(), 16 * MIB)
@@ -422,7 +428,7 @@ class BadImages(ReleasedTest):
     def restore_fails(self, target, *words):
         wait_until(target.gone, 'the dumped process to be gone')
         self.assertNotEqual(self.restore().returncode, 0)
-        self.assertFalse(alive(target.pid))
+        wait_until(lambda: not alive(target.pid), 'it not to be let go')
         errors = ' '.join(self.errors('restore.log'))
         for word in words:
             self.assertIn(word, errors)

@@ -16,7 +16,7 @@ STEPS = {
     'unlock_to_catch_up': 'cuCheckpointProcessUnlock 2',
     'third_lock': 'cuCheckpointProcessLock 3',
     'unlock_to_release': 'cuCheckpointProcessUnlock 3',
-    'release': 'cuMemAddressReserve 6',  # the others are made before it frees
+    'release': 'cuMemAddressReserve 2',  # the other is made before it frees
     'last_lock': 'cuCheckpointProcessLock 4',
     'checkpoint': 'cuCheckpointProcessCheckpoint 1',
 }
@@ -67,7 +67,7 @@ class BroughtBackForTheDriver(Steps):
     def test_nobody_maps_it_in_the_drivers_checkpoint(self):
         """phosd is slow to let go of memory that it has loaded, since not all could be released."""
         step = STEPS['checkpoint']
-        self.fail_in_driver('cuMemAddressReserve 6+ 2', 'cuMemAlloc 3 2',
+        self.fail_in_driver('cuMemAddressReserve 2+ 2', 'cuMemAlloc 3 2',
                             'cuIpcCloseMemHandle * slow:1000', step + ' hold')
         target = self.counter()
         self.assertEqual(self.phosd_pids(), [])
@@ -84,6 +84,32 @@ class BroughtBackForTheDriver(Steps):
         self.assertTrue(shared)
         self.assertEqual([line for line in maps.split('\n')
                           if 'phos-sim-vram' in line and line.split()[4] in shared], [])
+
+
+class RestoreKilled(Steps):
+    def criu_killed(self):
+        parent, child = self.two_counters()
+        self.dump_ok(parent)
+        wait_until(parent.gone, 'the dumped tree to be gone')
+        ticks = parent.last_tick(), child.last_tick()
+        restore = 'cuCheckpointProcessRestore 1'
+        self.hold_in_driver(restore)
+        criu = self.restore(wait=False)
+        self.wait_held(restore, parent, criu, 'restore.log')
+        self.kill_criu(criu)
+        self.let_driver_go()
+        wait_until(parent.gone, 'no process to be left')
+        self.restore_ok()
+        for target, tick in zip((parent, child), ticks):
+            target.wait_tick(tick + 3)
+            target.check_output(self)
+
+    def test_criu_while_another_process_waits_for_its_turn(self):
+        self.criu_killed()
+
+    def test_the_same_without_the_released_path(self):
+        self.configure('release = off')
+        self.criu_killed()
 
 
 class KilledAt(Steps):

@@ -191,7 +191,7 @@ class Encrypted(StorageTest):
         self.assertIn('is damaged: 1 of 256 pages', result.stderr)
         result = self.phos('restore', '-D', self.images)
         self.assertNotEqual(result.returncode, 0)
-        self.assertTrue(target.gone())
+        wait_until(target.gone, 'the process to be gone')
 
     def test_chain_of_all_kinds(self):
         target = self.even_counter()
@@ -231,7 +231,7 @@ class Encrypted(StorageTest):
         self.restore_and_check(target)
 
     def test_warns_where_the_driver_saves_the_memory(self):
-        self.configure(f'key_file = {self.key}', 'encrypt = on')
+        self.configure(f'key_file = {self.key}', 'encrypt = on', 'release = off')
         self.dump_ok(self.counter())
         self.assertIn('CRIU\'s images, which are not encrypted; release = auto',
                       self.log('dump.log').replace('\n', ' '))

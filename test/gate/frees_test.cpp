@@ -9,7 +9,7 @@
 #include <cstdio>
 #include <thread>
 
-#include "gpu-tracker/gate/guarded_export.h"
+#include "gpu-tracker/gate/memory_guard.h"
 #include "test/contract/cuda_helpers.h"
 #include "test/gate/fixture.h"
 
@@ -18,25 +18,26 @@ namespace {
 
 using phos::AgentAllocation;
 using phos::AgentExport;
-using phos::ExportGuard;
+using phos::AgentGuard;
 using phos::ExportStatus;
 using phos::ExportType;
 using phos::GatedFunctions;
-using phos::GuardedExport;
+using phos::MemoryGuard;
 
-constexpr GateOptions kFrees{milliseconds(2000), GatedFunctions::kFrees};
+constexpr GateOptions kFrees{milliseconds(2000), GatedFunctions::kMemory};
 
 class FreesTest : public GateTest {
  protected:
+  // Empty, too, if a busy machine did not let the guard see that nobody is inside.
   std::vector<AgentAllocation> exportable() {
-    auto all = agent_->enumerate();
-    EXPECT_TRUE(all) << all.error().message();
+    auto all = guard_ ? guard_->enumerate() : agent_->enumerate();
+    EXPECT_TRUE(all || all.error().code() == EAGAIN) << all.error().message();
     if (!all) return {};
     std::erase_if(*all, [](const auto& a) { return a.export_type == ExportType::kNone; });
     return std::move(*all);
   }
   void start_guard() {
-    auto guard = GuardedExport::start(target_.pid(), *agent_);
+    auto guard = MemoryGuard::start(target_.pid(), *agent_);
     ASSERT_TRUE(guard) << guard.error().message();
     guard_ = std::move(*guard);
   }
@@ -56,7 +57,7 @@ class FreesTest : public GateTest {
     return eventually([&] { return number(count) > before + 20; });
   }
 
-  std::unique_ptr<GuardedExport> guard_;
+  std::unique_ptr<MemoryGuard> guard_;
 };
 
 TEST_F(FreesTest, OnlyThreadsThatFreePark) {
@@ -76,7 +77,7 @@ TEST_F(FreesTest, OnlyThreadsThatFreePark) {
   shown = gate_->check_outside(milliseconds(10000));
   EXPECT_TRUE(shown) << shown.error().message();
   printf("%zu probes, closed in %.1f ms\n", gate_->probe_count(), closing);
-  EXPECT_LT(gate_->probe_count(), 110u);
+  EXPECT_LT(gate_->probe_count(), 150u) << "of 326";
   ASSERT_TRUE(gate_->open());
   EXPECT_EQ(library_text(target_.pid()), original);
   EXPECT_EQ(status_field(target_.pid(), "SigCgt"), caught);
@@ -116,7 +117,7 @@ TEST_F(FreesTest, WithoutItTheProcessIsKilled) {
   ASSERT_EQ(target_.ask("start mappings 1"), "ok");
   for (int i = 0; i < 2000; i++) {
     auto all = agent_->enumerate();
-    if (!all || !agent_->export_memory(*all, ExportGuard::kCaller)) break;
+    if (!all || !agent_->export_memory(*all, AgentGuard::kCaller)) break;
   }
   const auto death = target_.wait_death();
   ASSERT_TRUE(death) << "the simulated driver has become harmless";
@@ -175,11 +176,11 @@ TEST_F(FreesTest, MemoryIsHandedOverUnderThreadsThatFree) {
 // A long list goes in pieces, between which threads get on.
 TEST_F(FreesTest, NobodyIsParkedForLong) {
   ASSERT_EQ(target_.ask("start churn 2"), "ok");
+  ASSERT_NO_FATAL_FAILURE(start_guard());
   auto kept = exportable();
   std::erase_if(kept, [&](const auto& a) { return a.address != number("memory"); });
-  ASSERT_EQ(kept.size(), 1u);
+  ASSERT_EQ(kept.size(), 1u) << guard_->obstacle();
   const std::vector<AgentAllocation> many(20000, kept[0]);
-  ASSERT_NO_FATAL_FAILURE(start_guard());
   const uint64_t before = number("count");
   number("slowest");
   const auto exports = export_guarded(many);
@@ -296,14 +297,14 @@ TEST_F(FreesTest, ThreadThatWouldPassIsKeptStoppedWhileItWaits) {
 TEST_F(FreesTest, AgentRefusesWhileTheGateIsOpen) {
   const auto memory = exportable();
   ASSERT_FALSE(memory.empty());
-  auto exports = agent_->export_memory(memory, ExportGuard::kGate);
+  auto exports = agent_->export_memory(memory, AgentGuard::kGate);
   ASSERT_TRUE(exports) << exports.error().message();
   for (const AgentExport& e : *exports) EXPECT_EQ(e.status, ExportStatus::kUnguarded);
   // The lease is over: whoever wanted to free has gone on.
   ASSERT_EQ(target_.ask("start churn 1"), "ok");
-  ASSERT_NO_FATAL_FAILURE(close_gate({milliseconds(100), GatedFunctions::kFrees}));
+  ASSERT_NO_FATAL_FAILURE(close_gate({milliseconds(100), GatedFunctions::kMemory}));
   ASSERT_TRUE(eventually([&] { return status().state == State::kExpired; }));
-  exports = agent_->export_memory(memory, ExportGuard::kGate);
+  exports = agent_->export_memory(memory, AgentGuard::kGate);
   ASSERT_TRUE(exports) << exports.error().message();
   for (const AgentExport& e : *exports) EXPECT_EQ(e.status, ExportStatus::kUnguarded);
   EXPECT_FALSE(gate_->check_closed());
@@ -350,8 +351,8 @@ TEST_F(FreesTest, FullGateFollows) {
 
 TEST_F(FreesTest, ProcessMayEndMeanwhile) {
   ASSERT_EQ(target_.ask("start churn 2"), "ok");
-  const auto memory = exportable();
   ASSERT_NO_FATAL_FAILURE(start_guard());
+  const auto memory = exportable();
   kill(target_.pid(), SIGKILL);
   ASSERT_TRUE(target_.wait_death());
   auto exports = guard_->export_memory(memory);

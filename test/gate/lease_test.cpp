@@ -16,7 +16,7 @@
 
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/daemon/gate_pins.h"
-#include "gpu-tracker/gate/guarded_export.h"
+#include "gpu-tracker/gate/memory_guard.h"
 #include "test/gate/fixture.h"
 
 extern char** environ;
@@ -146,7 +146,7 @@ TEST_F(LeaseTest, GateLeftClosedWithNobodyAtItIsNoObstacle) {
   ASSERT_TRUE(tool.wait_line("ok close"));
   tool.die();
   ASSERT_NO_FATAL_FAILURE(attach_again());
-  auto guard = phos::GuardedExport::start(target_.pid(), *agent_);
+  auto guard = phos::MemoryGuard::start(target_.pid(), *agent_);
   ASSERT_TRUE(guard) << guard.error().message();
   auto finished = (*guard)->finish();
   EXPECT_TRUE(finished) << finished.error().message();
@@ -163,7 +163,7 @@ TEST_F(LeaseTest, ThreadsParkedForADumpAreLeftAlone) {
   ASSERT_TRUE(tool.wait_line("ok parked=2"));
   tool.die();
   ASSERT_NO_FATAL_FAILURE(attach_again());
-  auto guard = phos::GuardedExport::start(target_.pid(), *agent_);
+  auto guard = phos::MemoryGuard::start(target_.pid(), *agent_);
   ASSERT_FALSE(guard);
   EXPECT_EQ(guard.error().code(), EBUSY) << guard.error().message();
   EXPECT_EQ(calls_in(milliseconds(20)), 0u);

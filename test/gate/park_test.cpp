@@ -19,7 +19,7 @@ std::vector<uint8_t> read_memory(Agent& agent, uint64_t address) {
   if (!all) return {};
   for (const phos::AgentAllocation& a : *all) {
     if (a.address != address) continue;
-    auto exported = agent.export_memory({&a, 1}, phos::ExportGuard::kCaller);
+    auto exported = agent.export_memory({&a, 1}, phos::AgentGuard::kCaller);
     if (!exported) return {};
     CUipcMemHandle handle;
     memcpy(&handle, (*exported)[0].ipc_handle.data(), sizeof handle);

@@ -29,7 +29,7 @@ constexpr MapBackOptions kAdoptAll{0};
 class Import {
  public:
   Import(Agent& agent, const AgentAllocation& a) : size_(a.mapping_size) {
-    auto exported = agent.export_memory({&a, 1}, phos::ExportGuard::kCaller);
+    auto exported = agent.export_memory({&a, 1}, phos::AgentGuard::kCaller);
     EXPECT_TRUE(exported) << exported.error().message();
     if (!exported) return;
     const phos::AgentExport& e = (*exported)[0];

@@ -77,7 +77,7 @@ struct Tool {
       return {};
     }
     if (name == "frees") {
-      options.functions = phos::GatedFunctions::kFrees;
+      options.functions = phos::GatedFunctions::kMemory;
       return {};
     }
     if (name == "pin") {

@@ -88,6 +88,31 @@ TEST_F(TraceTest, LibrariesThatStayedKeepNoOtherOut) {
   expect_works();
 }
 
+// It was open again, and nobody had shown yet that no thread is on its way out.
+TEST_F(TraceTest, PhosdThatDiedBeforeTheHandlerWasLeftLeavesNothing) {
+  ASSERT_EQ(target_.ask("start memset 2"), "ok");
+  tid_ = agent_->restore_tid();
+  ASSERT_NO_FATAL_FAILURE(close_gate());
+  ASSERT_TRUE(wait_parked(2));
+  ASSERT_NO_FATAL_FAILURE(open_gate());
+  gate_.reset();
+  agent_.reset();
+  auto found = Agent::find(target_.pid(), tid_);
+  ASSERT_TRUE(found) << found.error().message();
+  ASSERT_TRUE(*found);
+  agent_.emplace(std::move(**found));
+  EXPECT_TRUE(agent_->gate_was_used());
+  auto adopted = phos::Gate::adopt(target_.pid(), *agent_);
+  ASSERT_TRUE(adopted) << adopted.error().message();
+  gate_ = std::move(*adopted);
+  ASSERT_NO_FATAL_FAILURE(open_gate());
+  leave_no_trace();
+  ASSERT_NO_FATAL_FAILURE(unload());
+  EXPECT_EQ(maps_of(target_.pid()).find(PHOS_AGENT_MEMFD_PREFIX), std::string::npos);
+  ASSERT_NO_FATAL_FAILURE(attach());
+  expect_works();
+}
+
 // A thread in a coroutine never shows where it is.
 TEST_F(TraceTest, AgentThatCannotLeaveIsTakenOutByTheNext) {
   tid_ = agent_->restore_tid();

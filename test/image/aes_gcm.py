@@ -80,14 +80,29 @@ def ghash(h, data):
     return y
 
 
-def decrypt(key, nonce, tag, data):
-    """None if the tag does not fit."""
-    keys = round_keys(key)
+def _tag(keys, nonce, data):
+    """Of encrypted data."""
     blocks = data + bytes(-len(data) % 16) + struct.pack('>QQ', 0, 8 * len(data))
     y = ghash(int.from_bytes(encrypt_block(keys, bytes(16)), 'big'), blocks)
     mask = encrypt_block(keys, nonce + struct.pack('>I', 1))
-    if (y ^ int.from_bytes(mask, 'big')).to_bytes(16, 'big') != tag:
-        return None
+    return (y ^ int.from_bytes(mask, 'big')).to_bytes(16, 'big')
+
+
+def _crypt(keys, nonce, data):
+    """To and fro."""
     stream = b''.join(encrypt_block(keys, nonce + struct.pack('>I', counter + 2))
                       for counter in range(-(-len(data) // 16)))[:len(data)]
     return (int.from_bytes(data, 'big') ^ int.from_bytes(stream, 'big')).to_bytes(len(data), 'big')
+
+
+def encrypt(key, nonce, data):
+    """The encrypted data and their tag."""
+    keys = round_keys(key)
+    sealed = _crypt(keys, nonce, data)
+    return sealed, _tag(keys, nonce, sealed)
+
+
+def decrypt(key, nonce, tag, data):
+    """None if the tag does not fit."""
+    keys = round_keys(key)
+    return _crypt(keys, nonce, data) if _tag(keys, nonce, data) == tag else None

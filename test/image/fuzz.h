@@ -4,9 +4,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <random>
 #include <vector>
 
+#include "gpu-tracker/image/image_key.h"
 #include "test/image/wire.h"
 
 namespace phos::image_test {
@@ -26,8 +28,10 @@ struct Part {
   };
   enum How : uint8_t {
     kRaw,     // the content is the file's
-    kSealed,  // the payload, or 52 bytes of the header and what is in slot 0: checksums are made
+    kSealed,  // the payload, or 52 bytes of the header and what is in the slots: checksums are made
               // right, and slots of zeros added as the header says, if they are few
+    kEncrypted,  // of a process image: the payload, which is then encrypted with fuzz_key()
+    kHowCount
   };
   File file = kProcess;
   How how = kSealed;
@@ -38,8 +42,14 @@ using Input = std::vector<Part>;
 Input unpack(const uint8_t* data, size_t size);
 Bytes pack(const Input& input);
 
-// A dump of two GPUs' memory, device files, and the pre-dump that it builds on.
-Input seed_input();
+// Each a dump, device files, and the pre-dump that it builds on: one of format version 1, one with
+// packed pages, pages in other files and dropped ones, and the same encrypted (its pages do not fit
+// their seals).
+std::vector<Input> seed_inputs();
+// A process image that is not raw, as it is in its file.
+Bytes process_file(const Part& part);
+// The operator's key.
+std::shared_ptr<const ImageKey> fuzz_key();
 Input mutate(Input input, std::mt19937& random);
 
 }  // namespace phos::image_test

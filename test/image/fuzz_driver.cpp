@@ -55,10 +55,13 @@ int main(int argc, char** argv) {
   std::mt19937 random(argc > 2 ? static_cast<unsigned>(strtoul(argv[2], nullptr, 10)) : 1);
   __sanitizer_set_death_callback(leave_input);
   // Inputs that were accepted are what the next ones are made of: changes add up.
-  std::vector<Input> pool = {seed_input()};
+  std::vector<Input> pool = seed_inputs();
+  const size_t seeds = pool.size();
   std::map<int, unsigned long> outcomes;  // by ImageError; -1: errno, 0: accepted
-  if (auto seed = run_input(pool[0]); !seed.refusal.empty()) {
-    fprintf(stderr, "the seed is refused: %s\n", seed.refusal.c_str());
+  for (const Input& input : pool) {
+    const Examination seed = run_input(input);
+    if (seed.refusal.empty()) continue;
+    fprintf(stderr, "a seed is refused: %s\n", seed.refusal.c_str());
     return 1;
   }
   for (unsigned long i = 0; i < iterations; i++) {
@@ -66,9 +69,9 @@ int main(int argc, char** argv) {
     const Examination examined = run_input(current);
     const bool accepted = examined.refusal.empty();
     outcomes[accepted ? 0 : examined.refusal_code ? examined.refusal_code : -1]++;
-    if (!accepted || pack(current).size() > 8192) continue;
+    if (!accepted || pack(current).size() > 16384) continue;
     if (pool.size() < 64) pool.emplace_back();
-    pool[1 + random() % (pool.size() - 1)] = current;
+    pool[seeds + random() % (pool.size() - seeds)] = current;
   }
   printf("%lu inputs:", iterations);
   for (auto [code, count] : outcomes) printf(" %d:%lu", code, count);

@@ -48,6 +48,7 @@ class Workspace {
       if (mkdir(name.c_str(), 0700) != 0) fail("cannot make " + name);
       fds_[i].reset(open(name.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     }
+    add_image_key(fuzz_key());
   }
   ~Workspace() {
     std::error_code ignored;
@@ -87,7 +88,7 @@ class Workspace {
     if (!file) fail(std::string("cannot make ") + at.name + ": " + strerror(errno));
     if (part.how == Part::kRaw) return write(file.get(), part.content, 0);
     if (part.file == Part::kProcess || part.file == Part::kParentProcess) {
-      return write(file.get(), seal_payload(part.content, 1), 0);
+      return write(file.get(), process_file(part), 0);
     }
     if (part.file == Part::kFiles) return write(file.get(), seal_payload(part.content, 2), 0);
     Bytes header = seal_page_header(part.content);
@@ -95,10 +96,15 @@ class Workspace {
     uint64_t slots;
     memcpy(&slots, header.data() + 16, sizeof slots);
     if (slots > kMostSlots) slots = 0;
-    if (ftruncate(file.get(), static_cast<off_t>((slots + 1) * 65536)) != 0) fail("ftruncate");
+    const uint64_t slot_bytes = header[48] == 1 ? kPageUnit : kImagePageSize;
+    if (ftruncate(file.get(), static_cast<off_t>(65536 + slots * slot_bytes)) != 0) {
+      fail("ftruncate");
+    }
     write(file.get(), header, 0);
     if (slots && part.content.size() > 52) {
-      write(file.get(), Bytes(part.content.begin() + 52, part.content.end()), 65536);
+      const size_t bytes = std::min<size_t>(part.content.size() - 52, slots * slot_bytes);
+      const auto from = part.content.begin() + 52;
+      write(file.get(), Bytes(from, from + static_cast<ptrdiff_t>(bytes)), 65536);
     }
   }
 

@@ -47,6 +47,6 @@ OBJS += $(FUZZED)
 $(eval $(call program,test/image_tool,test/image/image_tool.cpp,lib/libphos.a,$(IMAGE_LIBS) -lpthread))
 all: $(B)/test/image_tool
 
-# What test_repack.py kills `phos squash` and `phos rebase` with.
+# What test_repack.py and test_gc.py kill `phos squash`, `phos rebase` and `phos gc` with.
 $(eval $(call program,test/kill_at,test/image/kill_at.cpp))
 all: $(B)/test/kill_at

@@ -202,3 +202,29 @@ class ReaderTest(unittest.TestCase):
             by_name(child, None)
         self.assertEqual(subprocess.run([TOOL, 'read', child, self.top], check=False,
                                         stderr=subprocess.DEVNULL).returncode, 1)
+
+    def test_golden_images_of_version_2(self):
+        """A packed, encrypted dump on top of a pre-dump with a page that was dropped."""
+        for name in ('parent', 'dump'):
+            directory, source = self.directory(name), os.path.join(GOLDEN, '2', name)
+            for file in os.listdir(source):
+                if file.endswith('.img'):
+                    with open(os.path.join(source, file), 'rb') as f:
+                        self.put(os.path.join(directory, file), f.read())
+        dump, parent = os.path.join(self.top, 'dump'), os.path.join(self.top, 'parent')
+        os.symlink('../parent', os.path.join(dump, 'parent'))
+        secret = bytes(range(1, 33))
+        key = os.path.join(self.top, 'key')
+        self.put(key, secret)
+        pages = [b'a' * PAGE, b'its own page 1. ' * 4096, b'e' * PAGE,
+                 bytes(i * 7 & 255 for i in range(PAGE)), b'of process 77.. ' * 4096]
+        expected = {'4242-fedcba98765432100123456789abcdef-7f3000000000': b''.join(pages)[:326680]}
+        self.assertEqual(by_name(dump, None, secret), expected)
+        self.assertEqual(self.read_by_tool(dump, key=key), expected)
+        # The pre-dump has what it has not dropped.
+        image = image_reader.Image(parent, 4242)
+        place = bytes.fromhex('fedcba98765432100123456789abcdef'), 0x7f3000000000, 326680
+        for number, data in ((0, pages[0]), (2, bytes(PAGE)), (3, pages[3]), (4, pages[2])):
+            self.assertEqual(image.page(place, number)[0], data)
+        with self.assertRaisesRegex(image_reader.BadImage, 'dropped'):
+            image.page(place, 1)

@@ -12,19 +12,21 @@ namespace {
 using Kind = WireField::Kind;
 
 // What a length-delimited field of image.proto is.
-enum class Type { kProcess, kFiles, kGpu, kAllocation, kTimings, kRound, kDeviceFile };
+enum class Type { kProcess, kFiles, kGpu, kAllocation, kTimings, kRound, kPagesFile, kDeviceFile };
 
 Kind kind_of(Type type, uint64_t number, Type* inner) {
   if (type == Type::kProcess) {
     *inner = number == 9    ? Type::kGpu
              : number == 10 ? Type::kAllocation
              : number == 11 ? Type::kTimings
+             : number == 18 ? Type::kPagesFile
                             : Type::kRound;
-    return (number >= 9 && number <= 11) || number == 17 ? Kind::kMessage : Kind::kBytes;
+    const bool is_message = (number >= 9 && number <= 11) || number == 17 || number == 18;
+    return is_message ? Kind::kMessage : Kind::kBytes;
   }
   *inner = Type::kDeviceFile;
   if (type == Type::kFiles && number == 2) return Kind::kMessage;
-  if (type == Type::kAllocation && number >= 8 && number <= 10) return Kind::kPacked;
+  if (type == Type::kAllocation && number >= 8 && number <= 12) return Kind::kPacked;
   return Kind::kBytes;
 }
 
@@ -122,9 +124,9 @@ void for_each_field(WireMessage& message, const std::function<void(WireField&)>&
   }
 }
 
-Bytes seal_payload(const Bytes& payload, uint32_t kind) {
+Bytes seal_payload(const Bytes& payload, uint32_t kind, uint32_t version) {
   Bytes out = {'P', 'H', 'O', 'S', 'I', 'M', 'G', 0};
-  put_number(out, 1, 4);
+  put_number(out, version, 4);
   put_number(out, kind, 4);
   put_number(out, payload.size(), 8);
   put_number(out, crc32c(payload.data(), payload.size()), 4);

@@ -35,7 +35,7 @@ Bytes serialise(const WireMessage& message);
 void for_each_field(WireMessage& message, const std::function<void(WireField&)>& call);
 
 // Checksums made right.
-Bytes seal_payload(const Bytes& payload, uint32_t kind);
+Bytes seal_payload(const Bytes& payload, uint32_t kind, uint32_t version = 1);
 // `header`: the first 52 bytes of a pages file; more are cut off, missing ones are zeros. Returns
 // the first 65536.
 Bytes seal_page_header(Bytes header);

@@ -220,7 +220,11 @@ std::string Interleaving::one_level(unsigned number, bool last) {
     if (auto r = copy.round(max_slowdown); !r) return r.error().message();
     wait_a_little();
   }
-  if (auto r = last ? copy.stop_watching() : copy.conclude(); !r) return r.error().message();
+  if (!last) {
+    if (auto r = copy.forget_freed(); !r) return r.error().message();
+  }
+  if (auto r = copy.stop_watching(); !r) return r.error().message();
+  if (!last) copy.conclude();
   const auto write = [&]() -> phos::Result<void> {
     if (auto r = copy.release(); !r) return r;
     if (auto r = copy.finish(&image); !r) return r;

@@ -69,13 +69,13 @@ class LoaderTest : public contract::WorkerTest {
     std::filesystem::remove_all(directory_, ignored);
   }
 
-  void make_engines(uint64_t buffers) {
+  void make_engines(uint64_t buffers, bool direct_storage = false) {
     phos::PinnedPoolOptions pool;
     pool.buffer_bytes = 2 << 20;
     pool.max_bytes = buffers * pool.buffer_bytes;
     pool.step_bytes = 4 << 20;
     pool.threads = 1;
-    engines_ = std::make_unique<phos::GpuEngines>(*faults_, pool);
+    engines_ = std::make_unique<phos::GpuEngines>(*faults_, pool, direct_storage);
   }
 
   // ---- the application
@@ -155,7 +155,9 @@ class LoaderTest : public contract::WorkerTest {
     auto copy = phos::LiveCopy::start({pid, pid, *tid}, std::move(images), *engines_);
     ASSERT_OK(copy);
     ASSERT_OK((*copy)->round(0));
-    ASSERT_OK((*copy)->conclude());
+    ASSERT_OK((*copy)->forget_freed());
+    ASSERT_OK((*copy)->stop_watching());
+    (*copy)->conclude();
     ASSERT_OK((*copy)->release());
     ASSERT_OK((*copy)->finish(&image));
     for (auto& a : image.allocations) {
@@ -198,7 +200,7 @@ class LoaderTest : public contract::WorkerTest {
     for (const Memory& m : memory_) {
       for (const phos::AgentAllocation& a : *seen) {
         if (a.address != m.number()) continue;
-        auto handles = agent_->export_memory({&a, 1}, phos::ExportGuard::kCaller);
+        auto handles = agent_->export_memory({&a, 1}, phos::AgentGuard::kCaller);
         EXPECT_TRUE(handles) << handles.error().message();
         out.push_back({index_of(a.address), a, std::move((*handles)[0])});
       }

@@ -8,6 +8,6 @@ LIVE_TEST_SRCS := $(wildcard test/live/*.cpp) test/contract/worker.cpp \
 $(B)/obj/test/live/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 
 $(eval $(call program,test/live,$(LIVE_TEST_SRCS),lib/libphos.a,-L$(B)/sim -lcuda $(IMAGE_LIBS) $(TRACK_LIBS) -lgtest -lpthread -ldl))
-$(B)/test/live: $(B)/sim/libcuda.so
+$(B)/test/live: $(B)/sim/libcuda.so $(B)/sim/libcufile.so.0
 
 all: $(B)/test/live

@@ -18,7 +18,8 @@
 //           exit: the process dies by SIGKILL
 //           failed: of cuCheckpointProcess*; 999, and the process is in state failed for good
 //           elsewhere: cuMemAddressReserve pays no heed to the hint, as long as three reservations
-//                      that it has made so do not exist
+//                      that it has made so do not exist: as with free addresses of the driver's
+//           anywhere: the same, always
 //
 // cuCheckpointProcess* faults belong to the target: its restore thread reads its file and counts.
 // cuCheckpointProcessGetRestoreThreadId never asks the target, so it has none.
@@ -49,7 +50,7 @@ Counter g_counters[kCounters];
 std::atomic<int> g_used{0};
 std::atomic_flag g_adding = ATOMIC_FLAG_INIT;
 
-thread_local bool t_elsewhere = false;
+thread_local unsigned t_elsewhere = 0;
 
 int count_call(const char* name) {
   for (int i = 0; i < g_used.load(std::memory_order_acquire); i++) {
@@ -136,8 +137,8 @@ CUresult act(const char* what) {
     sleep_ms(strtol(what + 5, nullptr, 10));
     return CUDA_SUCCESS;
   }
-  if (!strcmp(what, "elsewhere")) {
-    t_elsewhere = true;
+  if (!strcmp(what, "elsewhere") || !strcmp(what, "anywhere")) {
+    t_elsewhere = what[0] == 'e' ? 3 : UINT_MAX;
     return CUDA_SUCCESS;
   }
   return static_cast<CUresult>(strtol(what, nullptr, 10));
@@ -145,8 +146,8 @@ CUresult act(const char* what) {
 
 }  // namespace
 
-bool wants_elsewhere() {
-  return std::exchange(t_elsewhere, false);
+unsigned wants_elsewhere() {
+  return std::exchange(t_elsewhere, 0);
 }
 
 CUresult act_out_fault(const char* function) {

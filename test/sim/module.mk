@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 # The simulated CUDA driver, and a CUDA program to try things on (it runs on a real GPU too).
 
-SIM_SRCS := $(filter-out $(patsubst %,test/sim/%.cpp,counter hammer sleeper),$(wildcard test/sim/*.cpp))
+SIM_SRCS := $(filter-out $(patsubst %,test/sim/%.cpp,counter hammer sleeper cufile),$(wildcard test/sim/*.cpp))
 
 $(B)/obj/test/sim/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 # Every entry point starts with `push %rbp`, as in NVIDIA's library: the kernel can emulate that
@@ -17,6 +17,11 @@ $(B)/sim/libcuda.so.1: test/sim/libcuda.map
 $(B)/sim/libcuda.so: $(B)/sim/libcuda.so.1
 	$(Q)ln -sfn libcuda.so.1 $@
 
+# GPUDirect Storage on these GPUs.
+$(eval $(call program,sim/libcufile.so.0,test/sim/cufile.cpp,,-L$(B)/sim -lcuda,-shared \
+    -Wl$(comma)-soname$(comma)libcufile.so.0 -static-libstdc++ -static-libgcc))
+$(B)/sim/libcufile.so.0: $(B)/sim/libcuda.so
+
 $(eval $(call program,test/counter,test/sim/counter.cpp,,-L$(B)/sim -lcuda))
 $(B)/test/counter: $(B)/sim/libcuda.so
 $(eval $(call program,test/hammer,test/sim/hammer.cpp,,-L$(B)/sim -lcuda -lpthread))
@@ -24,4 +29,4 @@ $(B)/test/hammer: $(B)/sim/libcuda.so
 $(eval $(call program,test/sleeper,test/sim/sleeper.cpp,,-L$(B)/sim -lcuda -lpthread))
 $(B)/test/sleeper: $(B)/sim/libcuda.so
 
-all: $(B)/sim/libcuda.so.1 $(B)/sim/libcuda.so $(addprefix $(B)/test/,counter hammer sleeper)
+all: $(B)/sim/libcufile.so.0 $(B)/sim/libcuda.so.1 $(B)/sim/libcuda.so $(addprefix $(B)/test/,counter hammer sleeper)

@@ -222,6 +222,7 @@ CUresult cuPointerGetAttributes(unsigned int count, CUpointer_attribute* names, 
   }
   std::lock_guard<std::mutex> hold(memory().mutex);
   Range* r = find_range(p);
+  if (r && r->dying) crash();
   for (unsigned i = 0; i < count; i++) {
     const Attribute* attribute = find_attribute(names[i]);
     uint64_t value = 0;

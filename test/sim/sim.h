@@ -53,7 +53,7 @@ long read_small_file(const char* path, char* buffer, size_t size);
 // Counts a call of `function` and acts out its fault, if any. CUDA_SUCCESS: go on and work.
 CUresult act_out_fault(const char* function);
 // After that: the call is to pay no heed to a hint ("elsewhere"). Once for each such fault.
-bool wants_elsewhere();
+unsigned wants_elsewhere();
 
 // ---- process.cpp: what there is once in a process.
 struct Process {

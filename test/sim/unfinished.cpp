@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Memory that a thread is just freeing. Driver 580 does not protect cuIpcGetMemHandle,
-// cuMemRetainAllocationHandle and what follows against that: another thread that calls them for
-// this memory crashes on objects that are gone. Questions (cuPointerGetAttribute) are safe.
+// cuMemRetainAllocationHandle and what follows against that, nor cuPointerGetAttributes: another
+// thread that calls them for this memory crashes on objects that are gone.
 #include <unistd.h>
 
 #include <random>

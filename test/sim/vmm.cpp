@@ -78,8 +78,8 @@ CUresult cuMemAddressReserve(CUdeviceptr* p, size_t size, size_t alignment, CUde
     return CUDA_ERROR_INVALID_VALUE;
   }
   std::lock_guard<std::mutex> hold(memory().mutex);
+  const bool elsewhere = g_elsewhere.size() < wants_elsewhere();
   CUdeviceptr got = 0;
-  const bool elsewhere = wants_elsewhere() && g_elsewhere.size() < 3;
   if (!elsewhere && aligned(hint) && (!alignment || hint % alignment == 0))
     got = reserve_at(hint, size);
   if (!got) got = reserve_first(size, alignment > kGranularity ? alignment : kGranularity);

@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -97,8 +98,10 @@ Running start(const Launch& launch) {
 Outcome finish(Running running) {
   Outcome outcome;
   int status = 0;
-  waitpid(running.pid, &status, 0);
+  struct rusage used = {};
+  wait4(running.pid, &status, 0, &used);
   outcome.pid = running.pid;
+  outcome.peak_bytes = static_cast<uint64_t>(used.ru_maxrss) << 10;
   if (WIFEXITED(status)) outcome.code = WEXITSTATUS(status);
   if (WIFSIGNALED(status)) outcome.signal = WTERMSIG(status);
   outcome.out = drain(running.out);

@@ -18,6 +18,7 @@ struct Outcome {
   int code = -1;   // exit code; -1 if a signal ended it
   int signal = 0;  // that signal
   pid_t pid = 0;
+  uint64_t peak_bytes = 0;  // of memory that was resident, code too
   std::string out, err;
 
   std::vector<std::string> out_lines() const;

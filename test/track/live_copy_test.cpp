@@ -144,11 +144,12 @@ TEST_F(WatchedCopyTest, LeavesNoBreakpointWhenItIsGivenUp) {
   EXPECT_EQ(maps_of(target_.pid()).find("[uprobes"), std::string::npos);
 }
 
-TEST_F(WatchedCopyTest, TouchesNoCodeWhenOnlyContentTells) {
+TEST_F(WatchedCopyTest, TouchesNoCodeButForTheRoundsWhenOnlyContentTells) {
   const uint64_t p = alloc();
   ASSERT_NO_FATAL_FAILURE(start(TrackerChoice::kContent));
   EXPECT_EQ(library_text(target_.pid()), text_);
   ASSERT_NO_FATAL_FAILURE(round());
+  EXPECT_TRUE(copy_->stop_watching());
   EXPECT_EQ(library_text(target_.pid()), text_);
   EXPECT_TRUE(claims(lock_and_finish(), p));
 }

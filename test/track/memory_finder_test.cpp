@@ -27,6 +27,13 @@ using std::chrono::steady_clock;
 
 constexpr uint64_t kBytes = 4 << 20;
 
+// Of a process whose threads wait for orders.
+phos::MemoryScan scan_of(Agent& agent) {
+  return [&agent](const std::vector<phos::AddressRange>* ranges) {
+    return ranges ? agent.enumerate(*ranges) : agent.enumerate();
+  };
+}
+
 class MemoryFinderTest : public WatchTest {
  protected:
   void SetUp() override {
@@ -43,7 +50,7 @@ class MemoryFinderTest : public WatchTest {
   virtual TrackerChoice choice() const { return TrackerChoice::kVerify; }
 
   std::vector<AgentAllocation> list() {
-    auto listed = finder_->list(*agent_);
+    auto listed = finder_->list(scan_of(*agent_));
     EXPECT_TRUE(listed) << listed.error().message();
     return listed ? *listed : std::vector<AgentAllocation>();
   }
@@ -142,7 +149,7 @@ TEST_F(LedgerFinderTest, ExportingDoesNoHarm) {
   std::erase_if(all,
                 [](const AgentAllocation& a) { return a.export_type == phos::ExportType::kNone; });
   ASSERT_FALSE(all.empty());
-  auto handles = agent_->export_memory(all, phos::ExportGuard::kCaller);
+  auto handles = agent_->export_memory(all, phos::AgentGuard::kCaller);
   ASSERT_TRUE(handles) << handles.error().message();
   EXPECT_TRUE(lists(p));
   expect_did(1, 0);
@@ -217,10 +224,10 @@ class BlindSource : public phos::ActivitySource {
 TEST_F(VerifiedFinderTest, ALedgerThatIsWrongIsFoundOut) {
   phos::set_log_sink([](phos::LogLevel, const std::string&) {});
   MemoryFinder finder(target_.pid(), TrackerChoice::kVerify, std::make_unique<BlindSource>());
-  EXPECT_TRUE(finder.list(*agent_));
+  EXPECT_TRUE(finder.list(scan_of(*agent_)));
   const unsigned before = finder.statistics().mistakes;
   const uint64_t p = alloc();
-  auto listed = finder.list(*agent_);
+  auto listed = finder.list(scan_of(*agent_));
   ASSERT_TRUE(listed);
   EXPECT_EQ(count(*listed, p), 1) << "the scan counts";
   EXPECT_EQ(finder.statistics().mistakes, before + 1);
@@ -252,8 +259,8 @@ TEST(MemoryFinder, ScansWhatIsNotWatched) {
   const auto text = library_text(target.pid());
   MemoryFinder finder(target.pid(), TrackerChoice::kContent);
   EXPECT_EQ(library_text(target.pid()), text);
-  EXPECT_TRUE(finder.list(*agent));
-  EXPECT_TRUE(finder.list(*agent));
+  EXPECT_TRUE(finder.list(scan_of(*agent)));
+  EXPECT_TRUE(finder.list(scan_of(*agent)));
   EXPECT_EQ(finder.statistics().scans, 2u);
   EXPECT_FALSE(finder.changed_since_list());
   EXPECT_TRUE(finder.stop());
@@ -330,7 +337,7 @@ TEST(MemoryFinder, ScansAgainAfterACallThatWasInProgress) {
   auto agent = Agent::attach(target.pid(), tid);
   ASSERT_TRUE(agent) << agent.error().message();
   MemoryFinder finder(target.pid(), TrackerChoice::kActivity);
-  ASSERT_TRUE(finder.list(*agent));
+  ASSERT_TRUE(finder.list(scan_of(*agent)));
   ASSERT_EQ(target.ask("pin"), "ok") << "the next list is to be a scan";
 
   std::ofstream(faults) << "cuMemAlloc * hold\n";
@@ -343,17 +350,17 @@ TEST(MemoryFinder, ScansAgainAfterACallThatWasInProgress) {
     why = in_call.error().message();
   } while (why.find("running") != std::string::npos);
   EXPECT_NE(why.find("is in a call into libcuda"), std::string::npos) << why;
-  const auto during = finder.list(*agent);
+  const auto during = finder.list(scan_of(*agent));
   ASSERT_TRUE(during);
   std::filesystem::remove(faults);
   const uint64_t p = numbers(target.reply().value_or("")).at(0);
   auto at = [&](const AgentAllocation& a) { return a.address == p; };
   EXPECT_TRUE(std::none_of(during->begin(), during->end(), at));
-  const auto after = finder.list(*agent);
+  const auto after = finder.list(scan_of(*agent));
   ASSERT_TRUE(after);
   EXPECT_EQ(std::count_if(after->begin(), after->end(), at), 1);
   EXPECT_EQ(finder.statistics().scans, 3u);
-  ASSERT_TRUE(finder.list(*agent));
+  ASSERT_TRUE(finder.list(scan_of(*agent)));
   EXPECT_EQ(finder.statistics().scans, 3u) << "now nothing is in progress";
 }
 

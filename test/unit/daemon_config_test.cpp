@@ -69,6 +69,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
                                   "key-file = /etc/phos/image key\n"
                                   "encrypt = on\n"
                                   "durability = memory\n"
+                                  "direct_storage = auto\n"
                                   "log_level = debug"),
                             &config);
   ASSERT_TRUE(r.ok()) << r.error().message();
@@ -85,6 +86,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
   EXPECT_EQ(config.key_file, "/etc/phos/image key");
   EXPECT_TRUE(config.encrypt);
   EXPECT_EQ(config.durability, Durability::kMemory);
+  EXPECT_TRUE(config.direct_storage);
   EXPECT_EQ(config.log_level, LogLevel::kDebug);
 }
 
@@ -105,7 +107,8 @@ TEST_F(DaemonConfigTest, ErrorsNameTheFileAndTheLine) {
                            "compress = zstd:20",   "compress_threads = 0",
                            "key_file = key",       "key_file =",
                            "encrypt = yes",        "durability = ssd",
-                           "config = /etc/passwd", "foreground = 1"}) {
+                           "config = /etc/passwd", "foreground = 1",
+                           "direct_storage = on"}) {
     EXPECT_EQ(refused(line).rfind(at + "1: ", 0), 0u) << line << ": " << refused(line);
   }
   EXPECT_NE(refused("socket = /" + std::string(200, 'x')), "");

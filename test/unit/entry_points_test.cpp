@@ -72,8 +72,8 @@ TEST(EntryPoints, CanBeProbedInTheDriver) {
 
 // Chosen by hand: what can take away memory that cuMemAlloc or cuMemMap has made, or the context,
 // handle or addresses it needs, however rarely it does. Graph launches, which also free, only free
-// what graphs have allocated: those must not wait.
-TEST(EntryPoints, KnowsWhatFreesExportableMemory) {
+// what graphs have allocated: those must not wait, nor other work.
+TEST(EntryPoints, KnowsWhatChangesMemory) {
   const std::set<std::string> expected = {
       "cuArrayDestroy",
       "cuCheckpointProcessCheckpoint",
@@ -132,7 +132,11 @@ TEST(EntryPoints, KnowsWhatFreesExportableMemory) {
       "cuMemFree",
       "cuMemFreeAsync",
       "cuMemFreeAsync_ptsz",
+      "cuMemFreeHost",
       "cuMemFree_v2",
+      "cuMemHostUnregister",
+      "cuMemMapArrayAsync",
+      "cuMemMapArrayAsync_ptsz",
       "cuMemPoolDestroy",
       "cuMemPoolSetAttribute",
       "cuMemPoolTrimTo",
@@ -146,16 +150,26 @@ TEST(EntryPoints, KnowsWhatFreesExportableMemory) {
   };
   std::set<std::string> found;
   for (const auto& [name, code] : exported()) {
-    if (!may_free_exportable(name)) continue;
-    found.insert(name);
-    EXPECT_TRUE(find_entry_point(name).effects & kFree) << name;
+    if (!may_change_memory(name)) continue;
+    EXPECT_TRUE(find_entry_point(name).effects & (kAllocate | kFree)) << name;
+    if (find_entry_point(name).effects & kFree) found.insert(name);
     EXPECT_EQ(emulated_entry(code), 0u) << name;
     EXPECT_EQ(code.at(0), 0x55) << name
                                 << " begins with push %rbp, so that it can be told whether a"
                                 << " parked thread has come further";
   }
   EXPECT_EQ(found, expected);
-  EXPECT_TRUE(may_free_exportable("cuMemTeleport_v7")) << "unknown";
+  for (const char* name :
+       {"cuMemAlloc", "cuMemAlloc_v2", "cuMemAllocPitch_v2", "cuMemCreate", "cuMemMap",
+        "cuMemAllocAsync_ptsz", "cuMemAllocManaged", "cuMemHostAlloc", "cuIpcOpenMemHandle_v2",
+        "cuModuleLoadData", "cuArrayCreate_v2"}) {
+    EXPECT_TRUE(may_change_memory(name)) << name;
+  }
+  for (const char* name : {"cuLaunchKernel", "cuGraphLaunch_ptsz", "cuMemcpyAsync", "cuMemsetD8_v2",
+                           "cuStreamSynchronize", "cuPointerGetAttributes"}) {
+    EXPECT_FALSE(may_change_memory(name)) << name;
+  }
+  EXPECT_TRUE(may_change_memory("cuMemTeleport_v7")) << "unknown";
 }
 
 TEST(EntryPoints, SuspectsUnknownNamesOfEverything) {

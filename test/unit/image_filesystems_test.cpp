@@ -16,7 +16,7 @@ constexpr uint32_t kPages = 200;  // several requests
 
 // Of the shell; its output is left in `log`.
 bool run(const std::string& command, const std::string& log) {
-  return system((command + " >" + log + " 2>&1").c_str()) == 0;
+  return system(("{ " + command + "; } >" + log + " 2>&1").c_str()) == 0;
 }
 
 // A file system to try. The commands run in a directory of their own, and mount it at `mnt` there.
@@ -27,6 +27,24 @@ struct FileSystem {
   const char* unmount;
   bool lasts = true;  // what is in it outlives being unmounted
 };
+
+// A server of this network namespace's own, without its usual tools: root of what it exports is
+// `base`, and what the kernel would ask rpc.mountd is written into its caches (exports(5), flags of
+// linux/nfsd/export.h: insecure, no_subtree_check, fsid). It makes its clients
+// wait for those of an earlier server, for 10 seconds at least.
+constexpr char kMakeNfs[] =
+    "mkdir base && ip link set lo up && { grep -qw nfsd /proc/filesystems || "
+    "{ echo no NFS server is in this kernel, or its module nfsd is not loaded; false; }; }";
+constexpr char kMountNfs[] =
+    "mount -t nfsd nfsd /proc/fs/nfsd && echo 10 >/proc/fs/nfsd/nfsv4gracetime && echo -3 +4.2 "
+    ">/proc/fs/nfsd/versions && "
+    "echo nfsd 127.0.0.1 2147483647 us >/proc/net/rpc/auth.unix.ip/channel && "
+    "echo us $PWD/base 2147483647 $((0x2402)) -2 -2 0 >/proc/net/rpc/nfsd.export/channel && "
+    "echo us 1 '\\x00000000' 2147483647 $PWD/base >/proc/net/rpc/nfsd.fh/channel && "
+    "echo tcp 2049 >/proc/fs/nfsd/portlist && echo 2 >/proc/fs/nfsd/threads && "
+    "mount -i -t nfs -o vers=4.2,sec=sys,addr=127.0.0.1,clientaddr=127.0.0.1 127.0.0.1:/ mnt";
+constexpr char kUnmountNfs[] =
+    "umount mnt && echo 0 >/proc/fs/nfsd/threads && umount /proc/fs/nfsd";
 
 constexpr FileSystem kFileSystems[] = {
     {"ext4", "truncate -s 96M disk && mkfs.ext4 -q -F disk", "mount -o loop disk mnt",
@@ -42,6 +60,7 @@ constexpr FileSystem kFileSystems[] = {
      "umount mnt && umount base"},
     {"tmpfs", "true", "mount -t tmpfs -o size=96m none mnt", "umount mnt", false},
     {"ramfs", "true", "mount -t ramfs none mnt", "umount mnt", false},
+    {"nfs", kMakeNfs, kMountNfs, kUnmountNfs},
 };
 
 class FileSystems : public testing::TestWithParam<FileSystem> {
@@ -65,7 +84,7 @@ class FileSystems : public testing::TestWithParam<FileSystem> {
   void write_packed();
   void expect_packed();
 
-  // Runs on a thread of its own, whose private mount namespace goes away with it.
+  // Runs on a thread of its own, whose private namespaces go away with it.
   void try_it();
 
   TempDir dir_;
@@ -153,9 +172,9 @@ void FileSystems::expect_packed() {
 void FileSystems::try_it() {
   const FileSystem& fs = GetParam();
   ASSERT_EQ(mkdir(dir_.path("mnt").c_str(), 0700), 0);
-  if (unshare(CLONE_NEWNS) != 0 ||
+  if (unshare(CLONE_NEWNS | CLONE_NEWNET) != 0 ||
       mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) {
-    skip_ = std::string("no private mount namespace: ") + strerror(errno);
+    skip_ = std::string("no private mount and network namespaces: ") + strerror(errno);
     return;
   }
   if (!step(fs.make) || !step(fs.mount)) return;

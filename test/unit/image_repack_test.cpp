@@ -295,14 +295,9 @@ TEST_F(Repack, AnotherParentInPlace) {
   EXPECT_EQ(r.kept_pages, 2u);
   EXPECT_EQ(r.zero_pages, 2u);
   expect_holds(fd(3), were_[3]);
-  auto images = read_process_images(fd(3));
-  ASSERT_TRUE(images);
-  auto would = free_unused_pages(fd(3), *images, true);
-  ASSERT_TRUE(would) << would.error().message();
-  auto freed = free_unused_pages(fd(3), *images, false);
+  auto freed = free_unused_pages(fd(3));
   ASSERT_TRUE(freed) << freed.error().message();
   EXPECT_EQ(freed->bytes, 8 * kPage);  // of the 9 that the first step copied
-  EXPECT_EQ(would->bytes, freed->bytes);
   expect_holds(fd(3), were_[3]);
   EXPECT_TRUE(verify(3)->ok());
 }
@@ -414,7 +409,7 @@ TEST_F(Repack, LeftoversOfAKilledWriter) {
   write_bytes(path(3, "phos-7.img.tmp"), Bytes(100));
   write_bytes(path(3, "other.tmp"), Bytes(100));
   UniqueFd in_use(open(path(3, "phos-7.img.tmp").c_str(), O_WRONLY | O_CLOEXEC));
-  auto freed = remove_leftovers(fd(3), false);
+  auto freed = remove_leftovers(fd(3));
   ASSERT_TRUE(freed) << freed.error().message();
   EXPECT_EQ(freed->files, 2u);
   EXPECT_EQ(names(3), (std::set<std::string>{"other.tmp", "parent", "phos-7.img", "phos-7.img.tmp",

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // What `phos show` prints.
+#include "gpu-tracker/image/page_statistics.h"
 #include "test/unit/image_fixture.h"
 
 namespace phos::image_test {
@@ -106,7 +107,9 @@ TEST(ImageShow, JsonOfSavedPages) {
           "pages": {
             "here": 2,
             "parent": 2,
-            "zero": 2
+            "zero": 2,
+            "other": 0,
+            "dropped": 0
           }
         }
 )");
@@ -114,7 +117,9 @@ TEST(ImageShow, JsonOfSavedPages) {
       "pages": {
         "here": 2,
         "parent": 2,
-        "zero": 2
+        "zero": 2,
+        "other": 0,
+        "dropped": 0
       },
       "rounds": [
         {
@@ -139,7 +144,9 @@ TEST(ImageShow, JsonOfSavedPages) {
           "pages": {
             "here": 2,
             "parent": 2,
-            "zero": 2
+            "zero": 2,
+            "other": 0,
+            "dropped": 0
           }
         },
         {
@@ -164,7 +171,112 @@ process 4242  py?t) (3  locked
   0      pre-dump  2026-01-01 00:00:00 UTC  /images/2: 2 here (128.0 KiB), 2 in parents, 2 zero
   1      pre-dump  2025-12-31 23:59:00 UTC  /images/1: 6 here (384.0 KiB), 0 in parents, 0 zero
   timings  scan 10.2 ms, lock -, checkpoint 1.40 s
+
+  memory              pages          size
+  saved                   6     384.0 KiB
+  zero                    2     128.0 KiB
+  in parents              2     128.0 KiB
+  stored                  2     128.0 KiB
 )");
+}
+
+// Two processes that share pages in a packed file, and one page that each has twice.
+ImageSet sharing_set() {
+  ImageSet set = saved_set();
+  ProcessImage& first = set.processes[0];
+  first.layout.packed = true;
+  AllocationInfo& a = first.allocations[0];
+  a.size = 8 * kImagePageSize;
+  a.hashes.resize(8);
+  first.other_files = {{first.parent_dump_id, 7, 0}, {first.dump_id, 4242, 9}};
+  a.extents = {{0, 2, PageSource::kHere, 0},    {2, 1, PageSource::kHere, 0},
+               {3, 1, PageSource::kZero},       {4, 1, PageSource::kOther, 12, 0},
+               {5, 1, PageSource::kParent},     {6, 1, PageSource::kDropped},
+               {7, 1, PageSource::kOther, 0, 1}};
+  // In units of 4 KiB: 0 to 1, 2.
+  a.packed = {{5000}, {4096}, {5000}};
+  ProcessImage second = first;
+  second.pid = 5000;
+  AllocationInfo& b = second.allocations[0];
+  second.other_files = {{first.dump_id, 4242, a.gpu, {.packed = true}}};
+  b.extents = {
+      {0, 2, PageSource::kOther, 0, 0}, {2, 1, PageSource::kHere, 0}, {3, 5, PageSource::kZero}};
+  b.packed = {{5000}, {4096}, {65536}};
+  set.processes.push_back(second);
+  return set;
+}
+
+TEST(ImageShow, WhatWasSavedByNotStoringPages) {
+  const PageStatistics s = page_statistics(sharing_set().processes);
+  EXPECT_EQ(s.pages, 16u);
+  EXPECT_EQ(s.zero, 6u);
+  EXPECT_EQ(s.in_parents, 2u);
+  EXPECT_EQ(s.dropped, 1u);
+  EXPECT_EQ(s.stored, 4u);
+  EXPECT_EQ(s.equal, 1u);
+  EXPECT_EQ(s.equal_to_other, 2u);
+  EXPECT_EQ(s.stored_bytes, (2u + 1u + 16u + 16u) * 4096);
+  const std::string table = to_table(sharing_set());
+  EXPECT_NE(table.find(R"(
+  memory              pages          size
+  saved                  16       1.0 MiB
+  zero                    6     384.0 KiB
+  in parents              2     128.0 KiB
+  equal                   1      64.0 KiB  to another page of the process
+  shared                  2     128.0 KiB  with another process
+  dropped                 1      64.0 KiB  since nothing needs it
+  stored                  4     256.0 KiB  as 140.0 KiB (54.7 %)
+)"),
+            std::string::npos)
+      << table;
+  EXPECT_NE(table.find(" 1 in parents, 1 zero, 2 in other files, 1 dropped\n"), std::string::npos);
+  const std::string json = to_json(sharing_set());
+  EXPECT_NE(json.find(R"(
+  "statistics": {
+    "pages": 16,
+    "zero": 6,
+    "in_parents": 2,
+    "equal": 1,
+    "equal_to_other_processes": 2,
+    "dropped": 1,
+    "stored": 4,
+    "stored_bytes": 143360,
+    "memory_bytes": 1048576
+  },
+)"),
+            std::string::npos)
+      << json;
+}
+
+TEST(ImageShow, WherePagesAre) {
+  ImageSet set = saved_set();
+  using From = ShownRun::From;
+  const ShownRuns runs = {{{{0, 2, From::kThisFile, 0, "phos-pages-4242-0.img", 7},
+                            {2, 1, From::kParent, 3, "phos-pages-9-1.img", 100},
+                            {3, 3, From::kZero}}}};
+  const std::string table = to_table(set, &runs);
+  EXPECT_NE(table.find("allocation at " + std::string("0x7f")), std::string::npos) << table;
+  EXPECT_NE(table.find(R"(
+    first page       pages  from
+             0           2  this file: phos-pages-4242-0.img, slot 7
+             2           1  parent, level 3: phos-pages-9-1.img, slot 100
+             3           3  zero
+)"),
+            std::string::npos)
+      << table;
+  EXPECT_NE(to_json(set, &runs).find(R"(
+          "runs": [
+            {
+              "first_page": 0,
+              "pages": 2,
+              "from": "this file",
+              "level": 0,
+              "file": "phos-pages-4242-0.img",
+              "slot": 7
+            },
+)"),
+            std::string::npos)
+      << to_json(set, &runs);
 }
 
 TEST(ImageShow, WhereTheStopWent) {
@@ -212,6 +324,12 @@ process 4242  py?t) (3  locked
   shared    managed             1       1.0 MiB
   total                         7       8.0 GiB
   timings  scan 10.2 ms, lock -, checkpoint 1.40 s
+
+  memory              pages          size
+  saved                   6     384.0 KiB
+  zero                    2     128.0 KiB
+  in parents              2     128.0 KiB
+  stored                  2     128.0 KiB
 
   file id  flags       path
         7  0x80002     /dev/nvidiactl

@@ -54,6 +54,24 @@ TEST(PinnedPool, MakesBuffersInStepsUpToItsSize) {
   EXPECT_TRUE(pool.try_acquire());
 }
 
+TEST(PinnedPool, PeaksAreOfTheirOwnTime) {
+  PinnedPool pool(small(6));
+  auto first = pool.acquire({});
+  const PinnedPool::Peak whole(pool);
+  EXPECT_EQ(whole.bytes(), 2 * kMiB);
+  {
+    const PinnedPool::Peak part(pool);
+    std::vector<Result<PinnedPool::Buffer>> held;
+    for (int i = 0; i < 3; i++) held.push_back(pool.acquire({}));
+    EXPECT_EQ(part.bytes(), 8 * kMiB);
+  }
+  const PinnedPool::Peak later(pool);
+  first->reset();
+  auto again = pool.acquire({});
+  EXPECT_EQ(later.bytes(), 2 * kMiB);
+  EXPECT_EQ(whole.bytes(), 8 * kMiB);
+}
+
 TEST(PinnedPool, ReserveMakesThemBeforehand) {
   PinnedPool pool(small(6));
   ASSERT_TRUE(pool.reserve(9 * kMiB));

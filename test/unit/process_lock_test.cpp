@@ -7,9 +7,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <filesystem>
 #include <optional>
+#include <set>
+#include <string>
+#include <thread>
 #include <utility>
 
 namespace phos {
@@ -51,6 +55,84 @@ TEST_F(ProcessLockTest, SaysWhatWasHeldAndWhere) {
   EXPECT_TRUE(open_noted_directory(left()[0].image_dir));
 }
 
+TEST_F(ProcessLockTest, OfThoseThatSayNothingOnlyTheOneThatIsHeldStays) {
+  const auto names = [&] {
+    std::set<std::string> found;
+    for (const auto& entry : std::filesystem::directory_iterator(root_ + "/lock")) {
+      found.insert(entry.path().filename());
+    }
+    return found;
+  };
+  const UniqueFd directory = open_images();
+  auto held = ProcessLock::take(root_ + "/lock", 77, 1234);
+  ASSERT_TRUE(held);
+  // Killed, one before it had noted anything and one after.
+  for (const bool notes : {false, true}) {
+    const pid_t child = fork();
+    if (child == 0) {
+      auto lock = ProcessLock::take(root_ + "/lock", 78, notes);
+      if (!lock || (notes && !lock->note(CudaState::kRunning, directory.get()))) _exit(1);
+      _exit(0);
+    }
+    int status = -1;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    ASSERT_EQ(status, 0);
+  }
+  ASSERT_EQ(names(), (std::set<std::string>{"77-1234", "78-0", "78-1"}));
+  bool held_elsewhere = true;
+  const auto abandoned = find_abandoned(root_ + "/lock", &held_elsewhere);
+  EXPECT_EQ(names(), (std::set<std::string>{"77-1234", "78-1"}));
+  ASSERT_EQ(abandoned.size(), 1u);
+  EXPECT_EQ(abandoned[0].pid, 78);
+  EXPECT_EQ(abandoned[0].start_time, 1u);
+  EXPECT_FALSE(held_elsewhere) << "77 is ours";
+}
+
+TEST_F(ProcessLockTest, WhatAnotherPhosdHoldsIsNotAbandonedBeforeItDies) {
+  for (const bool notes : {false, true}) {
+    int ready[2], die[2];
+    ASSERT_EQ(pipe2(ready, O_CLOEXEC) | pipe2(die, O_CLOEXEC), 0);
+    const pid_t phosd = fork();
+    if (phosd == 0) {
+      close(die[1]);
+      const UniqueFd directory = open_images();
+      auto lock = ProcessLock::take(root_ + "/lock", 77, 1234);
+      if (!lock || (notes && !lock->note(CudaState::kRunning, directory.get()))) _exit(1);
+      char byte = 0;
+      (void)!write(ready[1], &byte, 1);
+      (void)!read(die[0], &byte, 1);
+      _exit(0);
+    }
+    close(die[0]);
+    close(ready[1]);
+    char byte;
+    ASSERT_EQ(read(ready[0], &byte, 1), 1);
+    bool held_elsewhere = false;
+    EXPECT_TRUE(find_abandoned(root_ + "/lock", &held_elsewhere).empty());
+    EXPECT_TRUE(held_elsewhere);
+    close(die[1]);
+    ASSERT_EQ(waitpid(phosd, nullptr, 0), phosd);
+    EXPECT_EQ(find_abandoned(root_ + "/lock", &held_elsewhere).size(), notes);
+    EXPECT_FALSE(held_elsewhere);
+    close(ready[0]);
+  }
+}
+
+TEST_F(ProcessLockTest, WhatIsLeftStaysNotedAndCanBeTaken) {
+  const UniqueFd directory = open_images();
+  {
+    auto lock = ProcessLock::take(root_ + "/lock", 77, 1234);
+    ASSERT_TRUE(lock);
+    ASSERT_TRUE(lock->note(CudaState::kRunning, directory.get(), "dump"));
+    lock->leave();
+  }
+  ASSERT_EQ(left().size(), 1u);
+  bool held_elsewhere = true;
+  EXPECT_EQ(find_abandoned(root_ + "/lock", &held_elsewhere).size(), 1u);
+  EXPECT_FALSE(held_elsewhere);
+  EXPECT_TRUE(ProcessLock::take(root_ + "/lock", 77, 1234, true));
+}
+
 TEST_F(ProcessLockTest, DirectoryThatWasRemovedIsRefused) {
   auto lock = ProcessLock::take(root_ + "/lock", 77, 1234);
   ASSERT_TRUE(lock);
@@ -66,6 +148,23 @@ TEST_F(ProcessLockTest, DirectoryThatWasRemovedIsRefused) {
   ASSERT_FALSE(opened);
   EXPECT_NE(opened.error().message().find(images() + " (deleted)"), std::string::npos)
       << opened.error().message();
+}
+
+// Whoever holds it is always about to let go.
+TEST_F(ProcessLockTest, HandOverIsNeverMistakenForAHolderThatStays) {
+  std::atomic<int> taken = 0, refused = 0;
+  const auto contend = [&] {
+    for (int i = 0; i < 20000; i++) {
+      auto lock = ProcessLock::take(root_ + "/lock", 77, 1234, false, [] { return true; });
+      taken += lock.ok();
+      refused += !lock && lock.error().code() != EAGAIN;
+    }
+  };
+  std::thread other(contend);
+  contend();
+  other.join();
+  EXPECT_GT(taken, 0);
+  EXPECT_EQ(refused, 0);
 }
 
 TEST_F(ProcessLockTest, WhoWantsItIsToldToWaitOnceItsHolderHasGone) {

@@ -1,131 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// phosd's session over a driver that keeps its state in this process and fails on request. The
-// "target" is a real process, because the session looks at /proc.
+// What a session refuses, what it does to the process and which images it leaves.
 #include "gpu-tracker/daemon/session.h"
 
 #include <fcntl.h>
-#include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
-#include <atomic>
 #include <filesystem>
-#include <thread>
-#include <utility>
 
 #include "gpu-tracker/base/log.h"
-#include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/driver/fault_driver.h"
+#include "test/unit/session_fixture.h"
 #include "test/unit/sync_recorder.h"
 
 namespace phos {
 namespace {
-
-using State = CudaState;
-
-// One CUDA process, by the driver's rules (test/contract holds the real one against them).
-class FakeDriver final : public GpuDriver {
- public:
-  int cuda_pid = -1;
-  State now = State::kRunning;
-  uint64_t imported = 0;
-  bool knows_memory = true;
-  bool managed = false;
-  int lock_error = 0;
-  std::atomic<int> restore_error{0};
-  std::vector<GpuPair> pairs_used;
-  GpuUuid uuid{1, 2, 3};
-
-  Result<int> api_version() override { return 13000; }
-  Result<std::string> release() override { return std::string("580.0"); }
-  Result<std::vector<GpuInfo>> gpus() override {
-    return std::vector<GpuInfo>{{uuid, "Fake GPU", 1 << 30}};
-  }
-  Result<ProcessMemory> process_memory(int) override {
-    if (!knows_memory) return Error(Domain::kErrno, ENOENT, "no such driver");
-    return ProcessMemory{100, imported};
-  }
-  Result<int> restore_thread_id(int pid) override {
-    if (pid != cuda_pid) return cuda(kCudaErrorNotInitialized);
-    return pid;
-  }
-  Result<State> state(int pid) override {
-    if (pid != cuda_pid) return cuda(kCudaErrorNotInitialized);
-    return now;
-  }
-  Result<void> lock(int pid, unsigned) override {
-    if (lock_error) return cuda(lock_error);
-    return step(pid, State::kRunning, State::kLocked);
-  }
-  Result<void> checkpoint(int pid) override {
-    if (managed) return cuda(kCudaErrorNotSupported);
-    return step(pid, State::kLocked, State::kCheckpointed);
-  }
-  Result<void> restore(int pid, const std::vector<GpuPair>& pairs) override {
-    if (restore_error) return cuda(restore_error);
-    pairs_used = pairs;
-    return step(pid, State::kCheckpointed, State::kLocked);
-  }
-  Result<void> unlock(int pid) override { return step(pid, State::kLocked, State::kRunning); }
-
- private:
-  static Error cuda(int code) { return Error(Domain::kCuda, code, "fake " + std::to_string(code)); }
-  Result<void> step(int pid, State from, State to) {
-    if (pid != cuda_pid) return cuda(kCudaErrorNotInitialized);
-    if (now != from) return cuda(kCudaErrorIllegalState);
-    now = to;
-    return {};
-  }
-};
-
-class SessionTest : public testing::Test {
- protected:
-  SessionTest() {
-    set_log_sink([](LogLevel, const std::string&) {});
-    char path[] = "/tmp/phos-session-XXXXXX";
-    dir_ = mkdtemp(path);
-    std::filesystem::create_directory(dir_ + "/images");
-    std::filesystem::create_directory(dir_ + "/lock");
-    pid_ = fork();
-    if (pid_ == 0) {
-      prctl(PR_SET_PDEATHSIG, SIGKILL);  // a test that is killed leaves nothing behind
-      for (;;) ::pause();
-    }
-    driver_.cuda_pid = pid_;
-  }
-  ~SessionTest() override {
-    kill(pid_, SIGKILL);
-    waitpid(pid_, nullptr, 0);
-    std::filesystem::remove_all(dir_);
-  }
-
-  UniqueFd images() const { return UniqueFd(open((dir_ + "/images").c_str(), O_RDONLY)); }
-  size_t image_count() const {
-    size_t n = 0;
-    for (const auto& entry : std::filesystem::directory_iterator(dir_ + "/images")) {
-      n += entry.path().filename().string().rfind("phos-", 0) == 0;
-    }
-    return n;
-  }
-  std::string lock_dir() const { return dir_ + "/lock"; }
-
-  // What a dump does, up to the first failure. True if all went well.
-  bool dump(Session& session) {
-    return session.begin_dump(images()) && pause(session) && session.checkpoint(pid_);
-  }
-  // Finds and locks the one process.
-  bool pause(Session& session) {
-    auto found = session.inspect(pid_);
-    return found && found->size() == 1 && session.lock(1000);
-  }
-
-  FakeDriver driver_;
-  std::string dir_;
-  pid_t pid_ = -1;
-};
 
 TEST_F(SessionTest, DumpMovesTheMemoryAndRecordsIt) {
   Session session(driver_, lock_dir());
@@ -399,62 +287,6 @@ TEST_F(SessionTest, UndoOfAFailedProcessIsAnError) {
   session.recover();  // gives up: a failed process does not come back
 }
 
-// What a phosd that died has left, and its successor cannot bring to the state it was found in.
-TEST_F(SessionTest, StateThatNeverFitsAgainIsGivenUp) {
-  for (auto [found, now] :
-       {std::pair(State::kRunning, State::kFailed), std::pair(State::kLocked, State::kRunning),
-        std::pair(State::kCheckpointed, State::kLocked),
-        std::pair(State::kCheckpointed, State::kRunning)}) {
-    driver_.now = now;
-    std::string errors;
-    set_log_sink([&](LogLevel level, const std::string& line) {
-      if (level == LogLevel::kError) errors += line;
-    });
-    {
-      Session session(driver_, lock_dir());
-      session.begin_take_over(dir_ + "/images");
-      ASSERT_TRUE(session.take_over({pid_, *read_start_time(pid_), found, {}, {}}));
-      session.recover();
-    }
-    set_log_sink([](LogLevel, const std::string&) {});
-    EXPECT_NE(errors.find(std::string("is left as it is, ") + to_string(now)), std::string::npos)
-        << errors;
-    EXPECT_EQ(driver_.now, now);
-    EXPECT_TRUE(std::filesystem::is_empty(lock_dir())) << "nobody has it";
-  }
-}
-
-TEST_F(SessionTest, ProcessThatDoesNotComeBackYetIsRefusedWithTheReason) {
-  Session session(driver_, lock_dir());
-  ASSERT_TRUE(dump(session));
-  driver_.restore_error = 2;
-  std::thread recovery([&] { session.recover(); });
-  Session other(driver_, lock_dir());
-  ASSERT_TRUE(other.begin_dump(images()));
-  std::string refusal;
-  while (refusal.find("kill -KILL " + std::to_string(pid_)) == std::string::npos) {
-    auto refused = other.inspect(pid_);
-    ASSERT_FALSE(refused);
-    refusal = refused.error().message();
-  }
-  EXPECT_NE(refusal.find("goes on trying"), std::string::npos) << refusal;
-  EXPECT_NE(refusal.find("fake 2"), std::string::npos) << refusal;
-  driver_.restore_error = 0;
-  recovery.join();
-  EXPECT_EQ(driver_.now, State::kRunning);
-  EXPECT_TRUE(other.inspect(pid_));
-}
-
-TEST_F(SessionTest, RecoveryTriesUntilTheGpuHasRoomAgain) {
-  FaultDriver faulty(driver_);
-  Session session(faulty, lock_dir());
-  ASSERT_TRUE(dump(session));
-  ASSERT_TRUE(session.finish(true));
-  faulty.fail(2, FaultDriver::When::kBefore, Error(Domain::kCuda, 2, "out of memory"));
-  session.recover();
-  EXPECT_EQ(driver_.now, State::kRunning);
-}
-
 TEST_F(SessionTest, GpuUserWithoutCudaIsRefused) {
   driver_.cuda_pid = -1;
   Session session(driver_, lock_dir());
@@ -505,42 +337,6 @@ TEST_F(SessionTest, EveryCallMayFail) {
       }
     }
   }
-}
-
-TEST_F(SessionTest, CriuKilledAtAnyPointBringsTheProcessBack) {
-  for (int steps = 1; steps <= 3; steps++) {
-    Session session(driver_, lock_dir());
-    ASSERT_TRUE(session.begin_dump(images()));
-    if (steps >= 2) {
-      ASSERT_TRUE(pause(session));
-    }
-    if (steps >= 3) {
-      ASSERT_TRUE(session.checkpoint(pid_));
-    }
-    session.recover();
-    EXPECT_EQ(driver_.now, State::kRunning) << "after " << steps << " steps";
-    EXPECT_EQ(image_count(), 0u);
-  }
-}
-
-TEST_F(SessionTest, ProcessKilledAfterASuccessfulDumpKeepsItsImages) {
-  Session session(driver_, lock_dir());
-  ASSERT_TRUE(dump(session));
-  ASSERT_TRUE(session.finish(true));
-  kill(pid_, SIGKILL);
-  siginfo_t info;
-  ASSERT_EQ(waitid(P_PID, static_cast<id_t>(pid_), &info, WEXITED | WNOWAIT), 0);
-  session.recover();
-  EXPECT_EQ(driver_.now, State::kCheckpointed);
-  EXPECT_EQ(image_count(), 1u);
-}
-
-TEST_F(SessionTest, ProcessKeptByAPostDumpScriptIsBroughtBack) {
-  Session session(driver_, lock_dir());
-  ASSERT_TRUE(dump(session));
-  ASSERT_TRUE(session.finish(true));
-  session.recover();
-  EXPECT_EQ(driver_.now, State::kRunning);
 }
 
 }  // namespace

@@ -4,9 +4,9 @@ tracking of written pages (criu pre-dump), fentry, modules, or its age. The gues
 machine's, over 9p, so it runs what was built here; /run and /tmp are its own, but for the current
 directory.
 
-    python3 test/vm/vm.py [--build B] [--suite SUITE] [--timeout S] COMMAND...    (as root)
+    python3 test/vm/vm.py [--build B] [--suite SUITE] [--timeout S] [--module M] COMMAND...
 
-runs COMMAND in a shell in the guest, in the current directory, and exits with its exit code.
+as root, runs COMMAND in a shell in the guest, in the current directory, and exits with its exit code.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def copy_module(source, target):
         shutil.copyfileobj(f, out)
 
 
-def initramfs(directory, kernel, command):
+def initramfs(directory, kernel, command, modules):
     release = kernel.release
     tree = f'{directory}/initramfs'
     shutil.rmtree(tree, ignore_errors=True)
@@ -103,7 +103,8 @@ def initramfs(directory, kernel, command):
                    'echo'):
         os.symlink('busybox', f'{tree}/bin/{applet}')
     needs = module_needs(kernel.modules)
-    boot, criu = ([name for name in names if name in needs] for names in (BOOT_MODULES, CRIU_MODULES))
+    boot, criu = ([name for name in names if name in needs]
+                  for names in (BOOT_MODULES, CRIU_MODULES + modules))
     for file in {file for name in boot + criu for file in needs[name]}:
         copy_module(f'{kernel.modules}/{file}', f'{tree}/lib/modules/{release}/{file}')
     run('depmod', '-b', tree, release, stderr=subprocess.DEVNULL)
@@ -120,20 +121,21 @@ def initramfs(directory, kernel, command):
     return image
 
 
-def run_in_guest(command, build, timeout, suite='trixie', out=sys.stdout):
-    """Runs it with the kernel of a Debian suite (kernels.SUITES) and returns its exit code; raises
-    Missing or subprocess.TimeoutExpired."""
+def run_in_guest(command, build, timeout, suite='trixie', out=sys.stdout, modules=(), options=''):
+    """Runs it with the kernel of a Debian suite (kernels.SUITES), started with these options and with
+    `modules` beside the usual ones, and returns its exit code; raises Missing or
+    subprocess.TimeoutExpired."""
     for program in ('qemu-system-x86_64', 'cpio', 'depmod'):
         if not shutil.which(program):
             raise Missing(f'{program} is not installed')
     kernel = kernels.kernel(f'{build}/vm', suite)
-    image = initramfs(os.path.abspath(f'{build}/vm'), kernel, command)
+    image = initramfs(os.path.abspath(f'{build}/vm'), kernel, command, tuple(modules))
     # One after the other: emulated in parallel, a processor may execute half of what another one has
     # patched (int3 in the kernel's __schedule, an Oops).
     qemu = subprocess.Popen(
         ['qemu-system-x86_64', '-accel', 'tcg,thread=single', '-cpu', 'max', '-m', '4G', '-smp', '2',
          '-nographic', '-no-reboot', '-nic', 'none', '-kernel', kernel.image, '-initrd', image,
-         '-append', 'console=ttyS0 quiet panic=-1 oops=panic',
+         '-append', f'console=ttyS0 quiet panic=-1 oops=panic {options}',
          '-virtfs', 'local,path=/,mount_tag=host,security_model=none,multidevs=remap'],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors='replace')
@@ -163,10 +165,12 @@ def main():
     parser.add_argument('--build', default='build')
     parser.add_argument('--suite', default='trixie', choices=kernels.SUITES)
     parser.add_argument('--timeout', type=float, default=240)
+    parser.add_argument('--module', action='append', default=[])
     parser.add_argument('command', nargs='+')
     args = parser.parse_args()
     try:
-        return run_in_guest(' '.join(args.command), args.build, args.timeout, args.suite)
+        return run_in_guest(' '.join(args.command), args.build, args.timeout, args.suite,
+                            modules=args.module)
     except Missing as e:
         print(f'vm: {e}', file=sys.stderr)
         return 77

@@ -28,16 +28,13 @@
 #include <vector>
 
 #include "gpu-tracker/image/page_codec.h"
+#include "tools/bench/bench.h"
 
 namespace {
 
+using namespace bench;
 using namespace phos;
 using Bytes = std::vector<uint8_t>;
-
-[[noreturn]] void die(const std::string& why) {
-  fprintf(stderr, "compress_bench: %s\n", why.c_str());
-  exit(1);
-}
 
 // `size` bytes of what `next` gives.
 template <typename T>

@@ -43,6 +43,7 @@
 
 #include "gpu-tracker/copy/engine.h"
 #include "gpu-tracker/driver/cuda_driver.h"
+#include "tools/bench/bench.h"
 #include "tools/bench/read_arguments.h"
 
 extern "C" const char phos_bench_read_ptx[];
@@ -50,7 +51,7 @@ extern "C" const char phos_bench_read_ptx[];
 namespace {
 
 using namespace phos;
-using Clock = std::chrono::steady_clock;
+using namespace bench;
 
 struct Options {
   uint64_t mib = 8192;
@@ -66,23 +67,6 @@ struct Options {
   uint64_t buffer_mib = PinnedPoolOptions().buffer_bytes >> 20;
   std::string load = "reader,decode,train,storm";
 };
-
-[[noreturn]] void die(const std::string& why) {
-  fprintf(stderr, "copy_bench: %s\n", why.c_str());
-  exit(1);
-}
-void need(const Result<void>& r) {
-  if (!r) die(r.error().message());
-}
-template <typename T>
-T need(Result<T> r) {
-  if (!r) die(r.error().message());
-  return std::move(*r);
-}
-
-double seconds_since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
 
 struct Summary {
   double median, least, most;

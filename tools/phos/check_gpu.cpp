@@ -2,8 +2,10 @@
 // phos check: the NVIDIA driver and its GPUs.
 
 #include <cstdio>
+#include <cstdlib>
 
 #include "gpu-tracker/driver/cuda_driver.h"
+#include "gpu-tracker/driver/direct_storage.h"
 #include "tools/phos/checks.h"
 #include "tools/phos/command.h"
 
@@ -64,6 +66,17 @@ Check check_gpus(GpuDriver& driver) {
   return c;
 }
 
+// Nothing needs it.
+Check check_direct_storage() {
+  // libcufile would write its log into the current directory.
+  setenv("CUFILE_LOGFILE_PATH", "/dev/null", 0);
+  auto storage = DirectStorage::open();
+  return {"direct storage", Verdict::kOk,
+          storage ? (*storage)->description() + ", for direct_storage = auto in phosd.conf"
+                  : "none, and not needed: " + storage.error().message(),
+          ""};
+}
+
 }  // namespace
 
 std::vector<Check> check_gpu_driver() {
@@ -79,7 +92,8 @@ std::vector<Check> check_gpu_driver() {
   return {{"NVIDIA driver library", Verdict::kOk, "libcuda.so.1 with all entry points", ""},
           check_kernel_driver(**driver),
           check_api(**driver),
-          check_gpus(**driver)};
+          check_gpus(**driver),
+          check_direct_storage()};
 }
 
 }  // namespace phos::cli

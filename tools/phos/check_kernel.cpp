@@ -15,6 +15,7 @@
 
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/track/activity_program.h"
+#include "gpu-tracker/track/uvm_choice.h"
 #include "tools/phos/checks.h"
 
 namespace phos::cli {
@@ -107,6 +108,31 @@ Check check_tracker() {
   return c;
 }
 
+// Of managed memory; tried on this process.
+Check check_uvm_tracker() {
+  Check c{"managed memory", Verdict::kOk, "", ""};
+  const UvmTrackers trackers = check_uvm_trackers();
+  if (trackers.bpf) {
+    c.detail = "writes can be tracked by uvm-bpf: BPF programs attach to nvidia-uvm";
+  } else if (trackers.kmod) {
+    c.detail = "writes can be tracked by uvm-kmod (phos.ko); not by uvm-bpf: " +
+               trackers.bpf.error().message();
+  } else if (trackers.tools) {
+    c.detail = "writes can be tracked by uvm-tools, in units of 2 MiB; not by uvm-bpf: " +
+               trackers.bpf.error().message() +
+               "; nor by uvm-kmod: " + trackers.kmod.error().message();
+  } else {
+    c.verdict = Verdict::kWarn;
+    c.detail = "writes cannot be tracked; uvm-bpf: " + trackers.bpf.error().message() +
+               "; uvm-kmod: " + trackers.kmod.error().message() +
+               "; uvm-tools: " + trackers.tools.error().message();
+    c.remedy =
+        "use Linux 6.6 or newer and an nvidia-uvm with BTF; or load phos.ko; or make "
+        "/dev/nvidia-uvm-tools (nvidia-modprobe -c 0 -u)";
+  }
+  return c;
+}
+
 Check check_userfaultfd() {
   Check c{"userfaultfd", Verdict::kOk, "works", ""};
   UniqueFd fd(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK)));
@@ -131,9 +157,14 @@ Check check_io_uring() {
 }  // namespace
 
 std::vector<Check> check_kernel() {
-  return {
-      check_checkpoint_restore(), check_soft_dirty(), check_uprobes(), check_bpf(), check_tracker(),
-      check_userfaultfd(),        check_io_uring()};
+  return {check_checkpoint_restore(),
+          check_soft_dirty(),
+          check_uprobes(),
+          check_bpf(),
+          check_tracker(),
+          check_uvm_tracker(),
+          check_userfaultfd(),
+          check_io_uring()};
 }
 
 }  // namespace phos::cli

@@ -20,7 +20,7 @@ constexpr char kName[] = "diff";
 Syntax syntax() {
   Syntax s;
   s.command = kName;
-  s.usage = "A B [--json]";
+  s.usage = "A B [--jobs N] [--json]";
   s.about =
       "Compares the GPU memory that phos saved in A with that in B: which allocations appeared,\n"
       "which went, and how many pages of the others differ. An allocation is the same one if it\n"
@@ -29,6 +29,7 @@ Syntax syntax() {
       "root, only the right to read the directories and their parents. Exits with 0 whether or\n"
       "not they differ.\n";
   s.positional = "directory";
+  add_jobs(s, "read and hash");
   s.options.add_options()("json", "print JSON, with every allocation");
   add_key_option(&s);
   return s;
@@ -178,7 +179,7 @@ Result<ImageSet> read_set(int fd, const std::string& dir) {
   return images;
 }
 
-int diff(const std::string& a, const std::string& b, bool json) {
+int diff(const std::string& a, const std::string& b, unsigned jobs, bool json) {
   auto first_fd = open_existing(a);
   if (!first_fd) return fail(kName, first_fd.error().message());
   auto second_fd = open_existing(b);
@@ -190,6 +191,7 @@ int diff(const std::string& a, const std::string& b, bool json) {
   auto processes = [&] {
     ProgressLine line;
     DiffOptions how;
+    how.jobs = jobs;
     how.progress = [&](uint64_t pages, uint64_t of) {
       line.draw("comparing: " + format_bytes(pages * kImagePageSize) + " of " +
                 format_bytes(of * kImagePageSize));
@@ -216,7 +218,9 @@ int run_diff(const std::vector<std::string>& args) {
   if (auto ok = use_keys(*options); !ok) return fail(kName, ok.error().message(), kExitUsage);
   const std::vector<std::string> dirs = options->words("directory");
   if (dirs.size() != 2) return fail(kName, "give two directories of images", kExitUsage);
-  return diff(dirs[0], dirs[1], options->has("json"));
+  auto jobs = jobs_of(*options);
+  if (!jobs) return fail(kName, jobs.error().message(), kExitUsage);
+  return diff(dirs[0], dirs[1], *jobs, options->has("json"));
 }
 
 }  // namespace phos::cli

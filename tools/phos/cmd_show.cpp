@@ -2,7 +2,10 @@
 // phos show: prints what phos recorded in a directory of images.
 
 #include <cstdio>
+#include <optional>
+#include <utility>
 
+#include "gpu-tracker/image/page_statistics.h"
 #include "tools/phos/command.h"
 #include "tools/phos/gpu_images.h"
 #include "tools/phos/image_dir.h"
@@ -16,12 +19,14 @@ constexpr char kName[] = "show";
 Syntax syntax() {
   Syntax s;
   s.command = kName;
-  s.usage = "DIR [--json]";
+  s.usage = "DIR [--pages] [--json]";
   s.about =
       "Prints the CUDA processes that a dump in DIR holds: their GPUs, their memory, who\n"
-      "saved it, and how long it took. Verifies the images on the way, but no pages of memory\n"
+      "saved it, how long it took, and what zero pages, equal pages, parents and\n"
+      "compression have saved. Verifies the images on the way, but no pages of memory\n"
       "(`phos verify` does). Needs neither a GPU nor root, only the right to read DIR.\n";
   s.positional = "directory";
+  s.options.add_options()("pages", "tell where the saved pages of each allocation are");
   s.options.add_options()("json", "print JSON");
   add_key_option(&s);
   return s;
@@ -52,7 +57,14 @@ int run_show(const std::vector<std::string>& args) {
       return kExitOk;
     }
   }
-  fputs((json ? to_json(*images) : to_table(*images)).c_str(), stdout);
+  std::optional<ShownRuns> runs;
+  if (options->has("pages")) {
+    auto found = page_runs(fd->get(), *images);
+    if (!found) return fail(kName, found.error().message());
+    runs = std::move(*found);
+  }
+  const ShownRuns* const shown = runs ? &*runs : nullptr;
+  fputs((json ? to_json(*images, shown) : to_table(*images, shown)).c_str(), stdout);
   return kExitOk;
 }
 

@@ -25,6 +25,7 @@ int run_verify(const std::vector<std::string>& args);
 int run_diff(const std::vector<std::string>& args);
 int run_squash(const std::vector<std::string>& args);
 int run_rebase(const std::vector<std::string>& args);
+int run_gc(const std::vector<std::string>& args);
 int run_extract(const std::vector<std::string>& args);
 int run_check(const std::vector<std::string>& args);
 int run_daemon(const std::vector<std::string>& args);

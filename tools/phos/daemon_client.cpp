@@ -70,6 +70,8 @@ Result<DaemonInfo> ask(int socket) {
   info.socket = status->socket;
   info.max_sessions = status->max_sessions;
   info.pool_size = status->pool_size;
+  info.pool_made = status->has_pool_made ? status->pool_made : 0;
+  info.pool_peak = status->has_pool_peak ? status->pool_peak : 0;
   info.idle_timeout = status->idle_timeout;
   for (size_t i = 0; i < status->n_sessions; i++) {
     const Phos__Wire__SessionStatus& s = *status->sessions[i];
@@ -130,7 +132,8 @@ std::string describe(const DaemonInfo& info) {
   for (const DaemonSession& s : info.sessions) unsynced += s.unsynced_bytes;
   return "phosd " + info.version + ", pid " + std::to_string(info.pid) + ": " +
          std::to_string(info.sessions.size()) + " of " + std::to_string(info.max_sessions) +
-         " sessions, " + format_bytes(info.pool_size) + " pool, " + info.socket +
+         " sessions, " + format_bytes(info.pool_size) + " pool (" + format_bytes(info.pool_made) +
+         " made, " + format_bytes(info.pool_peak) + " at most in use), " + info.socket +
          (unsynced ? "; " + format_bytes(unsynced) + " of images are not durable yet" : "");
 }
 
@@ -141,6 +144,7 @@ void write_daemon(JsonWriter& w, const std::optional<DaemonInfo>& info) {
   }
   w.begin_object().member("pid", info->pid).member("version", info->version);
   w.member("protocol", info->protocol).member("socket", info->socket);
+  w.member("pool_made_bytes", info->pool_made).member("pool_peak_bytes", info->pool_peak);
   w.member("pool_bytes", info->pool_size).member("max_sessions", info->max_sessions);
   w.member("idle_timeout_s", info->idle_timeout);
   w.key("sessions").begin_array();

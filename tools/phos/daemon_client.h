@@ -29,6 +29,8 @@ struct DaemonInfo {
   std::string socket;
   unsigned max_sessions = 0;
   uint64_t pool_size = 0;     // bytes
+  uint64_t pool_made = 0;     // of these, that there are
+  uint64_t pool_peak = 0;     // of these, the most that was in use at a time
   unsigned idle_timeout = 0;  // seconds; 0: never leaves
   std::vector<DaemonSession> sessions;
 };
@@ -43,7 +45,8 @@ Result<DaemonInfo> start_daemon();
 // Waits until it lets nobody in any more. False: none ran. Fails while there are sessions.
 Result<bool> stop_daemon();
 
-// One line: "phosd 0.1.0, pid 7: 1 of 32 sessions, 16.0 GiB pool, /run/phos/phosd.sock".
+// One line: "phosd 0.1.0, pid 7: 1 of 32 sessions, 16.0 GiB pool (0.5 GiB made, 0.2 GiB at most in
+// use), /run/phos/phosd.sock".
 std::string describe(const DaemonInfo& info);
 
 // The value that `phos status --json` and `phos daemon status --json` have in common; null: none.

@@ -18,6 +18,10 @@
 namespace phos::cli {
 namespace {
 
+// phosd lets go of a parent's directory a moment after the dump that builds on it has ended.
+constexpr int kLockTries = 40;
+constexpr useconds_t kLockPauseUs = 50'000;
+
 constexpr char kInventory[] = "inventory.img";
 constexpr char kParent[] = "parent";  // CR_PARENT_LINK in criu/include/image.h
 
@@ -144,8 +148,12 @@ Result<void> check_inventory(int fd, const std::string& path) {
 
 Result<void> lock_directory(int fd, const std::string& path) {
   // Where there are no locks on directories (NFS may have none), nobody is kept from anything.
-  if (flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return {};
-  return Error(Domain::kUsage, EBUSY, path + " is being changed by another phos command");
+  for (int tries = 0; tries <= kLockTries; tries++) {
+    if (flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return {};
+    usleep(kLockPauseUs);
+  }
+  return Error(Domain::kUsage, EBUSY,
+               path + " is being changed by another phos command, or a dump is building on it");
 }
 
 Result<std::vector<std::string>> list_directory(int fd, const std::string& path) {

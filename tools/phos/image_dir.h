@@ -46,8 +46,8 @@ Result<UniqueFd> open_existing(const std::string& path);
 // Fails unless `fd` holds a complete CRIU dump, known by its inventory.img.
 Result<void> check_inventory(int fd, const std::string& path);
 
-// Keeps other commands from changing images in the directory as long as `fd` is open. Error EBUSY:
-// one does so now.
+// Keeps other commands from changing images in the directory as long as `fd` is open. Waits two
+// seconds; error EBUSY: one does so now, or a dump is building on the directory.
 Result<void> lock_directory(int fd, const std::string& path);
 
 // Names in a directory, sorted, without "." and "..". `path` is for messages.

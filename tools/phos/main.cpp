@@ -34,6 +34,7 @@ constexpr Command kCommands[] = {
      phos::cli::run_extract},
     {"squash", "make one directory of a chain of them", phos::cli::run_squash},
     {"rebase", "make a dump build on another one", phos::cli::run_rebase},
+    {"gc", "free pages of pre-dumps that no dump needs any more", phos::cli::run_gc},
     {"check", "tell whether this machine can dump and restore CUDA processes",
      phos::cli::run_check},
     {"daemon", "ask for, start or stop phosd, which does the work", phos::cli::run_daemon},

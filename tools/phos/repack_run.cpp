@@ -172,7 +172,7 @@ Result<Done> change_directory(const RepackRequest& request, ImagesDir dir,
                               const ImagesDir* parent) {
   const int fd = dir.fd.get();
   Repacking work(request.command + " " + request.dir, request.jobs, request.compression);
-  if (auto freed = remove_leftovers(fd, false); !freed) return freed.error();
+  if (auto freed = remove_leftovers(fd); !freed) return freed.error();
   auto report = squash_in_place(fd, std::move(dir.set), parent ? parent->fd.get() : -1,
                                 make_page_hasher, work.options());
   if (!report) return report.error();
@@ -186,9 +186,7 @@ Result<Done> change_directory(const RepackRequest& request, ImagesDir dir,
   auto built =
       build_in_place_on(fd, std::move(*set), parent->fd.get(), make_page_hasher, work.options());
   if (!built) return built.error();
-  auto images = read_process_images(fd);
-  if (!images) return images.error();
-  auto freed = free_unused_pages(fd, *images, false);
+  auto freed = free_unused_pages(fd);
   if (!freed) return freed.error();
   // What the first step has copied and the second one found in the parent is gone again.
   done.gpu = *built;

@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// GuardedExport: handles to the GPU memory of a process that runs.
+// MemoryGuard: the list of the GPU memory of a process that runs, and handles to it.
 //
-// libcuda (580) does not protect a thread that makes a handle to memory (cuIpcGetMemHandle,
-// cuMemRetainAllocationHandle and what follows) against another one that frees that memory: the
-// process ends by SIGSEGV. So threads that are about to free memory are parked for the time, a
-// Gate of the functions that can, and nothing is exported before each of the others has been found
-// outside of them (Gate::check_outside). All else that the application does goes on.
+// libcuda (580) does not protect a thread that asks about memory (cuPointerGetAttributes), or makes
+// a handle to it (cuIpcGetMemHandle, cuMemRetainAllocationHandle and what follows), against another
+// one that allocates or frees: the process ends by SIGSEGV. So threads that are about to are parked
+// for the time, a Gate of the functions that can, and nothing is asked or exported before each of
+// the others has been found outside of them (Gate::check_outside). All else that the application
+// does goes on.
 //
 // Not covered: memory of cuMemAlloc that was given to cuMemFreeAsync, which the driver may take
-// away later on, out of any call; the end of the process, when libcuda's own exit handler runs.
+// away later on, out of any call; memory of a module that is loaded by its first launch; the end of
+// the process, when libcuda's own exit handler runs.
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -43,19 +47,24 @@ struct GuardCost {
 };
 
 // Not thread-safe. While it exists the agent has no other gate.
-class GuardedExport {
+class MemoryGuard {
  public:
   // Probes the functions. EPERM, ENOTSUP: the kernel or this process cannot, so that nothing can be
   // exported while the process runs; the message says what is missing. The agent must outlive it.
-  static Result<std::unique_ptr<GuardedExport>> start(int pid, Agent& agent,
-                                                      const GuardOptions& options = {});
-  // Lets go whoever has parked since start(); export_memory() closes the gate when it needs it.
+  static Result<std::unique_ptr<MemoryGuard>> start(int pid, Agent& agent,
+                                                    const GuardOptions& options = {});
+  // Lets go whoever has parked since start(); the others close the gate when they need it.
   Result<void> open() { return let_pass(); }
 
   // As finish(); an error is logged.
-  ~GuardedExport();
-  GuardedExport(const GuardedExport&) = delete;
-  GuardedExport& operator=(const GuardedExport&) = delete;
+  ~MemoryGuard();
+  MemoryGuard(const MemoryGuard&) = delete;
+  MemoryGuard& operator=(const MemoryGuard&) = delete;
+
+  // Agent::enumerate(), of all or of what begins in `ranges`. EAGAIN: it could not be asked safely
+  // within the patience, the message says why; it may be tried again later. After success the gate
+  // is still closed, for export_memory() of what was found, or open(), at once.
+  Result<std::vector<AgentAllocation>> enumerate(const std::vector<AddressRange>* ranges = nullptr);
 
   // Agent::export_memory(). What is kUnguarded could not be exported safely within the patience,
   // obstacle() says why; it may be tried again later. The gate is open when it returns.
@@ -68,17 +77,23 @@ class GuardedExport {
   const GuardCost& cost() const { return cost_; }
 
  private:
-  GuardedExport(Agent& agent, const GuardOptions& options) : agent_(agent), options_(options) {}
+  MemoryGuard(Agent& agent, const GuardOptions& options) : agent_(agent), options_(options) {}
 
   void close();
   Result<void> let_pass();
-  Result<void> export_while_closed(std::span<const AgentAllocation> allocations,
-                                   std::vector<AgentExport>* exports);
+  // Calls `work` while the gate is closed and nobody is inside. False: that could not be shown this
+  // time, or `work` says so; obstacle_ is why.
+  Result<bool> work_while_closed(const std::function<Result<bool>()>& work);
+  Result<bool> show_outside();
+  Result<bool> still_closed();
+  Result<bool> export_some(std::span<const AgentAllocation> allocations,
+                           std::vector<AgentExport>* exports);
 
   Agent& agent_;
   const GuardOptions options_;
   std::unique_ptr<Gate> gate_;
   bool closed_ = false;
+  bool shown_ = false;  // since then: nobody is inside
   std::chrono::steady_clock::time_point closed_since_;
   std::string obstacle_;
   GuardCost cost_;

@@ -1,0 +1,248 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#include "gpu-tracker/agent/steer.h"
+
+#include <dlfcn.h>
+#include <elf.h>
+#include <fcntl.h>
+#include <link.h>
+#include <stddef.h>
+#include <sys/mman.h>
+
+#include "gpu-tracker/agent/sys.h"
+
+#define MAX_SLOTS 8
+/* What libcuda asks for beside regions, to have them begin at a multiple. */
+#define SPARE (REGION - 4096)
+
+/* Where libcuda has the address of a function of the C library. */
+static struct slot {
+  uint64_t* at;
+  bool read_only; /* since the library was relocated */
+  uint64_t replacement;
+  uint64_t original;
+} g_slots[MAX_SLOTS];
+static uint32_t g_count;
+static bool g_complete; /* both functions were found, and no more than there is room for */
+static bool g_steering;
+static int g_memory = -1; /* /proc/self/mem, while steering */
+
+/* What is kept. All of it belongs to one thread. */
+static struct {
+  long thread;
+  uint64_t address, size;
+  bool held; /* libcuda has unmapped it, the kernel has not */
+  bool saw_region;
+  /* As if before what libcuda has got there were mapped memory, too, of which it will rid itself.
+   */
+  uint64_t head, head_size;
+} g_kept;
+
+static int* (*g_errno)(void);
+
+/* As the C library's functions answer. */
+static long answer(long result) {
+  if (!sys_failed(result)) return result;
+  if (g_errno) *g_errno() = (int)-result;
+  return -1;
+}
+
+static bool is_ours(void) {
+  return sys3(SYS_gettid, 0, 0, 0) == __atomic_load_n(&g_kept.thread, __ATOMIC_RELAXED);
+}
+
+static void* steered_mmap(void* address, size_t length, int protection, int flags, int fd,
+                          off_t offset) {
+  const bool region =
+      is_ours() && length >= REGION && protection == PROT_NONE && fd == -1 && !(flags & MAP_FIXED);
+  if (region) g_kept.saw_region = true;
+  if (region && g_kept.held) {
+    const uint64_t spare = length - g_kept.size;
+    if ((uint64_t)address == g_kept.address && spare == 0) {
+      g_kept.held = false;
+      return address;
+    }
+    if (!address && spare == SPARE) {
+      g_kept.held = false;
+      g_kept.head = g_kept.address - spare;
+      g_kept.head_size = spare;
+      return (void*)g_kept.head;
+    }
+  }
+  return (void*)answer(sys6(SYS_mmap, (long)address, (long)length, protection, flags, fd, offset));
+}
+
+/* What has been there goes, the addresses stay. */
+static bool empty(void) {
+  const long at = sys6(SYS_mmap, (long)g_kept.address, (long)g_kept.size, PROT_NONE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  return !sys_failed(at);
+}
+
+static int steered_munmap(void* start, size_t length) {
+  const uint64_t address = (uint64_t)start;
+  if (is_ours()) {
+    const uint64_t end = address + length, kept_end = g_kept.address + g_kept.size;
+    const bool all =
+        g_kept.size && address <= g_kept.address && end >= kept_end && (g_kept.held || empty());
+    g_kept.held = g_kept.held || all;
+    if (g_kept.head_size && address < g_kept.address && end > g_kept.head) {
+      if (all || (address == g_kept.head && end == g_kept.address)) g_kept.head_size = 0;
+      return 0; /* nothing of libcuda's is before it */
+    }
+    if (all) {
+      if (address < g_kept.address) {
+        sys3(SYS_munmap, (long)address, (long)(g_kept.address - address), 0);
+      }
+      if (end > kept_end) sys3(SYS_munmap, (long)kept_end, (long)(end - kept_end), 0);
+      return 0;
+    }
+  }
+  return (int)answer(sys3(SYS_munmap, (long)address, (long)length, 0));
+}
+
+static bool is_same_name(const char* a, const char* b) {
+  while (*a && *a == *b) a++, b++;
+  return *a == *b;
+}
+
+/* glibc relocates the values of a library's dynamic section in place, others do not. */
+static uint64_t absolute(uint64_t base, uint64_t value) {
+  return value < base ? base + value : value;
+}
+
+/* By the program headers, at the beginning of the library. */
+static bool is_read_only(uint64_t base, uint64_t offset) {
+  const Elf64_Ehdr* file = (const Elf64_Ehdr*)base;
+  const Elf64_Phdr* header = (const Elf64_Phdr*)(base + file->e_phoff);
+  for (int i = 0; i < file->e_phnum; i++) {
+    if (header[i].p_type == PT_GNU_RELRO && offset >= header[i].p_vaddr &&
+        offset < header[i].p_vaddr + header[i].p_memsz) {
+      return true;
+    }
+  }
+  return false;
+}
+
+static void find_slots(uint64_t base, const char* names, const Elf64_Sym* symbols, uint64_t table,
+                       uint64_t size) {
+  const Elf64_Rela* relocations = (const Elf64_Rela*)table;
+  for (uint64_t i = 0; table && i < size / sizeof *relocations; i++) {
+    const uint64_t type = ELF64_R_TYPE(relocations[i].r_info);
+    if (type != R_X86_64_JUMP_SLOT && type != R_X86_64_GLOB_DAT) continue;
+    const char* name = names + symbols[ELF64_R_SYM(relocations[i].r_info)].st_name;
+    const bool maps = is_same_name(name, "mmap") || is_same_name(name, "mmap64");
+    if (!maps && !is_same_name(name, "munmap")) continue;
+    g_complete = g_complete && g_count < MAX_SLOTS;
+    if (g_count == MAX_SLOTS) return;
+    g_slots[g_count++] = (struct slot){
+        .at = (uint64_t*)(base + relocations[i].r_offset),
+        .read_only = is_read_only(base, relocations[i].r_offset),
+        .replacement = maps ? (uint64_t)steered_mmap : (uint64_t)steered_munmap,
+    };
+  }
+}
+
+void steer_find(int (*dlinfo)(void* handle, int request, void* out), int* (*errno_location)(void),
+                void* libcuda) {
+  struct link_map* map = NULL;
+  g_errno = errno_location;
+  g_count = 0;
+  g_complete = false;
+  if (!dlinfo || dlinfo(libcuda, RTLD_DI_LINKMAP, (void*)&map) || !map) return;
+  uint64_t values[DT_JMPREL + 1];
+  for (size_t i = 0; i <= DT_JMPREL; i++) values[i] = 0;
+  for (const Elf64_Dyn* d = map->l_ld; d->d_tag != DT_NULL; d++) {
+    if (d->d_tag > 0 && d->d_tag <= DT_JMPREL) values[d->d_tag] = d->d_un.d_val;
+  }
+  const uint64_t base = map->l_addr;
+  if (!values[DT_STRTAB] || !values[DT_SYMTAB]) return;
+  const char* names = (const char*)absolute(base, values[DT_STRTAB]);
+  const Elf64_Sym* symbols = (const Elf64_Sym*)absolute(base, values[DT_SYMTAB]);
+  g_complete = true;
+  for (int plt = 0; plt < 2; plt++) {
+    const uint64_t table = values[plt ? DT_JMPREL : DT_RELA];
+    find_slots(base, names, symbols, table ? absolute(base, table) : 0,
+               values[plt ? DT_PLTRELSZ : DT_RELASZ]);
+  }
+  bool maps = false, unmaps = false;
+  for (uint32_t i = 0; i < g_count; i++) {
+    if (g_slots[i].replacement == (uint64_t)steered_mmap) maps = true;
+    if (g_slots[i].replacement == (uint64_t)steered_munmap) unmaps = true;
+  }
+  g_complete = g_complete && maps && unmaps;
+}
+
+static bool write_slot(const struct slot* s, uint64_t value) {
+  if (!s->read_only) {
+    __atomic_store_n(s->at, value, __ATOMIC_RELAXED);
+  } else if (__atomic_load_n(s->at, __ATOMIC_RELAXED) != value) {
+    sys6(SYS_pwrite64, g_memory, (long)&value, sizeof value, (long)s->at, 0, 0);
+  }
+  return __atomic_load_n(s->at, __ATOMIC_RELAXED) == value;
+}
+
+bool steer_begin(void) {
+  if (g_steering) return true;
+  if (!g_complete) return false;
+  /* Once: what can be written now can be written back. */
+  g_memory = (int)sys6(SYS_openat, AT_FDCWD, (long)"/proc/self/mem", O_WRONLY | O_CLOEXEC, 0, 0, 0);
+  if (g_memory < 0) return false;
+  g_kept.size = g_kept.head_size = 0;
+  g_kept.held = false;
+  __atomic_store_n(&g_kept.thread, sys3(SYS_gettid, 0, 0, 0), __ATOMIC_RELAXED);
+  g_steering = true;
+  bool all = true;
+  for (uint32_t i = 0; i < g_count; i++) {
+    const uint64_t now = __atomic_load_n(g_slots[i].at, __ATOMIC_RELAXED);
+    if (now != g_slots[i].replacement) g_slots[i].original = now;
+    all = all && write_slot(&g_slots[i], g_slots[i].replacement);
+  }
+  if (!all) steer_end();
+  return all;
+}
+
+void steer_end(void) {
+  if (!g_steering) return;
+  steer_let_go();
+  for (uint32_t i = 0; i < g_count; i++) {
+    const uint64_t now = __atomic_load_n(g_slots[i].at, __ATOMIC_RELAXED);
+    if (now == g_slots[i].replacement) write_slot(&g_slots[i], g_slots[i].original);
+  }
+  sys3(SYS_close, g_memory, 0, 0);
+  g_steering = false;
+}
+
+bool steer_is_in_place(void) {
+  for (uint32_t i = 0; i < g_count; i++) {
+    const uint64_t now = __atomic_load_n(g_slots[i].at, __ATOMIC_RELAXED);
+    if (now == g_slots[i].replacement) return true;
+  }
+  return false;
+}
+
+bool steer_saw_region(void) {
+  const bool saw = g_kept.saw_region;
+  g_kept.saw_region = false;
+  return saw;
+}
+
+void steer_keep(uint64_t address, uint64_t size) {
+  g_kept.address = address;
+  g_kept.size = size;
+  g_kept.held = false;
+  g_kept.head_size = 0;
+}
+
+bool steer_owns_no_more(void) {
+  return !g_kept.head_size;
+}
+
+bool steer_settled(void) {
+  return !g_kept.held && !g_kept.head_size;
+}
+
+void steer_let_go(void) {
+  if (g_kept.held) sys3(SYS_munmap, (long)g_kept.address, (long)g_kept.size, 0);
+  g_kept.held = false;
+  g_kept.size = g_kept.head_size = 0;
+}
