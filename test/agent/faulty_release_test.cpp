@@ -108,7 +108,9 @@ TEST_F(FaultyRelease, RefusedReservationIsMadeGoodAtOnce) {
   ASSERT_EQ(faulty_->ask("free " + gap.address), "ok");
   auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
   ASSERT_TRUE(agent);
-  fail("cuMemAddressReserve 2+ 2");  // once it has been seen that addresses can be kept
+  // From the one on that follows the free: four withhold what is free behind it, and see that
+  // nothing else is.
+  fail("cuMemAddressReserve 5+ 2");
   auto results = agent->release(large(*agent));
   ASSERT_TRUE(results);
   EXPECT_EQ((*results)[0].status, ReleaseStatus::kReallocated);
@@ -150,15 +152,34 @@ TEST_F(FaultyRelease, AddressIsKeptWhereOthersAreGivenFirst) {
   EXPECT_EQ(allocate(*faulty_, 8 * kMiB).address, gap.address);
 }
 
-// A driver that follows no hint: its memory is not released, and not looked for in its own way
+// A driver that follows no hint, either, once it has no other free addresses.
+TEST_F(FaultyRelease, AddressIsKeptWhereNoHintIsFollowed) {
+  const Block b = allocate(*faulty_, 6 * kMiB);
+  auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
+  ASSERT_TRUE(agent);
+  fail("cuMemAddressReserve * anywhere");
+  auto results = agent->release(large(*agent));
+  ASSERT_TRUE(results);
+  ASSERT_EQ((*results)[0].status, ReleaseStatus::kReleased);
+  auto back = agent->map_back();
+  ASSERT_TRUE(back);
+  ASSERT_EQ(back->size(), 1u);
+  EXPECT_EQ((*back)[0].memory.address, address_of(b.address));
+  EXPECT_EQ((*back)[0].state, ReleasedState::kNative);
+  ASSERT_NO_FATAL_FAILURE(load(*agent, *back, 48));
+  ASSERT_TRUE(agent->contents_loaded());
+  expect_ordinary(*faulty_, b, 48);
+}
+
+// A driver that reserves nothing: its memory is not released, and not looked for in its own way
 // either, for which its addresses would be given up once.
-TEST_F(FaultyRelease, NothingIsGivenUpWhereHintsAreNotFollowed) {
+TEST_F(FaultyRelease, NothingIsGivenUpWhereNothingCanBeReserved) {
   const Block b = allocate(*faulty_, 6 * kMiB);
   ASSERT_EQ(faulty_->ask(fill_command(b.address, b.size, 47)), "ok");
   auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
   ASSERT_TRUE(agent);
   const auto memory = large(*agent);
-  fail("cuMemAddressReserve * anywhere");
+  fail("cuMemAddressReserve * 2");
   auto results = agent->release(memory);
   ASSERT_TRUE(results);
   ASSERT_EQ((*results)[0].status, ReleaseStatus::kUnsuitable);
@@ -168,7 +189,7 @@ TEST_F(FaultyRelease, NothingIsGivenUpWhereHintsAreNotFollowed) {
   results = agent->release(memory);
   ASSERT_TRUE(results);
   ASSERT_EQ((*results)[0].status, ReleaseStatus::kReleased);
-  fail("cuMemAddressReserve * anywhere");
+  fail("cuMemAddressReserve * 2");
   auto back = agent->map_back();
   ASSERT_TRUE(back);
   ASSERT_EQ(back->size(), 1u);
@@ -185,7 +206,9 @@ TEST_F(FaultyRelease, LostAddressStopsTheReleaseAndIsFoundAgain) {
   auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
   ASSERT_TRUE(agent);
   const auto memory = large(*agent);
-  fail("cuMemAddressReserve 2+ 2\ncuMemAlloc * 2");
+  // From the one on that follows the free: four withhold what is free behind them, and see that
+  // nothing else is.
+  fail("cuMemAddressReserve 5+ 2\ncuMemAlloc * 2");
   auto results = agent->release(memory);
   ASSERT_TRUE(results);
   EXPECT_EQ((*results)[0].status, ReleaseStatus::kLost);

@@ -358,9 +358,17 @@ class AllocationsThatAreNotReleased(ReleasedTest):
         self.assertEqual(self.released_bytes(), 16 * MIB)
         self.restore_and_check(target)
 
+    def test_driver_that_reserves_nothing(self):
+        self.fail_in_driver('cuMemAddressReserve * 2')
+        self.dumps_by_the_driver('is left to the driver')
+
     def test_driver_that_follows_no_hint(self):
         self.fail_in_driver('cuMemAddressReserve * anywhere')
-        self.dumps_by_the_driver('is left to the driver')
+        target = self.counter()
+        self.dump_ok(target)
+        self.assertEqual(self.released_bytes(), 16 * MIB)
+        self.restore_and_check(target)
+        self.assert_left_alone(target)
 
     def test_memory_that_is_there_again_at_once(self):
         self.fail_in_driver('cuMemAddressReserve 2+ 2')

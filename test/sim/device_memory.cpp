@@ -51,7 +51,7 @@ CUresult allocate_touchable(Kind kind, size_t size, CUdeviceptr* out) {
   r.device = device_of(r.context);
   std::lock_guard<std::mutex> hold(memory().mutex);
   r.map_size = round_up(size, kGranularity);
-  r.base = reserve_first(r.map_size);
+  r.base = reserve(r.map_size);
   if (!r.base) return CUDA_ERROR_OUT_OF_MEMORY;
   if (kind == Kind::kManaged) {
     if (!map_managed(r.base, r.map_size)) {

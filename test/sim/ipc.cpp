@@ -116,7 +116,7 @@ CUresult cuIpcOpenMemHandle(CUdeviceptr* out, CUipcMemHandle handle, unsigned in
   if (!r.backing) return CUDA_ERROR_OUT_OF_MEMORY;
   r.map_size = r.backing->size;
   if (h.offset + h.size > r.map_size) return CUDA_ERROR_INVALID_VALUE;
-  r.map_base = reserve_first(r.map_size);
+  r.map_base = reserve(r.map_size);
   if (!r.map_base) return CUDA_ERROR_OUT_OF_MEMORY;
   r.base = r.map_base + h.offset;
   r.offset = h.offset;

@@ -104,9 +104,9 @@ void detach_backing(Backing* b);  // lets go of memfd and aperture
 bool attach_backing(Backing* b);  // makes both anew, loads the saved contents
 
 // address_space.cpp: PROT_NONE reservations. Multiples of 2 MiB. The memory mutex is held.
-CUdeviceptr reserve_first(uint64_t size, uint64_t alignment = kGranularity);  // 0: none left
-CUdeviceptr reserve_low(uint64_t size);                                       // where pools live
-CUdeviceptr reserve_at(CUdeviceptr where, uint64_t size);
+CUdeviceptr reserve(uint64_t size, uint64_t alignment = kGranularity,
+                    CUdeviceptr hint = 0);  // 0: none left
+CUdeviceptr reserve_low(uint64_t size);     // where pools live
 void unreserve(CUdeviceptr where, uint64_t size);
 
 // ranges.cpp. The memory mutex is held, unless noted.

@@ -15,7 +15,7 @@ uint64_t block_size(Kind kind) {
 }
 
 CUdeviceptr reserve_for(Kind kind, uint64_t size) {
-  return kind == Kind::kPool ? reserve_low(size) : reserve_first(size);
+  return kind == Kind::kPool ? reserve_low(size) : reserve(size);
 }
 
 // Offset of a free gap of `size` bytes in a block; the block's size if there is none.

@@ -79,10 +79,8 @@ CUresult cuMemAddressReserve(CUdeviceptr* p, size_t size, size_t alignment, CUde
   }
   std::lock_guard<std::mutex> hold(memory().mutex);
   const bool elsewhere = g_elsewhere.size() < wants_elsewhere();
-  CUdeviceptr got = 0;
-  if (!elsewhere && aligned(hint) && (!alignment || hint % alignment == 0))
-    got = reserve_at(hint, size);
-  if (!got) got = reserve_first(size, alignment > kGranularity ? alignment : kGranularity);
+  const CUdeviceptr got =
+      reserve(size, alignment > kGranularity ? alignment : kGranularity, elsewhere ? 0 : hint);
   if (!got) return CUDA_ERROR_OUT_OF_MEMORY;
   memory().reservations[got] = size;
   if (elsewhere) g_elsewhere.insert(got);
