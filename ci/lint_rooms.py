@@ -43,7 +43,8 @@ ROOMS = {
     "kmod/": [ABI],
     "test/": [TRACKER, "tools/", "criu-plugin/", "bpf/"],
 }
-MAY_INCLUDE_CUDA = (DRIVER, "test/sim/", "test/contract/", "test/track/", "test/gate/")
+# Drivers of GPUs, and programs that use them as applications do.
+MAY_INCLUDE_CUDA = (DRIVER, "test/sim/", "test/contract/", "test/track/", "test/gate/", "tools/bench/")
 MAY_INCLUDE_CRIU = ("criu-plugin/", "test/criu/")  # the tests have plugins of their own
 # Rooms whose code runs in a foreign process or in the kernel: no C++ library there.
 C_LIBRARY_ONLY = ("criu-plugin/", CLIENT, "gpu-tracker/agent/", "bpf/", "kmod/")
@@ -61,7 +62,7 @@ def include_problem(path, kind, name):
     room = room_of(path)
     is_cuda = CUDA.match(name) and not name.startswith(("gpu-tracker/", "test/", "tools/"))
     if is_cuda and not path.endswith((".cu", ".cuh")) and not path.startswith(MAY_INCLUDE_CUDA):
-        return f"{name}: CUDA headers belong in gpu-tracker/driver, the simulation and *.cu only"
+        return f"{name}: CUDA headers belong in gpu-tracker/driver, tests, benchmarks and *.cu only"
     if CRIU.match(name) and not path.startswith(MAY_INCLUDE_CRIU):
         return f"{name}: CRIU's headers belong in criu-plugin (and its tests) only"
     if room is None or is_cuda or CRIU.match(name):
