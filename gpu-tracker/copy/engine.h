@@ -80,6 +80,8 @@ struct PagesToLoad {
   std::vector<PageHash> hashes;
   PinnedPool::Buffer buffer;  // none: the pages are zeros, which the GPU writes by itself
   bool in_place = false;      // the bytes are there already; no buffer
+  // Where else in the GPU's memory the bytes are, laid out as in a buffer; 0: nowhere. No buffer.
+  uint64_t staged_at = 0;
 };
 
 // Gives the next pages to load. kLater: none now, others will come; only where it may not wait,
@@ -212,6 +214,7 @@ class CopyEngine {
   Result<void> start_load(Lane& lane, PagesToLoad work);
   // Queues what brings the bytes of the lane's pages to their places.
   Result<void> transfer(const PinnedPool::Buffer& buffer, std::span<const PageRef> pages);
+  Result<void> copy_staged(uint64_t from, std::span<const PageRef> pages);
   Result<void> clear(std::span<const PageRef> pages);
   Result<void> finish_load(Lane& lane);
   // Waits for the lane and learns how fast the hash kernel was.

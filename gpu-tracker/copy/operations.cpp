@@ -395,6 +395,16 @@ Result<void> CopyEngine::transfer(const PinnedPool::Buffer& buffer,
   return {};
 }
 
+Result<void> CopyEngine::copy_staged(uint64_t from, std::span<const PageRef> pages) {
+  for (size_t i = 0; i < pages.size();) {
+    const Run run = first_run(pages.subspan(i));
+    auto r = context_.copy_on_device(pages[i].address, from + i * kPageBytes, run.bytes, kernels_);
+    if (!r) return r;
+    i += run.pages;
+  }
+  return {};
+}
+
 Result<void> CopyEngine::clear(std::span<const PageRef> pages) {
   while (!pages.empty()) {
     const Run run = first_run(pages);
@@ -412,6 +422,8 @@ Result<void> CopyEngine::start_load(Lane& lane, PagesToLoad work) {
   auto r = send_table(lane, 0, work.pages);
   if (work.in_place) {
     // Nothing is to be sent.
+  } else if (work.staged_at) {
+    if (r) r = copy_staged(work.staged_at, work.pages);
   } else if (!lane.buffer) {
     if (r) r = clear(work.pages);
   } else {

@@ -196,7 +196,8 @@ std::optional<PinnedPool::Buffer> PinnedPool::try_acquire() {
   return take(hold);
 }
 
-std::optional<PinnedPool::Buffer> PinnedPool::acquire_spare(uint64_t keep, std::stop_token stop) {
+std::optional<PinnedPool::Buffer> PinnedPool::acquire_spare(uint64_t keep, std::stop_token stop,
+                                                            bool wait) {
   std::unique_lock<std::mutex> hold(mutex_);
   while (free_.size() <= keep) {
     if (stop.stop_requested()) return {};
@@ -204,7 +205,12 @@ std::optional<PinnedPool::Buffer> PinnedPool::acquire_spare(uint64_t keep, std::
       changed_.wait(hold, stop, [&] { return !growing_; });
       continue;
     }
-    if (!may_grow() || !grow(hold, options_.step_bytes)) return {};
+    if (may_grow()) {
+      if (!grow(hold, options_.step_bytes)) return {};
+      continue;
+    }
+    if (!wait) return {};
+    changed_.wait(hold, stop, [&] { return free_.size() > keep || may_grow(); });
   }
   return take(hold);
 }

@@ -106,9 +106,10 @@ class PinnedPool {
   // A free buffer, if there is one.
   std::optional<Buffer> try_acquire();
   // A buffer to be kept for long, if `keep` others stay free; more are made for that if they may
-  // be. Never waits for a release. Who holds such buffers keeps nobody from going on, as long as
+  // be. `wait`: until others have given theirs back or `stop` is requested; else it never waits for
+  // a release. Who holds such buffers keeps nobody from going on, as long as
   // those who use acquire() give theirs back without waiting for him.
-  std::optional<Buffer> acquire_spare(uint64_t keep, std::stop_token stop);
+  std::optional<Buffer> acquire_spare(uint64_t keep, std::stop_token stop, bool wait = false);
 
   uint64_t buffer_bytes() const { return options_.buffer_bytes; }
   uint64_t max_bytes() const { return options_.max_bytes; }

@@ -88,6 +88,12 @@ Result<bool> parse_switch(const std::string& text) {
   return usage("must be on or off");
 }
 
+Result<bool> parse_read_ahead(const std::string& text) {
+  if (text == "gpu") return true;
+  if (text == "host") return false;
+  return usage("must be gpu or host");
+}
+
 // phosd's working directory is the root directory.
 Result<std::string> parse_file(const std::string& text) {
   if (text.empty() || text[0] != '/') return usage("must be an absolute path");
@@ -185,6 +191,12 @@ constexpr Setting kSettings[] = {
      "memory (default: off)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_auto(text), &config->direct_storage);
+     }},
+    {"read-ahead",
+     "where a restore's pages wait for their process: gpu, memory of the GPU that is free, or host "
+     "(default: gpu)",
+     [](const std::string& text, DaemonConfig* config) {
+       return assign(parse_read_ahead(text), &config->read_ahead_to_gpu);
      }},
     {"log-level", "error, warning, info or debug (default: info)",
      [](const std::string& text, DaemonConfig* config) {

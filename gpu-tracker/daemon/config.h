@@ -35,6 +35,7 @@ struct DaemonConfig {
   // Saved pages go from the disk into GPU memory where that can be. Not by default yet: it has not
   // run on a real GPU.
   bool direct_storage = false;
+  bool read_ahead_to_gpu = true;         // else to host memory alone
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 

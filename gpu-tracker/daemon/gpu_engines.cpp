@@ -7,8 +7,8 @@
 
 namespace phos {
 
-GpuEngines::GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool, bool direct_storage)
-    : driver_(driver), pool_(pool), wants_direct_storage_(direct_storage) {}
+GpuEngines::GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool, Options options)
+    : driver_(driver), pool_(pool), options_(options) {}
 
 GpuEngines::~GpuEngines() {
   std::lock_guard<std::mutex> hold(mutex_);
@@ -59,7 +59,7 @@ Result<GpuEngines::User> GpuEngines::use(const GpuUuid& uuid, const PageHashKey&
 }
 
 const DirectStorage* GpuEngines::direct_storage() {
-  if (!wants_direct_storage_) return nullptr;
+  if (!options_.direct_storage) return nullptr;
   std::call_once(direct_storage_opened_, [&] {
     auto opened = DirectStorage::open();
     if (opened) direct_storage_ = std::move(*opened);

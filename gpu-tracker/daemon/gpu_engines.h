@@ -10,6 +10,7 @@
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/copy/engine.h"
 #include "gpu-tracker/copy/pinned_pool.h"
+#include "gpu-tracker/daemon/device_room.h"
 #include "gpu-tracker/driver/direct_storage.h"
 #include "gpu-tracker/driver/gpu_driver.h"
 
@@ -26,8 +27,14 @@ struct OpenGpu {
 // while somebody uses them; the host memory stays warm for the next time.
 class GpuEngines {
  public:
-  // `driver` outlives this object. `direct_storage`: it is used where there is one.
-  GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool, bool direct_storage = false);
+  struct Options {
+    bool direct_storage = false;  // is used where there is one
+    bool stage = true;            // pages that are read ahead go into free GPU memory
+  };
+  // `driver` outlives this object.
+  GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool, Options options);
+  GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool)
+      : GpuEngines(driver, pool, Options()) {}
   // Nobody uses a GPU any more.
   ~GpuEngines();
 
@@ -58,6 +65,8 @@ class GpuEngines {
   const DirectStorage* direct_storage();
 
   PinnedPool& pool() { return pool_; }
+  DeviceRoom& room() { return room_; }
+  bool stages() const { return options_.stage; }
   PinnedPool::Statistics pool_statistics() const { return pool_.statistics(); }
 
  private:
@@ -65,7 +74,8 @@ class GpuEngines {
 
   GpuDriver& driver_;
   PinnedPool pool_;
-  const bool wants_direct_storage_;
+  DeviceRoom room_;
+  const Options options_;
   std::once_flag direct_storage_opened_;
   std::unique_ptr<DirectStorage> direct_storage_;
   std::mutex mutex_;

@@ -69,11 +69,12 @@ void MemoryLoad::plan(std::vector<MemoryToLoad> memory, std::vector<LoadBatch> w
   std::map<size_t, std::vector<PageInterval>> read;  // by allocation
   for (LoadBatch& batch : warm) {
     Gpu* const gpu = gpu_of(batch);
-    if (!gpu) continue;
+    if (!gpu || (batch.staged_at && !(batch.staged_on == gpu->uuid))) continue;
     for (const LoadPiece& p : batch.pieces) {
       read[p.allocation].push_back({p.run.first_page, p.run.first_page + p.run.pages});
     }
     report_.warm_bytes += uint64_t{batch.pages} * kPageBytes;
+    if (batch.staged_at) report_.staged_bytes += uint64_t{batch.pages} * kPageBytes;
     gpu->warm.push_back(std::move(batch));
   }
   warm.clear();
@@ -364,6 +365,7 @@ void MemoryLoad::fill_in(Gpu& gpu, LoadBatch batch, PagesToLoad* pages) {
   }
   pages->buffer = std::move(batch.buffer);
   pages->in_place = batch.in_place;
+  pages->staged_at = batch.staged_at;
   std::lock_guard<std::mutex> hold(mutex_);
   report_.bytes += bytes;
 }

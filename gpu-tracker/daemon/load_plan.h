@@ -26,6 +26,9 @@ struct LoadBatch {
   bool zero = false;
   bool in_place = false;      // where they are to go, without a buffer
   PinnedPool::Buffer buffer;  // with the pages' bytes, once they have been read
+  // Or where a PageStage has them, laid out like that; 0: nowhere.
+  uint64_t staged_at = 0;
+  GpuUuid staged_on{};
 };
 
 // Reads the batch's pages into its buffer; bytes that were read from disk, or the error.

@@ -13,6 +13,10 @@
 namespace phos {
 namespace {
 
+// Of a GPU, beside what is known to be needed: for the driver's own, and for what others allocate
+// meanwhile.
+constexpr uint64_t kSpareRoom = uint64_t{1} << 30;
+
 std::string describe(const MemoryToLoad& m) {
   return describe_memory(m.target.device_uuid, m.target.address, m.target.size);
 }
@@ -50,7 +54,21 @@ Result<std::unique_ptr<MemoryLoader>> MemoryLoader::create(const PageChain& chai
 
 MemoryLoader::MemoryLoader(const PageChain& chain, GpuEngines& engines,
                            std::optional<PageHashKey> key)
-    : chain_(chain), engines_(engines), key_(std::move(key)) {}
+    : chain_(chain), engines_(engines), key_(std::move(key)) {
+  const ProcessImage& image = chain_.image();
+  std::vector<uint64_t> needed(image.gpus.size());
+  uint64_t listed = 0;
+  for (const AllocationInfo& a : image.allocations) {
+    listed += a.size;
+    if (a.gpu >= 0) needed[static_cast<size_t>(a.gpu)] += a.size;
+  }
+  // Contexts, code, what is not listed: on which GPU it is, is not known.
+  const uint64_t more = image.device_bytes > listed ? image.device_bytes - listed : 0;
+  for (size_t i = 0; i < needed.size(); i++) {
+    claims_.push_back(
+        engines_.room().claim(image.gpus[i].uuid, needed[i] + needed[i] / 32 + more + kSpareRoom));
+  }
+}
 
 MemoryLoader::~MemoryLoader() {
   if (auto r = settle(); !r) {
@@ -65,6 +83,14 @@ Result<void> MemoryLoader::settle() {
 
 void MemoryLoader::prefetch() {
   if (key_ && !prefetch_) prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_);
+}
+
+bool MemoryLoader::drop_staged() {
+  if (!prefetch_) return false;
+  const std::vector<LoadBatch> batches = prefetch_->take();
+  prefetch_.reset();
+  return std::any_of(batches.begin(), batches.end(),
+                     [](const LoadBatch& b) { return b.staged_at != 0; });
 }
 
 Result<void> MemoryLoader::check(const std::vector<MemoryToLoad>& memory) const {
@@ -102,10 +128,13 @@ Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::sto
   (void)settle().ok();
   std::vector<LoadBatch> warm;
   std::vector<GpuEngines::User> open;
+  std::vector<std::unique_ptr<PageStage>> stages;
   if (auto prefetch = std::exchange(prefetch_, nullptr)) {
     warm = prefetch->take();
     open = prefetch->take_gpus();
+    stages = prefetch->take_stages();
   }
+  claims_.clear();
   const auto taken = since(start);
   auto load = std::make_unique<MemoryLoad>(chain_, engines_, *key_);
   load->plan(std::move(memory), std::move(warm));
@@ -119,13 +148,14 @@ Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::sto
   report->take_us = static_cast<uint64_t>(taken.count());
   report->load_us = static_cast<uint64_t>(since(start).count());
   // With its last user a GPU is closed, and all host buffers unpinned.
-  letting_go_ =
-      std::async(std::launch::async, [load = std::move(load), open = std::move(open)]() mutable {
-        auto r = load->let_go();
-        load.reset();
-        open.clear();
-        return r;
-      });
+  letting_go_ = std::async(std::launch::async, [load = std::move(load), open = std::move(open),
+                                                stages = std::move(stages)]() mutable {
+    stages.clear();
+    auto r = load->let_go();
+    load.reset();
+    open.clear();
+    return r;
+  });
   return report;
 }
 

@@ -7,7 +7,8 @@
 //
 // Readers fill buffers while the GPU takes others, or have the disk write into GPU memory where
 // there is direct storage (driver/direct_storage.h). Zeros are written by the GPU itself, and
-// hashed like everything else.
+// hashed like everything else. What is read ahead goes into memory of the GPU that nobody needs
+// (page_stage.h), as far as there is some, and is copied within the GPU later.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +40,7 @@ struct LoadReport {
   uint64_t read_bytes = 0;    // from disk, by load() itself
   uint64_t direct_bytes = 0;  // of those, straight into GPU memory
   uint64_t warm_bytes = 0;    // prefetched
+  uint64_t staged_bytes = 0;  // of those, into GPU memory
   uint64_t load_us = 0;       // all of load()
   uint64_t take_us = 0;       // of that, the end of the prefetch
   uint64_t import_us = 0;     // of that, opening GPUs and mapping the memory, the slowest GPU's
@@ -49,7 +51,8 @@ struct LoadReport {
 // One thread at a time.
 class MemoryLoader {
  public:
-  // `chain` and `engines` outlive it. Fails if the image's hash key is no key.
+  // `chain` and `engines` outlive it. Fails if the image's hash key is no key. Until load() nobody
+  // stages pages in memory that the process will need on its GPUs.
   static Result<std::unique_ptr<MemoryLoader>> create(const PageChain& chain, GpuEngines& engines);
   // What was prefetched and not loaded is given back, what was loaded is let go of.
   ~MemoryLoader();
@@ -57,10 +60,16 @@ class MemoryLoader {
   MemoryLoader& operator=(const MemoryLoader&) = delete;
 
   // Begins to read what phos has to restore (MemoryPath other than kDriver) into pinned memory, and
-  // to open its GPUs, in the background: as much as the pool has room for while others go on.
+  // from there into free memory of its GPUs, which it opens, in the background: as much as there is
+  // room for while others go on.
   // Returns at once. For the time in which there is no memory to load into yet; load() does without
   // and takes longer.
   void prefetch();
+
+  // What prefetch() has read so far, and load() has not taken. Any thread, but not beside load().
+  ReadAhead read_ahead() const { return prefetch_ ? prefetch_->so_far() : ReadAhead(); }
+  // Gives back what was prefetched into GPU memory: the driver has too little. False: nothing was.
+  bool drop_staged();
 
   // Imports each memory, loads it, and hashes every page on the device against the image. All GPUs
   // work side by side. Nobody else may write to the memory meanwhile. Then begins to let go of it
@@ -84,7 +93,8 @@ class MemoryLoader {
 
   const PageChain& chain_;
   GpuEngines& engines_;
-  const std::optional<PageHashKey> key_;  // none: no pages are saved
+  const std::optional<PageHashKey> key_;   // none: no pages are saved
+  std::vector<DeviceRoom::Claim> claims_;  // until all that is claimed has been had
   std::unique_ptr<PagePrefetch> prefetch_;
   std::future<Result<void>> letting_go_;  // its end waits
 };

@@ -39,7 +39,10 @@ Result<GpuEngines*> Node::engines() {
   if (!engines_) {
     PinnedPoolOptions pool;
     pool.max_bytes = config_.pool_size;
-    engines_ = std::make_unique<GpuEngines>(**opened, pool, config_.direct_storage);
+    engines_ =
+        std::make_unique<GpuEngines>(**opened, pool,
+                                     GpuEngines::Options{.direct_storage = config_.direct_storage,
+                                                         .stage = config_.read_ahead_to_gpu});
   }
   return engines_.get();
 }

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// PagePrefetch: saved pages on their way into pinned memory before anybody can say where they are
-// to go.
+// PagePrefetch: saved pages on their way into pinned memory, and from there into free memory of
+// their GPU, before anybody can say where they are to go.
 #pragma once
 
 #include <sys/types.h>
 
+#include <condition_variable>
 #include <cstddef>
 #include <deque>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <stop_token>
@@ -16,6 +19,7 @@
 #include "gpu-tracker/copy/page_hash.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
 #include "gpu-tracker/daemon/load_plan.h"
+#include "gpu-tracker/daemon/page_stage.h"
 
 namespace phos {
 
@@ -26,6 +30,11 @@ unsigned reader_threads();
 // Pool buffers that are for those who use them at once, whoever else keeps buffers full of pages.
 uint64_t buffers_for_others(const PinnedPool& pool);
 
+struct ReadAhead {
+  uint64_t host_bytes = 0;  // waiting in pinned memory
+  uint64_t gpu_bytes = 0;   // waiting in GPU memory
+};
+
 // Works on threads of its own, and opens the GPUs meanwhile.
 class PagePrefetch {
  public:
@@ -33,15 +42,27 @@ class PagePrefetch {
   PagePrefetch(const PageChain& chain, GpuEngines& engines, const PageHashKey& key);
   ~PagePrefetch() { stop(); }
 
+  // Thread-safe.
+  ReadAhead so_far() const;
+
   // Ends when what is being read has been read. What there is by then; errors are left to whoever
   // reads the same pages again.
   std::vector<LoadBatch> take();
   // The GPUs stay open as long as these live. After take().
-  std::vector<GpuEngines::User> take_gpus() { return std::move(gpus_); }
+  std::vector<GpuEngines::User> take_gpus() { return std::move(users_); }
+  // What batches are staged in; to be destroyed before the GPUs. After take().
+  std::vector<std::unique_ptr<PageStage>> take_stages() { return std::move(stages_); }
 
  private:
+  struct Gpu {
+    GpuUuid uuid;
+    uint64_t bytes = 0;            // to be read
+    std::deque<LoadBatch> read{};  // in pinned memory
+  };
+
   void plan();
-  void open_gpus();
+  void open_gpus(const std::stop_token& stop);
+  void stage(Gpu& gpu, PageStage& stage, const std::stop_token& stop);
   void read(const std::stop_token& stop);
   void read_batches(const std::stop_token& stop);
   void stop();
@@ -50,11 +71,13 @@ class PagePrefetch {
   GpuEngines& engines_;
   const PageHashKey key_;
   std::stop_source stop_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
+  std::condition_variable_any changed_;
   std::deque<LoadBatch> to_read_;
-  std::vector<LoadBatch> ready_;
-  std::vector<int> gpu_indices_;  // in the image, of what is to be read
-  std::vector<GpuEngines::User> gpus_;
+  std::map<int, Gpu> gpus_;  // by their places in the image
+  std::vector<LoadBatch> staged_;
+  std::vector<GpuEngines::User> users_;
+  std::vector<std::unique_ptr<PageStage>> stages_;
   std::set<id_t> readers_;  // threads that read
   std::vector<std::thread> threads_;
 };

@@ -402,15 +402,18 @@ Result<void> Session::bring_memory_back(int pid, Held* held) {
 
 Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
   auto back = held->release->bring_back(*held->chain, *held->loader, all_of_image);
+  if (!back && give_room_to(pid)) {
+    back = held->release->bring_back(*held->chain, *held->loader, all_of_image);
+  }
   if (!back) return back.error();
   log(LogLevel::kInfo, "daemon",
       "%s: %llu allocations mapped back in %.1f ms (%llu of them adopted), %s loaded and verified "
-      "in %.1f ms (%s read ahead, until %.1f ms; memory mapped in %.1f ms, transfers %.1f ms, "
-      "hashes %.1f ms)",
+      "in %.1f ms (%s read ahead, %s of it into GPU memory, until %.1f ms; memory mapped in %.1f "
+      "ms, transfers %.1f ms, hashes %.1f ms)",
       process(pid).c_str(), static_cast<unsigned long long>(back->allocations), ms(back->map_time),
       static_cast<unsigned long long>(back->adopted), megabytes(back->load.bytes).c_str(),
       ms(back->load_time), megabytes(back->load.warm_bytes).c_str(),
-      ms(std::chrono::microseconds(back->load.take_us)),
+      megabytes(back->load.staged_bytes).c_str(), ms(std::chrono::microseconds(back->load.take_us)),
       ms(std::chrono::microseconds(back->load.import_us)),
       ms(std::chrono::microseconds(back->load.transfer_us)),
       ms(std::chrono::microseconds(back->load.hash_us)));
@@ -419,6 +422,20 @@ Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
         process(pid).c_str(), megabytes(back->load.direct_bytes).c_str());
   }
   return {};
+}
+
+// A process could not get its memory: gives up what is read ahead into GPU memory. False: nothing
+// is, so that there is no use in another attempt.
+bool Session::give_room_to(int pid) {
+  bool any = false;
+  for (auto& [other, held] : held_) any = (held.loader && held.loader->drop_staged()) || any;
+  for (auto& [other, saved] : saved_) any = (saved.loader && saved.loader->drop_staged()) || any;
+  if (any) {
+    log(LogLevel::kWarn, "daemon",
+        "%s: trying again without the pages that were read ahead into GPU memory",
+        process(pid).c_str());
+  }
+  return any;
 }
 
 // What a restore will need, read ahead while CRIU restores the rest.
@@ -432,7 +449,6 @@ Result<void> Session::open_pages(const ProcessImage& image) {
   auto loader = MemoryLoader::create(*saved.chain, *engines_);
   if (!loader) return loader.error();
   saved.loader = std::move(*loader);
-  saved.loader->prefetch();
   saved_.insert_or_assign(image.pid, std::move(saved));
   return {};
 }

@@ -92,6 +92,8 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
   for (const auto& p : set->processes) {
     if (auto r = open_pages(p); !r) return r.error();
   }
+  // Once it is known what all of them need.
+  for (auto& [pid, saved] : saved_) saved.loader->prefetch();
   restored_ = std::move(*set);
   dump_id_ =
       restored_.processes.empty() ? restored_.files.dump_id : restored_.processes.front().dump_id;
@@ -227,7 +229,11 @@ Result<void> Session::bring_back(int pid, CudaState target, Held* held) {
   auto state = driver_.state(pid);
   if (!state) return state.error();
   if (*state == CudaState::kCheckpointed && target != CudaState::kCheckpointed) {
-    if (auto r = driver_.restore(pid, gpu_pairs_); !r) return r;
+    auto restored = driver_.restore(pid, gpu_pairs_);
+    if (!restored && is_cuda_error(restored.error(), kCudaErrorOutOfMemory) && give_room_to(pid)) {
+      restored = driver_.restore(pid, gpu_pairs_);
+    }
+    if (!restored) return restored;
     state = CudaState::kLocked;
   }
   if (*state == CudaState::kLocked && target == CudaState::kRunning) {

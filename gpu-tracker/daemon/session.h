@@ -226,6 +226,7 @@ class Session {
   Result<void> load_memory(int pid, Held* held, bool all_of_image);
   Result<void> remove_left_probes_of_tree(int root);
   Result<void> open_pages(const ProcessImage& image);
+  bool give_room_to(int pid);
   Result<void> restore_memory(int pid, const ProcessImage& image);
   static void kill_unrestored(int pid, Held* held);
 

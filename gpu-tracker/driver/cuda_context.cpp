@@ -219,6 +219,14 @@ class CudaContext final : public GpuContext {
     return {};
   }
 
+  Result<void> copy_on_device(uint64_t to, uint64_t from, uint64_t bytes,
+                              GpuStream stream) override {
+    CUresult r = enter();
+    if (!r) r = cu_.cuMemcpyDtoDAsync_v2(to, from, bytes, cu_stream(stream));
+    if (r) return error(range("copying within the GPU,", to, bytes), r);
+    return {};
+  }
+
   Result<void> clear(uint64_t address, uint64_t bytes, GpuStream stream) override {
     CUresult r = enter();
     if (!r) r = cu_.cuMemsetD8Async(address, 0, bytes, cu_stream(stream));

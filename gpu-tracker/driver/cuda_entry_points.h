@@ -59,6 +59,7 @@ namespace phos {
   X(cuEventElapsedTime_v2, 570)                 \
   X(cuMemcpyDtoHAsync_v2, 0)                    \
   X(cuMemcpyHtoDAsync_v2, 0)                    \
+  X(cuMemcpyDtoDAsync_v2, 0)                    \
   X(cuMemsetD8Async, 0)                         \
   X(cuModuleLoadData, 0)                        \
   X(cuModuleUnload, 0)                          \

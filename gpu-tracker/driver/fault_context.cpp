@@ -83,6 +83,11 @@ class FaultContext final : public GpuContext {
     return plan_.run<void>("copy_to_device",
                            [&] { return context_->copy_to_device(to, from, bytes, stream); });
   }
+  Result<void> copy_on_device(uint64_t to, uint64_t from, uint64_t bytes,
+                              GpuStream stream) override {
+    return plan_.run<void>("copy_on_device",
+                           [&] { return context_->copy_on_device(to, from, bytes, stream); });
+  }
   Result<void> clear(uint64_t address, uint64_t bytes, GpuStream stream) override {
     return plan_.run<void>("clear", [&] { return context_->clear(address, bytes, stream); });
   }

@@ -21,6 +21,10 @@ class FaultPlan {
   // See FaultDriver::fail. `from` 1 and `count` 3: the next three calls fail.
   void fail(int from, int count, When when, Error error);
   const std::vector<std::string>& calls() const { return calls_; }
+  std::string call(size_t i) const {
+    std::lock_guard<std::mutex> hold(mutex_);
+    return i < calls_.size() ? calls_[i] : "";
+  }
 
   // Makes `call`, or fails.
   template <typename T, typename Call>
@@ -40,7 +44,7 @@ class FaultPlan {
   };
   Fault count_call(const char* name);
 
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::vector<std::string> calls_;
   int before_ = 0, left_ = 0;
   When when_ = When::kBefore;
@@ -63,6 +67,8 @@ class FaultDriver final : public GpuDriver {
 
   // Names of the functions called, in order. Not while another thread makes calls.
   const std::vector<std::string>& calls() const { return plan_.calls(); }
+  // The name of call `i`, from 0; empty: there was none yet. At any time.
+  std::string call(size_t i) const { return plan_.call(i); }
 
   Result<int> api_version() override;
   Result<std::string> release() override;

@@ -87,6 +87,9 @@ class GpuContext {
   virtual Result<void> copy_to_host(void* to, uint64_t from, uint64_t bytes, GpuStream stream) = 0;
   virtual Result<void> copy_to_device(uint64_t to, const void* from, uint64_t bytes,
                                       GpuStream stream) = 0;
+  // Within the device. The two do not overlap.
+  virtual Result<void> copy_on_device(uint64_t to, uint64_t from, uint64_t bytes,
+                                      GpuStream stream) = 0;
   // Writes zeros, without a byte over PCIe.
   virtual Result<void> clear(uint64_t address, uint64_t bytes, GpuStream stream) = 0;
 

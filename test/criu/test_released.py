@@ -114,7 +114,8 @@ class DumpAndRestore(ReleasedTest):
         """Of memory that is larger than what can be read ahead."""
         if REAL_GPU:
             self.skipTest('the library is the simulation\'s')
-        self.configure('release = auto', 'pool_size = 64M', 'direct_storage = auto')
+        self.configure('release = auto', 'pool_size = 64M', 'direct_storage = auto',
+                       'read_ahead = host')
         target = self.counter('--mib', '256')
         self.dump_ok(target)
         self.restore_and_check(target)
@@ -278,6 +279,63 @@ class GoesOn(ReleasedTest):
         criu.communicate(timeout=60)
         self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
         self.assertRegex(self.log('dump.log'), r'loaded and verified.* \(16 MiB read ahead')
+        self.assert_left_alone(target)
+
+    def wait_staged(self):
+        """Until phosd has GPU memory of its own for the 16 MiB of the target, and copies them."""
+        phosd, = self.phosd_pids()
+
+        def is_staged():
+            with open(f'/proc/{phosd}/maps') as f:
+                sizes = [int(end, 16) - int(start, 16) for start, end in
+                         re.findall(r'^(\w+)-(\w+) .*phos-sim-vram', f.read(), re.MULTILINE)]
+            return 16 * MIB in sizes
+        wait_until(is_staged, 'phosd to read ahead into GPU memory')
+
+    def test_leave_running_reads_ahead_into_gpu_memory(self):
+        restore = 'cuCheckpointProcessRestore 1'
+        self.hold_in_driver(restore)
+        target = self.counter()
+        criu = self.dump(target, '--leave-running', wait=False)
+        self.wait_held(restore, target, criu)
+        self.wait_staged()
+        self.let_driver_go()
+        criu.communicate(timeout=60)
+        self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
+        self.assertIn('(16 MiB read ahead, 16 MiB of it into GPU memory', self.log('dump.log'))
+        self.assert_left_alone(target)
+
+    def test_memory_comes_before_what_is_read_ahead(self):
+        """The driver has too little for the process while there is what was read ahead."""
+        restore = 'cuCheckpointProcessRestore 1'
+        self.hold_in_driver(restore)
+        target = self.counter()
+        criu = self.dump(target, '--leave-running', wait=False)
+        self.wait_held(restore, target, criu)
+        self.wait_staged()
+        self.fail_in_driver('cuMemAlloc 3 2', 'cuMemCreate 1 2')
+        criu.communicate(timeout=60)
+        self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
+        log = self.log('dump.log')
+        self.assertIn('trying again without the pages that were read ahead', log)
+        self.assertIn('(0 MiB read ahead', log)
+        self.assert_left_alone(target)
+
+    def test_context_comes_before_what_is_read_ahead(self):
+        checkpoint, state = 'cuCheckpointProcessCheckpoint 1', 'cuCheckpointProcessGetState *'
+        self.hold_in_driver(checkpoint)
+        target = self.counter()
+        criu = self.dump(target, '--leave-running', wait=False)
+        self.wait_held(checkpoint, target, criu)
+        self.hold_in_driver(state)
+        self.wait_held(state, target, criu)
+        self.wait_staged()
+        self.fail_in_driver('cuCheckpointProcessRestore 1 2')
+        criu.communicate(timeout=60)
+        self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
+        log = self.log('dump.log')
+        self.assertIn('trying again without the pages that were read ahead', log)
+        self.assertIn('(0 MiB read ahead', log)
         self.assert_left_alone(target)
 
     def test_leave_stopped(self):

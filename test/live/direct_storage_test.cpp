@@ -61,7 +61,7 @@ class DirectStorageTest : public LoaderTest {
   void make_engines_with_library(const char* how) {
     loader_.reset();
     if (*how) setenv("PHOS_SIM_CUFILE", how, 1);
-    make_engines(32, true);
+    make_engines(32, {.direct_storage = true, .stage = false});
     if (chain_) open_chain(1);
   }
   // Everything comes back.

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -69,13 +70,14 @@ class LoaderTest : public contract::WorkerTest {
     std::filesystem::remove_all(directory_, ignored);
   }
 
-  void make_engines(uint64_t buffers, bool direct_storage = false) {
+  // Pages that are read ahead stay in host memory unless the options say so.
+  void make_engines(uint64_t buffers, phos::GpuEngines::Options options = {.stage = false}) {
     phos::PinnedPoolOptions pool;
     pool.buffer_bytes = 2 << 20;
     pool.max_bytes = buffers * pool.buffer_bytes;
     pool.step_bytes = 4 << 20;
     pool.threads = 1;
-    engines_ = std::make_unique<phos::GpuEngines>(*faults_, pool, direct_storage);
+    engines_ = std::make_unique<phos::GpuEngines>(*faults_, pool, options);
   }
 
   // ---- the application
@@ -229,6 +231,55 @@ class LoaderTest : public contract::WorkerTest {
   std::optional<phos::PageChain> chain_;
   std::unique_ptr<phos::MemoryLoader> loader_;
   std::minstd_rand random_{7};
+};
+
+class MemoryLoaderTest : public LoaderTest {
+ protected:
+  // Odd sizes, zeros in every place, both ways of handing over.
+  void make_memory() {
+    ASSERT_NO_FATAL_FAILURE(allocate(random_bytes(5 * kMiB + 12345)));
+    ASSERT_NO_FATAL_FAILURE(allocate(random_bytes(kMiB + 1)));
+    ASSERT_NO_FATAL_FAILURE(map(random_bytes(4 * kMiB)));
+    Bytes sparse = random_bytes(3 * kMiB + 7);
+    for (uint64_t page : {0, 5, 6, 7, 20, 48}) {  // the last one is short
+      std::fill_n(sparse.begin() + static_cast<ptrdiff_t>(page * kPage),
+                  std::min(kPage, sparse.size() - page * kPage), 0);
+    }
+    ASSERT_NO_FATAL_FAILURE(allocate(std::move(sparse)));
+    ASSERT_NO_FATAL_FAILURE(allocate(Bytes(2 * kMiB + 100, 0)));
+  }
+  uint64_t all_pages() const {
+    uint64_t n = 0;
+    for (const Memory& m : memory_) n += (m.bytes.size() + kPage - 1) / kPage;
+    return n;
+  }
+  uint64_t all_bytes() const {
+    uint64_t n = 0;
+    for (const Memory& m : memory_) n += m.bytes.size();
+    return n;
+  }
+  static constexpr uint64_t kZeroPages = 6 + 33;
+  void make_saved_and_spoilt() {
+    ASSERT_NO_FATAL_FAILURE(make_memory());
+    ASSERT_NO_FATAL_FAILURE(save(1));
+    ASSERT_NO_FATAL_FAILURE(spoil());
+    ASSERT_NO_FATAL_FAILURE(open_chain(1));
+  }
+
+  // Changes one byte of what is saved. Returns the name of the file.
+  std::string damage(size_t allocation, uint64_t page, uint64_t byte) {
+    const auto run = chain_->locate(allocation, page);
+    EXPECT_TRUE(run && run->is_stored());
+    const std::string where = chain_->describe(*run);
+    const std::string path = where.substr(0, where.find(", slot"));
+    const phos::UniqueFd fd(open(path.c_str(), O_RDWR | O_CLOEXEC));
+    const auto at = static_cast<off_t>((chain_->place(*run).slot + 1) * kPage + byte);
+    char value = 0;
+    EXPECT_EQ(pread(fd.get(), &value, 1, at), 1);
+    value ^= 0x10;
+    EXPECT_EQ(pwrite(fd.get(), &value, 1, at), 1);
+    return where;
+  }
 };
 
 }  // namespace live_test

@@ -70,6 +70,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
                                   "encrypt = on\n"
                                   "durability = memory\n"
                                   "direct_storage = auto\n"
+                                  "read_ahead = host\n"
                                   "log_level = debug"),
                             &config);
   ASSERT_TRUE(r.ok()) << r.error().message();
@@ -87,6 +88,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
   EXPECT_TRUE(config.encrypt);
   EXPECT_EQ(config.durability, Durability::kMemory);
   EXPECT_TRUE(config.direct_storage);
+  EXPECT_FALSE(config.read_ahead_to_gpu);
   EXPECT_EQ(config.log_level, LogLevel::kDebug);
 }
 
@@ -108,7 +110,7 @@ TEST_F(DaemonConfigTest, ErrorsNameTheFileAndTheLine) {
                            "key_file = key",       "key_file =",
                            "encrypt = yes",        "durability = ssd",
                            "config = /etc/passwd", "foreground = 1",
-                           "direct_storage = on"}) {
+                           "direct_storage = on",  "read_ahead = disk"}) {
     EXPECT_EQ(refused(line).rfind(at + "1: ", 0), 0u) << line << ": " << refused(line);
   }
   EXPECT_NE(refused("socket = /" + std::string(200, 'x')), "");

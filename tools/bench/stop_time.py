@@ -7,6 +7,8 @@ Starts a workload (app.py) and dumps it with stock criu, in turns:
   phos      phos pre-dump, some work, `criu dump` on top of it
   cold      `criu dump` without a pre-dump
   snapshot  as phos, with --leave-running
+  host      as phos, with `read_ahead = host`
+  host-snapshot  as snapshot, with that
   driver    `criu dump` with `release = off`: GPU memory goes through NVIDIA's driver
   nvidia    `criu dump` with NVIDIA's plugin (--nvidia-plugin-dir, cuda-checkpoint in PATH)
 
@@ -34,6 +36,18 @@ import time
 from live_copy import HERE, REPO, Workload, summary
 
 PR_SET_CHILD_SUBREAPER = 36
+# The phosd that a variant has, and its settings.
+SETTINGS = {
+    'phos': 'release = auto\n',
+    'driver': 'release = off\n',
+    'host': 'release = auto\nread_ahead = host\n',
+}
+PRE_DUMPED = ('phos', 'snapshot', 'host', 'host-snapshot')
+
+
+def phosd_of(variant):
+    name = variant.removesuffix('-snapshot')
+    return name if name in SETTINGS else 'phos'
 
 
 def wait_for(condition, what, limit=180):
@@ -62,12 +76,12 @@ class Bench:
         self.plugins = os.path.join(options.build, 'lib', 'criu')
 
     def environment(self, variant):
-        run = os.path.join(self.directory, f'run-{"driver" if variant == "driver" else "phos"}')
+        phosd = phosd_of(variant)
+        run = os.path.join(self.directory, f'run-{phosd}')
         if not os.path.exists(run):
             os.mkdir(run, 0o700)
             with open(os.path.join(run, 'phosd.conf'), 'w') as f:
-                f.write(f'pool_size = {self.options.pool}\n')
-                f.write(f'release = {"off" if variant == "driver" else "auto"}\n')
+                f.write(f'pool_size = {self.options.pool}\n{SETTINGS[phosd]}')
         return dict(os.environ, PHOS_RUN_DIR=run)
 
     def run(self, argv, variant, log=None):
@@ -82,7 +96,8 @@ class Bench:
         images = tempfile.mkdtemp(prefix='images-', dir=self.directory)
         pid = workload.process.pid
         previous = []
-        if variant in ('phos', 'snapshot'):
+        snapshot = variant.endswith('snapshot')
+        if variant in PRE_DUMPED:
             self.run([self.phos, 'pre-dump', '--gpu-only', '-t', str(pid), '-D', images + '/0'],
                      variant)
             previous = ['--prev-images-dir', '../0']
@@ -92,18 +107,18 @@ class Bench:
         common = ['-D', images + '/1', '-L', plugins, '-v3', '--shell-job']
         log = images + '/1/dump.log'
         before = time.time()
-        leave = ['--leave-running'] if variant == 'snapshot' else []
+        leave = ['--leave-running'] if snapshot else []
         self.run([self.criu, 'dump', '-t', str(pid), *previous, *common, *leave, '-o', 'dump.log'],
                  variant, log)
         ended = time.time()
         times = {}
-        if variant == 'snapshot':
+        if snapshot:
             wait_for(lambda: workload.points()[-1][0] > ended, 'work after the snapshot')
         points = workload.points()
         times['stopped'] = max((t1 - t0 for (t0, _), (t1, _) in zip(points, points[1:])
                                 if t1 > before), default=0)
         times['gpu'], parts = self.gpu_time(images + '/1', variant)
-        if variant != 'snapshot':
+        if not snapshot:
             times['stopped'] = ended - points[-1][0]
             wait_for(lambda: gone(pid), 'the process to be gone')
             count = len(points)
@@ -143,7 +158,7 @@ class Bench:
             return [line.rstrip() for line in f if re.search(r'phos: .*( ms|goes through)', line)]
 
     def stop_daemons(self):
-        for variant in ('phos', 'driver'):
+        for variant in SETTINGS:
             subprocess.run([self.phos, 'daemon', 'stop'], env=self.environment(variant),
                            capture_output=True)
             own = os.path.join(self.directory, f'run-{variant}', 'bpf')  # until phosd has left

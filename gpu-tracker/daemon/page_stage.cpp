@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include "gpu-tracker/daemon/page_stage.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "gpu-tracker/base/log.h"
+
+namespace phos {
+namespace {
+
+// Allocated at a time: an allocation takes the driver a tenth of a millisecond and more.
+constexpr uint64_t kSlab = uint64_t{1} << 30;
+
+}  // namespace
+
+PageStage::PageStage(OpenGpu& gpu, const GpuUuid& uuid, DeviceRoom& room, uint64_t bytes)
+    : context_(*gpu.context), uuid_(uuid), room_(room), wanted_(bytes) {
+  auto stream = context_.create_stream();
+  failed_ = !stream;
+  if (stream) stream_ = *stream;
+}
+
+PageStage::~PageStage() {
+  (void)take(0);
+  // Whatever the GPU may still write to: with the context it ends.
+  if (stream_) {
+    (void)context_.synchronize(stream_).ok();
+    (void)context_.destroy_stream(stream_).ok();
+  }
+  for (GpuEvent e : spare_) (void)context_.destroy_event(e).ok();
+  for (uint64_t slab : slabs_) {
+    if (auto r = context_.free(slab); !r) {
+      log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
+    }
+  }
+}
+
+// Where so many bytes go; 0: there is no room.
+uint64_t PageStage::place(uint64_t bytes) {
+  if (left_ < bytes) {
+    uint64_t size = std::max(bytes, std::min(kSlab, wanted_)), at = 0;
+    while (!(at = room_.allocate(context_, uuid_, size))) {
+      if (size == bytes) return 0;
+      size = std::max(bytes, size / 2);
+    }
+    slabs_.push_back(at);
+    next_ = at;
+    left_ = size;
+  }
+  left_ -= bytes;
+  return std::exchange(next_, next_ + bytes);
+}
+
+Result<GpuEvent> PageStage::spare_event() {
+  if (spare_.empty()) return context_.create_event();
+  const GpuEvent event = spare_.back();
+  spare_.pop_back();
+  return event;
+}
+
+bool PageStage::put(LoadBatch* batch) {
+  if (failed_) return false;
+  const uint64_t bytes = uint64_t{batch->pages} * kImagePageSize;
+  const uint64_t at = place(bytes);
+  if (!at) {
+    log(LogLevel::kDebug, "daemon", "%s: no more room for pages that are read ahead",
+        format_gpu_uuid(uuid_).c_str());
+    failed_ = true;
+    return false;
+  }
+  wanted_ -= std::min(wanted_, bytes);
+  auto r = start(batch, at);
+  if (r) return true;
+  log(LogLevel::kInfo, "daemon", "pages are not read ahead into GPU memory: %s",
+      r.error().message().c_str());
+  // The copy may be under way.
+  (void)context_.synchronize(stream_).ok();
+  failed_ = true;
+  return false;
+}
+
+Result<void> PageStage::start(LoadBatch* batch, uint64_t at) {
+  auto event = spare_event();
+  if (!event) return event.error();
+  auto r = context_.copy_to_device(at, batch->buffer.data(),
+                                   uint64_t{batch->pages} * kImagePageSize, stream_);
+  if (r) r = context_.record(*event, stream_);
+  if (!r) {
+    spare_.push_back(*event);
+    return r;
+  }
+  copies_.push_back({std::move(*batch), *event});
+  copies_.back().batch.staged_at = at;
+  copies_.back().batch.staged_on = uuid_;
+  return {};
+}
+
+std::vector<LoadBatch> PageStage::take(size_t under_way) {
+  std::vector<LoadBatch> there;
+  while (copies_.size() > under_way) {
+    Copy copy = std::move(copies_.front());
+    copies_.pop_front();
+    const auto r = context_.synchronize(copy.done);
+    spare_.push_back(copy.done);
+    if (!r) {
+      failed_ = true;
+      (void)context_.synchronize(stream_).ok();
+      continue;
+    }
+    copy.batch.buffer.reset();
+    there.push_back(std::move(copy.batch));
+  }
+  return there;
+}
+
+}  // namespace phos
