@@ -1,25 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// How much memory of a GPU phosd may use for a while, so that processes which are to get theirs
+// How much memory of the GPUs phosd may use for a while, so that processes which are to get theirs
 // back find room for it.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <set>
 
 #include "gpu-tracker/driver/gpu_context.h"
 #include "gpu-tracker/driver/gpu_driver.h"
 
 namespace phos {
 
-// Of all GPUs. Thread-safe.
+// Of all GPUs and sessions. Thread-safe.
 class DeviceRoom {
  public:
   // Memory that some process will need, until this is destroyed. Movable.
   class Claim {
    public:
     Claim(Claim&& other) noexcept;
-    Claim& operator=(Claim&& other) = delete;
+    Claim& operator=(Claim&& other) noexcept;
     ~Claim();
 
    private:
@@ -27,18 +29,47 @@ class DeviceRoom {
     Claim(DeviceRoom* owner, const GpuUuid& gpu, uint64_t bytes)
         : owner_(owner), gpu_(gpu), bytes_(bytes) {}
     DeviceRoom* owner_;
-    const GpuUuid gpu_;
-    const uint64_t bytes_;
+    GpuUuid gpu_;
+    uint64_t bytes_;
   };
+
+  // Who uses memory that allocate() has given. Called on any thread, between enter() and leave().
+  class Guest {
+   public:
+    virtual ~Guest() = default;
+    // Frees it, unless so many bytes of that GPU are free without.
+    virtual void make_room(const GpuUuid& gpu, uint64_t bytes) = 0;
+    // Frees all of it.
+    virtual void give_up() = 0;
+  };
+  void enter(Guest* guest);
+  // Waits until no call to it is under way. It may keep what it has for as long as it is at work
+  // with it.
+  void leave(Guest* guest);
+
+  // Has the guests make room for all that is claimed now.
   Claim claim(const GpuUuid& gpu, uint64_t bytes);
 
   // Device memory of `context`, which is on that GPU, if with it there is still as much free as is
   // claimed. 0: there is not, or the driver has none.
   uint64_t allocate(GpuContext& context, const GpuUuid& gpu, uint64_t bytes);
+  void free(GpuContext& context, uint64_t address, uint64_t bytes);
+
+  // What free() was called for so far, in all.
+  uint64_t freed() const;
+  // The driver had too little: has all guests give up theirs, and waits for those who are at work
+  // with it, ten seconds at most. False: nothing has been freed since freed() was `before`, so that
+  // there is no use in another attempt.
+  bool reclaim(uint64_t before);
 
  private:
-  std::mutex mutex_;
+  std::mutex guests_mutex_;
+  std::set<Guest*> guests_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
   std::map<GpuUuid, uint64_t> claimed_;
+  uint64_t in_use_ = 0, freed_ = 0;
 };
 
 }  // namespace phos

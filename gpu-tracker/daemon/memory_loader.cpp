@@ -13,10 +13,6 @@
 namespace phos {
 namespace {
 
-// Of a GPU, beside what is known to be needed: for the driver's own, and for what others allocate
-// meanwhile.
-constexpr uint64_t kSpareRoom = uint64_t{1} << 30;
-
 std::string describe(const MemoryToLoad& m) {
   return describe_memory(m.target.device_uuid, m.target.address, m.target.size);
 }
@@ -54,21 +50,7 @@ Result<std::unique_ptr<MemoryLoader>> MemoryLoader::create(const PageChain& chai
 
 MemoryLoader::MemoryLoader(const PageChain& chain, GpuEngines& engines,
                            std::optional<PageHashKey> key)
-    : chain_(chain), engines_(engines), key_(std::move(key)) {
-  const ProcessImage& image = chain_.image();
-  std::vector<uint64_t> needed(image.gpus.size());
-  uint64_t listed = 0;
-  for (const AllocationInfo& a : image.allocations) {
-    listed += a.size;
-    if (a.gpu >= 0) needed[static_cast<size_t>(a.gpu)] += a.size;
-  }
-  // Contexts, code, what is not listed: on which GPU it is, is not known.
-  const uint64_t more = image.device_bytes > listed ? image.device_bytes - listed : 0;
-  for (size_t i = 0; i < needed.size(); i++) {
-    claims_.push_back(
-        engines_.room().claim(image.gpus[i].uuid, needed[i] + needed[i] / 32 + more + kSpareRoom));
-  }
-}
+    : chain_(chain), engines_(engines), key_(std::move(key)) {}
 
 MemoryLoader::~MemoryLoader() {
   if (auto r = settle(); !r) {
@@ -83,14 +65,6 @@ Result<void> MemoryLoader::settle() {
 
 void MemoryLoader::prefetch() {
   if (key_ && !prefetch_) prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_);
-}
-
-bool MemoryLoader::drop_staged() {
-  if (!prefetch_) return false;
-  const std::vector<LoadBatch> batches = prefetch_->take();
-  prefetch_.reset();
-  return std::any_of(batches.begin(), batches.end(),
-                     [](const LoadBatch& b) { return b.staged_at != 0; });
 }
 
 Result<void> MemoryLoader::check(const std::vector<MemoryToLoad>& memory) const {
@@ -134,7 +108,6 @@ Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::sto
     open = prefetch->take_gpus();
     stages = prefetch->take_stages();
   }
-  claims_.clear();
   const auto taken = since(start);
   auto load = std::make_unique<MemoryLoad>(chain_, engines_, *key_);
   load->plan(std::move(memory), std::move(warm));

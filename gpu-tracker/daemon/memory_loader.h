@@ -51,8 +51,7 @@ struct LoadReport {
 // One thread at a time.
 class MemoryLoader {
  public:
-  // `chain` and `engines` outlive it. Fails if the image's hash key is no key. Until load() nobody
-  // stages pages in memory that the process will need on its GPUs.
+  // `chain` and `engines` outlive it. Fails if the image's hash key is no key.
   static Result<std::unique_ptr<MemoryLoader>> create(const PageChain& chain, GpuEngines& engines);
   // What was prefetched and not loaded is given back, what was loaded is let go of.
   ~MemoryLoader();
@@ -61,15 +60,14 @@ class MemoryLoader {
 
   // Begins to read what phos has to restore (MemoryPath other than kDriver) into pinned memory, and
   // from there into free memory of its GPUs, which it opens, in the background: as much as there is
-  // room for while others go on.
+  // room for while others go on (DeviceRoom). Whoever needs GPU memory may take back what is there;
+  // it is read again then.
   // Returns at once. For the time in which there is no memory to load into yet; load() does without
   // and takes longer.
   void prefetch();
 
   // What prefetch() has read so far, and load() has not taken. Any thread, but not beside load().
   ReadAhead read_ahead() const { return prefetch_ ? prefetch_->so_far() : ReadAhead(); }
-  // Gives back what was prefetched into GPU memory: the driver has too little. False: nothing was.
-  bool drop_staged();
 
   // Imports each memory, loads it, and hashes every page on the device against the image. All GPUs
   // work side by side. Nobody else may write to the memory meanwhile. Then begins to let go of it
@@ -93,8 +91,7 @@ class MemoryLoader {
 
   const PageChain& chain_;
   GpuEngines& engines_;
-  const std::optional<PageHashKey> key_;   // none: no pages are saved
-  std::vector<DeviceRoom::Claim> claims_;  // until all that is claimed has been had
+  const std::optional<PageHashKey> key_;  // none: no pages are saved
   std::unique_ptr<PagePrefetch> prefetch_;
   std::future<Result<void>> letting_go_;  // its end waits
 };

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <iterator>
 #include <map>
+#include <system_error>
 #include <utility>
 
 #include "gpu-tracker/base/log.h"
@@ -18,6 +19,8 @@ namespace {
 constexpr int kLowestPriority = 19;
 // Copies to a GPU that are under way at a time: with fewer its link would stand still.
 constexpr size_t kUnderWay = 3;
+// Before looking again whether there is room.
+constexpr std::chrono::milliseconds kUntilRoom{20};
 
 }  // namespace
 
@@ -34,6 +37,7 @@ PagePrefetch::PagePrefetch(const PageChain& chain, GpuEngines& engines, const Pa
     : chain_(chain), engines_(engines), key_(key) {
   plan();
   if (to_read_.empty()) return;
+  engines_.room().enter(this);
   threads_.emplace_back([this, stop = stop_.get_token()] { open_gpus(stop); });
   const size_t readers = std::min<size_t>(reader_threads(), to_read_.size());
   for (size_t i = 0; i < readers; i++) {
@@ -80,41 +84,103 @@ void PagePrefetch::open_gpus(const std::stop_token& stop) {
     }
     OpenGpu& open = **user;
     users_.push_back(std::move(*user));
-    if (!engines_.stages()) continue;
-    PageStage& staging = *stages_.emplace_back(
-        std::make_unique<PageStage>(open, gpu.uuid, engines_.room(), gpu.bytes));
-    stagers.emplace_back([this, &gpu, &staging, stop] { stage(gpu, staging, stop); });
+    if (!begin_staging(gpu, open)) continue;
+    try {
+      stagers.emplace_back([this, &gpu, stop] { stage(gpu, stop); });
+    } catch (const std::system_error&) {  // no more threads to be had
+      std::lock_guard<std::mutex> hold(mutex_);
+      stagers_--;
+      changed_.notify_all();
+    }
   }
 }
 
-// As long as the GPU has room and nobody asks for what there is.
-void PagePrefetch::stage(Gpu& gpu, PageStage& stage, const std::stop_token& stop) {
-  const auto keep = [&](std::vector<LoadBatch> there) {
-    std::lock_guard<std::mutex> hold(mutex_);
+bool PagePrefetch::begin_staging(Gpu& gpu, OpenGpu& open) {
+  if (!engines_.stages()) return false;
+  auto stage = std::make_unique<PageStage>(open, gpu.uuid, engines_.room(), gpu.bytes);
+  std::lock_guard<std::mutex> hold(mutex_);
+  if (given_up_) return false;
+  gpu.stage = std::move(stage);
+  stagers_++;
+  return true;
+}
+
+// As long as nobody asks for what there is, or needs the room.
+void PagePrefetch::stage(Gpu& gpu, const std::stop_token& stop) {
+  PageStage& stage = *gpu.stage;
+  std::unique_lock<std::mutex> hold(mutex_);
+  const auto keep = [&](size_t under_way) {
+    hold.unlock();
+    std::vector<LoadBatch> there = stage.take(under_way);
+    hold.lock();
     std::move(there.begin(), there.end(), std::back_inserter(staged_));
   };
-  std::unique_lock<std::mutex> hold(mutex_);
-  for (bool more = true; more;) {
-    const bool idle = gpu.read.empty();
-    if (!idle) {
-      LoadBatch batch = std::move(gpu.read.front());
-      gpu.read.pop_front();
-      hold.unlock();
-      more = stage.put(&batch);
-      if (more) keep(stage.take(kUnderWay));
-      hold.lock();
-      if (!more) gpu.read.push_front(std::move(batch));
-    } else {
-      // Their readers wait for the buffers.
-      hold.unlock();
-      keep(stage.take(0));
-      hold.lock();
-      changed_.wait(hold, stop, [&] { return !gpu.read.empty(); });
+  auto put = PageStage::Put::kTaken;
+  while (put != PageStage::Put::kFailed && !given_up_ && !stop.stop_requested()) {
+    if (gpu.read.empty()) {
+      keep(0);  // their readers wait for the buffers
+      changed_.wait(hold, stop, [&] { return !gpu.read.empty() || given_up_; });
+      continue;
     }
-    more = more && !stop.stop_requested();
+    LoadBatch batch = std::move(gpu.read.front());
+    gpu.read.pop_front();
+    hold.unlock();
+    put = stage.put(&batch);
+    hold.lock();
+    if (put == PageStage::Put::kTaken) {
+      keep(kUnderWay);
+      continue;
+    }
+    gpu.read.push_front(std::move(batch));
+    keep(0);
+    if (put == PageStage::Put::kNoRoom) {
+      changed_.wait_for(hold, stop, kUntilRoom, [&] { return given_up_; });
+    }
+  }
+  keep(0);
+  stagers_--;
+  changed_.notify_all();
+}
+
+void PagePrefetch::make_room(const GpuUuid& uuid, uint64_t bytes) {
+  bool is_short = false;
+  {
+    std::lock_guard<std::mutex> hold(mutex_);
+    for (auto& [index, gpu] : gpus_) {
+      if (!gpu.stage || !(gpu.uuid == uuid)) continue;
+      const auto memory = gpu.stage->memory_info();
+      is_short = !memory || memory->free < bytes;
+    }
+  }
+  if (is_short) give_up();
+}
+
+// What has been staged is read once more when it is needed.
+void PagePrefetch::give_up() {
+  std::vector<std::unique_ptr<PageStage>> stages;
+  std::unique_lock<std::mutex> hold(mutex_);
+  given_up_ = true;
+  changed_.notify_all();
+  changed_.wait(hold, [&] { return stagers_ == 0; });
+  staged_.clear();
+  for (auto& [index, gpu] : gpus_) {
+    if (gpu.stage) stages.push_back(std::move(gpu.stage));
   }
   hold.unlock();
-  keep(stage.take(0));
+  if (!stages.empty()) {
+    log(LogLevel::kInfo, "daemon",
+        "process %d: pages are not read ahead into GPU memory: others "
+        "need it",
+        chain_.image().pid);
+  }
+}
+
+std::vector<std::unique_ptr<PageStage>> PagePrefetch::take_stages() {
+  std::vector<std::unique_ptr<PageStage>> stages;
+  for (auto& [index, gpu] : gpus_) {
+    if (gpu.stage) stages.push_back(std::move(gpu.stage));
+  }
+  return stages;
 }
 
 // CRIU is at work meanwhile, and it is CRIU that the process waits for: where files are in memory,
@@ -154,6 +220,7 @@ void PagePrefetch::read_batches(const std::stop_token& stop) {
 }
 
 void PagePrefetch::stop() {
+  engines_.room().leave(this);
   stop_.request_stop();
   {
     // Now the process waits for them.
@@ -174,13 +241,16 @@ ReadAhead PagePrefetch::so_far() const {
   return sum;
 }
 
+// Those in host memory first: they take longer, and others wait for the buffers.
 std::vector<LoadBatch> PagePrefetch::take() {
   stop();
-  std::vector<LoadBatch> all = std::move(staged_);
+  std::vector<LoadBatch> all;
   for (auto& [index, gpu] : gpus_) {
     std::move(gpu.read.begin(), gpu.read.end(), std::back_inserter(all));
     gpu.read.clear();
   }
+  std::move(staged_.begin(), staged_.end(), std::back_inserter(all));
+  staged_.clear();
   return all;
 }
 

@@ -36,11 +36,11 @@ struct ReadAhead {
 };
 
 // Works on threads of its own, and opens the GPUs meanwhile.
-class PagePrefetch {
+class PagePrefetch : private DeviceRoom::Guest {
  public:
   // Begins. All outlive this object.
   PagePrefetch(const PageChain& chain, GpuEngines& engines, const PageHashKey& key);
-  ~PagePrefetch() { stop(); }
+  ~PagePrefetch() override { stop(); }
 
   // Thread-safe.
   ReadAhead so_far() const;
@@ -51,18 +51,22 @@ class PagePrefetch {
   // The GPUs stay open as long as these live. After take().
   std::vector<GpuEngines::User> take_gpus() { return std::move(users_); }
   // What batches are staged in; to be destroyed before the GPUs. After take().
-  std::vector<std::unique_ptr<PageStage>> take_stages() { return std::move(stages_); }
+  std::vector<std::unique_ptr<PageStage>> take_stages();
 
  private:
   struct Gpu {
     GpuUuid uuid;
     uint64_t bytes = 0;            // to be read
     std::deque<LoadBatch> read{};  // in pinned memory
+    std::unique_ptr<PageStage> stage{};
   };
 
   void plan();
   void open_gpus(const std::stop_token& stop);
-  void stage(Gpu& gpu, PageStage& stage, const std::stop_token& stop);
+  bool begin_staging(Gpu& gpu, OpenGpu& open);
+  void stage(Gpu& gpu, const std::stop_token& stop);
+  void make_room(const GpuUuid& gpu, uint64_t bytes) override;
+  void give_up() override;
   void read(const std::stop_token& stop);
   void read_batches(const std::stop_token& stop);
   void stop();
@@ -74,10 +78,11 @@ class PagePrefetch {
   mutable std::mutex mutex_;
   std::condition_variable_any changed_;
   std::deque<LoadBatch> to_read_;
-  std::map<int, Gpu> gpus_;  // by their places in the image
-  std::vector<LoadBatch> staged_;
   std::vector<GpuEngines::User> users_;
-  std::vector<std::unique_ptr<PageStage>> stages_;
+  std::map<int, Gpu> gpus_;  // by their places in the image; before users_ go
+  std::vector<LoadBatch> staged_;
+  unsigned stagers_ = 0;    // threads that stage
+  bool given_up_ = false;   // nothing is staged any more
   std::set<id_t> readers_;  // threads that read
   std::vector<std::thread> threads_;
 };

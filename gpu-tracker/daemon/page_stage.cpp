@@ -29,11 +29,7 @@ PageStage::~PageStage() {
     (void)context_.destroy_stream(stream_).ok();
   }
   for (GpuEvent e : spare_) (void)context_.destroy_event(e).ok();
-  for (uint64_t slab : slabs_) {
-    if (auto r = context_.free(slab); !r) {
-      log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
-    }
-  }
+  for (const Slab& slab : slabs_) room_.free(context_, slab.address, slab.bytes);
 }
 
 // Where so many bytes go; 0: there is no room.
@@ -44,7 +40,7 @@ uint64_t PageStage::place(uint64_t bytes) {
       if (size == bytes) return 0;
       size = std::max(bytes, size / 2);
     }
-    slabs_.push_back(at);
+    slabs_.push_back({at, size});
     next_ = at;
     left_ = size;
   }
@@ -59,25 +55,20 @@ Result<GpuEvent> PageStage::spare_event() {
   return event;
 }
 
-bool PageStage::put(LoadBatch* batch) {
-  if (failed_) return false;
+PageStage::Put PageStage::put(LoadBatch* batch) {
+  if (failed_) return Put::kFailed;
   const uint64_t bytes = uint64_t{batch->pages} * kImagePageSize;
   const uint64_t at = place(bytes);
-  if (!at) {
-    log(LogLevel::kDebug, "daemon", "%s: no more room for pages that are read ahead",
-        format_gpu_uuid(uuid_).c_str());
-    failed_ = true;
-    return false;
-  }
+  if (!at) return Put::kNoRoom;
   wanted_ -= std::min(wanted_, bytes);
   auto r = start(batch, at);
-  if (r) return true;
+  if (r) return Put::kTaken;
   log(LogLevel::kInfo, "daemon", "pages are not read ahead into GPU memory: %s",
       r.error().message().c_str());
   // The copy may be under way.
   (void)context_.synchronize(stream_).ok();
   failed_ = true;
-  return false;
+  return Put::kFailed;
 }
 
 Result<void> PageStage::start(LoadBatch* batch, uint64_t at) {

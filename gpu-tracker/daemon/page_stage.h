@@ -26,14 +26,19 @@ class PageStage {
 
   const GpuUuid& uuid() const { return uuid_; }
 
-  // Begins to copy what is in the batch's buffer. False: there is no room for it, or the GPU has
-  // failed; the batch is as it was, and there will not be any later either.
-  bool put(LoadBatch* batch);
+  enum class Put { kTaken, kNoRoom, kFailed };
+  // Begins to copy what is in the batch's buffer. Else the batch is as it was; kFailed: for good.
+  Put put(LoadBatch* batch);
   // Those that have arrived since the last call; their buffers have been given back. Waits until no
   // more than `under_way` are not there yet. What the GPU fails to copy is dropped.
   std::vector<LoadBatch> take(size_t under_way);
+  // Free memory of the GPU, as the driver says. Any thread.
+  Result<GpuMemoryInfo> memory_info() const { return context_.memory_info(); }
 
  private:
+  struct Slab {
+    uint64_t address, bytes;
+  };
   struct Copy {
     LoadBatch batch;
     GpuEvent done;
@@ -46,7 +51,7 @@ class PageStage {
   const GpuUuid uuid_;
   DeviceRoom& room_;
   uint64_t wanted_;  // bytes yet to come
-  std::vector<uint64_t> slabs_;
+  std::vector<Slab> slabs_;
   uint64_t next_ = 0, left_ = 0;  // of the last slab
   GpuStream stream_ = nullptr;
   std::vector<GpuEvent> spare_;

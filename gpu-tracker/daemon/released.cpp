@@ -230,6 +230,8 @@ Result<void> Session::catch_up(int pid, Held* held) {
 }
 
 void Session::leave_to_driver(Held* held) {
+  held->loader.reset();
+  held->chain.reset();
   if (!held->image) return;
   for (AllocationInfo& a : held->image->allocations) a.path = MemoryPath::kDriver;
 }
@@ -246,6 +248,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
     give_up_release(pid, held, prepared.error().message());
     return {};
   }
+  held->room = claim_room(*held->image);
   const auto begin = steady_clock::now();
   if (auto r = driver_.unlock(pid); !r) return r;
   held->locked = false;
@@ -401,11 +404,17 @@ Result<void> Session::bring_memory_back(int pid, Held* held) {
 }
 
 Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
-  auto back = held->release->bring_back(*held->chain, *held->loader, all_of_image);
-  if (!back && give_room_to(pid)) {
-    back = held->release->bring_back(*held->chain, *held->loader, all_of_image);
-  }
-  if (!back) return back.error();
+  std::optional<BroughtBack> back;
+  auto done = with_room(
+      pid,
+      [&]() -> Result<void> {
+        auto r = held->release->bring_back(*held->chain, *held->loader, all_of_image);
+        if (!r) return r.error();
+        back = *r;
+        return {};
+      },
+      [](const Error& e) { return e.domain() != Domain::kFormat && e.code() != ESRCH; });
+  if (!done) return done;
   log(LogLevel::kInfo, "daemon",
       "%s: %llu allocations mapped back in %.1f ms (%llu of them adopted), %s loaded and verified "
       "in %.1f ms (%s read ahead, %s of it into GPU memory, until %.1f ms; memory mapped in %.1f "
@@ -422,20 +431,6 @@ Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
         process(pid).c_str(), megabytes(back->load.direct_bytes).c_str());
   }
   return {};
-}
-
-// A process could not get its memory: gives up what is read ahead into GPU memory. False: nothing
-// is, so that there is no use in another attempt.
-bool Session::give_room_to(int pid) {
-  bool any = false;
-  for (auto& [other, held] : held_) any = (held.loader && held.loader->drop_staged()) || any;
-  for (auto& [other, saved] : saved_) any = (saved.loader && saved.loader->drop_staged()) || any;
-  if (any) {
-    log(LogLevel::kWarn, "daemon",
-        "%s: trying again without the pages that were read ahead into GPU memory",
-        process(pid).c_str());
-  }
-  return any;
 }
 
 // What a restore will need, read ahead while CRIU restores the rest.

@@ -92,6 +92,7 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
   for (const auto& p : set->processes) {
     if (auto r = open_pages(p); !r) return r.error();
   }
+  for (const auto& p : set->processes) restore_room_.insert_or_assign(p.pid, claim_room(p));
   // Once it is known what all of them need.
   for (auto& [pid, saved] : saved_) saved.loader->prefetch();
   restored_ = std::move(*set);
@@ -128,8 +129,12 @@ Result<void> Session::checkpoint(int pid) {
   const auto took = since(start);
   log(LogLevel::kInfo, "daemon", "%s: GPU memory moved to host memory in %.1f ms",
       process(pid).c_str(), took.count() / 1000.0);
-  if (will_go_on_ && held.loader) held.loader->prefetch();
-  return write_image(pid, &held, took);
+  if (will_go_on_ && held.loader && held.release && held.release->is_away()) {
+    held.loader->prefetch();
+  }
+  auto written = write_image(pid, &held, took);
+  if (held.image && held.room.empty()) held.room = claim_room(*held.image);
+  return written;
 }
 
 // All but what was saved of its memory.
@@ -229,10 +234,12 @@ Result<void> Session::bring_back(int pid, CudaState target, Held* held) {
   auto state = driver_.state(pid);
   if (!state) return state.error();
   if (*state == CudaState::kCheckpointed && target != CudaState::kCheckpointed) {
-    auto restored = driver_.restore(pid, gpu_pairs_);
-    if (!restored && is_cuda_error(restored.error(), kCudaErrorOutOfMemory) && give_room_to(pid)) {
-      restored = driver_.restore(pid, gpu_pairs_);
-    }
+    auto restored = with_room(
+        pid, [&] { return driver_.restore(pid, gpu_pairs_); },
+        [&](const Error&) {
+          auto now = driver_.state(pid);
+          return now && *now == CudaState::kCheckpointed;
+        });
     if (!restored) return restored;
     state = CudaState::kLocked;
   }
@@ -313,6 +320,7 @@ Result<void> Session::undo_one(int pid, Held* held) {
   if (auto r = bring_back(pid, held->found, held); !r) return r;
   held->locked = false;
   if (auto r = bring_memory_back(pid, held); !r) return r;
+  held->room.clear();
   return held->release ? held->release->let_go() : Result<void>();
 }
 
@@ -374,6 +382,7 @@ Result<uint32_t> Session::resume(int pid) {
       process(pid).c_str(), static_cast<double>(since(start).count()) / 1000,
       to_string(image->state));
   if (auto r = restore_memory(pid, *image); !r) return r.error().wrap(what);
+  restore_room_.erase(image->pid);
   if (to_resume_ > 0) to_resume_--;
   return to_resume_;
 }

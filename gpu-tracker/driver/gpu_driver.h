@@ -40,7 +40,6 @@ struct GpuPair {
 inline constexpr int kCudaErrorNotInitialized = 3;     // pid has no CUDA (no restore thread)
 inline constexpr int kCudaErrorOperatingSystem = 304;  // no such pid, or no permission
 inline constexpr int kCudaErrorIllegalState = 401;
-inline constexpr int kCudaErrorOutOfMemory = 2;
 inline constexpr int kCudaErrorNotReady = 600;  // lock: timed out
 inline constexpr int kCudaErrorNotSupported = 801;
 
