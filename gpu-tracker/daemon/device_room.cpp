@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/daemon/device_room.h"
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
@@ -9,8 +10,8 @@
 namespace phos {
 namespace {
 
-// For a load that is under way.
-constexpr std::chrono::seconds kPatience{10};
+// For loads that are under way.
+constexpr std::chrono::seconds kPatience{30};
 
 }  // namespace
 
@@ -41,14 +42,21 @@ void DeviceRoom::leave(Guest* guest) {
 }
 
 DeviceRoom::Claim DeviceRoom::claim(const GpuUuid& gpu, uint64_t bytes) {
-  uint64_t all = 0;
-  {
-    std::lock_guard<std::mutex> hold(mutex_);
-    all = claimed_[gpu] += bytes;
-  }
-  std::lock_guard<std::mutex> hold(guests_mutex_);
-  for (Guest* guest : guests_) guest->make_room(gpu, all);
+  std::lock_guard<std::mutex> hold(mutex_);
+  claimed_[gpu] += bytes;
   return Claim(this, gpu, bytes);
+}
+
+void DeviceRoom::make_room(const std::vector<Claim>& claims) {
+  std::lock_guard<std::mutex> hold_guests(guests_mutex_);
+  for (const Claim& c : claims) {
+    uint64_t all = 0;
+    {
+      std::lock_guard<std::mutex> hold(mutex_);
+      all = claimed_[c.gpu_];
+    }
+    for (Guest* guest : guests_) guest->make_room(c.gpu_, all);
+  }
 }
 
 uint64_t DeviceRoom::allocate(GpuContext& context, const GpuUuid& gpu, uint64_t bytes) {
@@ -60,33 +68,47 @@ uint64_t DeviceRoom::allocate(GpuContext& context, const GpuUuid& gpu, uint64_t 
   if (memory->free < claimed || memory->free - claimed < bytes) return 0;
   auto at = context.allocate(bytes);
   if (!at) return 0;
-  in_use_ += bytes;
+  in_use_[gpu] += bytes;
   return *at;
 }
 
-void DeviceRoom::free(GpuContext& context, uint64_t address, uint64_t bytes) {
+void DeviceRoom::free(GpuContext& context, const GpuUuid& gpu, uint64_t address, uint64_t bytes) {
   if (auto r = context.free(address); !r) {
     log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
   }
   std::lock_guard<std::mutex> hold(mutex_);
-  in_use_ -= bytes;
-  freed_ += bytes;
+  in_use_[gpu] -= bytes;
+  freed_[gpu] += bytes;
   changed_.notify_all();
 }
 
-uint64_t DeviceRoom::freed() const {
+DeviceRoom::Freed DeviceRoom::freed() const {
   std::lock_guard<std::mutex> hold(mutex_);
   return freed_;
 }
 
-bool DeviceRoom::reclaim(uint64_t before) {
-  {
-    std::lock_guard<std::mutex> hold(guests_mutex_);
-    for (Guest* guest : guests_) guest->give_up();
-  }
+bool DeviceRoom::reclaim(const std::vector<Claim>& claims, const Freed& before) {
+  const auto any = [&](const auto& is_so) {
+    return std::any_of(claims.begin(), claims.end(), [&](const Claim& c) { return is_so(c.gpu_); });
+  };
+  const auto of = [](const std::map<GpuUuid, uint64_t>& bytes, const GpuUuid& gpu) {
+    const auto it = bytes.find(gpu);
+    return it == bytes.end() ? 0 : it->second;
+  };
+  const auto is_in_use = [&](const GpuUuid& gpu) { return of(in_use_, gpu) != 0; };
   std::unique_lock<std::mutex> hold(mutex_);
-  changed_.wait_for(hold, kPatience, [&] { return in_use_ == 0; });
-  return freed_ != before;
+  if (any(is_in_use)) {
+    hold.unlock();
+    {
+      std::lock_guard<std::mutex> hold_guests(guests_mutex_);
+      for (const Claim& c : claims) {
+        for (Guest* guest : guests_) guest->make_room(c.gpu_, UINT64_MAX);
+      }
+    }
+    hold.lock();
+    changed_.wait_for(hold, kPatience, [&] { return !any(is_in_use); });
+  }
+  return any([&](const GpuUuid& gpu) { return of(freed_, gpu) != of(before, gpu); });
 }
 
 }  // namespace phos

@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <vector>
 
 #include "gpu-tracker/driver/gpu_context.h"
 #include "gpu-tracker/driver/gpu_driver.h"
@@ -24,6 +25,8 @@ class DeviceRoom {
     Claim& operator=(Claim&& other) noexcept;
     ~Claim();
 
+    const GpuUuid& gpu() const { return gpu_; }
+
    private:
     friend class DeviceRoom;
     Claim(DeviceRoom* owner, const GpuUuid& gpu, uint64_t bytes)
@@ -37,30 +40,30 @@ class DeviceRoom {
   class Guest {
    public:
     virtual ~Guest() = default;
-    // Frees it, unless so many bytes of that GPU are free without.
+    // Frees what it has of that GPU, unless so many bytes are free without.
     virtual void make_room(const GpuUuid& gpu, uint64_t bytes) = 0;
-    // Frees all of it.
-    virtual void give_up() = 0;
   };
   void enter(Guest* guest);
   // Waits until no call to it is under way. It may keep what it has for as long as it is at work
   // with it.
   void leave(Guest* guest);
 
-  // Has the guests make room for all that is claimed now.
   Claim claim(const GpuUuid& gpu, uint64_t bytes);
+  // Has guests make room for all that is claimed of these GPUs.
+  void make_room(const std::vector<Claim>& claims);
 
   // Device memory of `context`, which is on that GPU, if with it there is still as much free as is
   // claimed. 0: there is not, or the driver has none.
   uint64_t allocate(GpuContext& context, const GpuUuid& gpu, uint64_t bytes);
-  void free(GpuContext& context, uint64_t address, uint64_t bytes);
+  void free(GpuContext& context, const GpuUuid& gpu, uint64_t address, uint64_t bytes);
 
-  // What free() was called for so far, in all.
-  uint64_t freed() const;
-  // The driver had too little: has all guests give up theirs, and waits for those who are at work
-  // with it, ten seconds at most. False: nothing has been freed since freed() was `before`, so that
-  // there is no use in another attempt.
-  bool reclaim(uint64_t before);
+  // What free() was called for so far.
+  using Freed = std::map<GpuUuid, uint64_t>;
+  Freed freed() const;
+  // The driver had too little for these: has guests give up what they have of those GPUs, and waits
+  // for loads that are at work with it, half a minute at most. False: nothing has been freed there
+  // since freed() was `before`, so that there is no use in another attempt.
+  bool reclaim(const std::vector<Claim>& claims, const Freed& before);
 
  private:
   std::mutex guests_mutex_;
@@ -68,8 +71,8 @@ class DeviceRoom {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::map<GpuUuid, uint64_t> claimed_;
-  uint64_t in_use_ = 0, freed_ = 0;
+  std::map<GpuUuid, uint64_t> claimed_, in_use_;
+  Freed freed_;
 };
 
 }  // namespace phos

@@ -220,7 +220,8 @@ Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
 }
 
 Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoader& loader,
-                                              bool all_of_image) {
+                                              bool all_of_image,
+                                              const std::function<void()>& mapped) {
   BroughtBack done;
   auto start = steady_clock::now();
   if (agent_->released_by() != chain.image().dump_id) {
@@ -254,6 +255,7 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
     }
     (*work)[i].handle = std::move(handle);
   }
+  mapped();
   done.map_time = since(start);
   start = steady_clock::now();
   if (!work->empty()) {

@@ -16,6 +16,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <stop_token>
@@ -79,8 +80,10 @@ class MemoryRelease {
   // The process is unlocked in the driver. Everything that is away is there again, with the bytes
   // that `chain` has of it, each page proven on the device by its hash. Threads stay parked. May be
   // called again after a failure. Refuses the image of another dump. `all_of_image`: also fails if
-  // the agent does not know of memory that the image names as released.
-  Result<BroughtBack> bring_back(const PageChain& chain, MemoryLoader& loader, bool all_of_image);
+  // the agent does not know of memory that the image names as released. `mapped` is called when all
+  // of it is there, before the bytes.
+  Result<BroughtBack> bring_back(const PageChain& chain, MemoryLoader& loader, bool all_of_image,
+                                 const std::function<void()>& mapped);
 
   // Lets threads go as soon as they run. Nothing must be away. Also of a frozen process.
   Result<void> let_go();

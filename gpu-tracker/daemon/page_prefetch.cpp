@@ -149,7 +149,7 @@ void PagePrefetch::make_room(const GpuUuid& uuid, uint64_t bytes) {
     for (auto& [index, gpu] : gpus_) {
       if (!gpu.stage || !(gpu.uuid == uuid)) continue;
       const auto memory = gpu.stage->memory_info();
-      is_short = !memory || memory->free < bytes;
+      is_short = is_short || !memory || memory->free < bytes;
     }
   }
   if (is_short) give_up();

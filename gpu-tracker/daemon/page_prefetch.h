@@ -66,7 +66,7 @@ class PagePrefetch : private DeviceRoom::Guest {
   bool begin_staging(Gpu& gpu, OpenGpu& open);
   void stage(Gpu& gpu, const std::stop_token& stop);
   void make_room(const GpuUuid& gpu, uint64_t bytes) override;
-  void give_up() override;
+  void give_up();
   void read(const std::stop_token& stop);
   void read_batches(const std::stop_token& stop);
   void stop();

@@ -29,7 +29,7 @@ PageStage::~PageStage() {
     (void)context_.destroy_stream(stream_).ok();
   }
   for (GpuEvent e : spare_) (void)context_.destroy_event(e).ok();
-  for (const Slab& slab : slabs_) room_.free(context_, slab.address, slab.bytes);
+  for (const Slab& slab : slabs_) room_.free(context_, uuid_, slab.address, slab.bytes);
 }
 
 // Where so many bytes go; 0: there is no room.

@@ -248,7 +248,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
     give_up_release(pid, held, prepared.error().message());
     return {};
   }
-  held->room = claim_room(*held->image);
+  held->room = claim_room(*held->image);  // before anybody else can have what it gives up
   const auto begin = steady_clock::now();
   if (auto r = driver_.unlock(pid); !r) return r;
   held->locked = false;
@@ -280,6 +280,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
     give_up_release(pid, held, failed->message());
     return {};
   }
+  make_room(held->room);
   held->release_time = since(begin);
   log(LogLevel::kInfo, "daemon",
       "%s: released in %.1f ms (drained behind the gate in %.1f ms, images written in %.1f ms)",
@@ -406,14 +407,15 @@ Result<void> Session::bring_memory_back(int pid, Held* held) {
 Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
   std::optional<BroughtBack> back;
   auto done = with_room(
-      pid,
+      pid, &held->room,
       [&]() -> Result<void> {
-        auto r = held->release->bring_back(*held->chain, *held->loader, all_of_image);
+        auto r = held->release->bring_back(*held->chain, *held->loader, all_of_image,
+                                           [&] { held->room = {}; });
         if (!r) return r.error();
         back = *r;
         return {};
       },
-      [](const Error& e) { return e.domain() != Domain::kFormat && e.code() != ESRCH; });
+      [](const Error& e) { return e.domain() == Domain::kCuda || e.domain() == Domain::kUsage; });
   if (!done) return done;
   log(LogLevel::kInfo, "daemon",
       "%s: %llu allocations mapped back in %.1f ms (%llu of them adopted), %s loaded and verified "
@@ -472,6 +474,7 @@ Result<void> Session::restore_memory(int pid, const ProcessImage& image) {
   if (!added) return process_error(pid, EBUSY, "it is being restored already");
   Held& held = it->second;
   held.restored = true;
+  held.room = std::move(restore_room_[image.pid]);
   held.release = std::move(*release);
   Saved& saved = saved_.at(image.pid);
   held.chain = std::move(saved.chain);

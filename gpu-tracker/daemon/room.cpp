@@ -13,12 +13,13 @@ namespace {
 // meanwhile.
 constexpr uint64_t kSpare = uint64_t{1} << 30;
 constexpr uint64_t kSpareShare = 32;
+constexpr uint64_t kEverything = uint64_t{1} << 56;
 
 }  // namespace
 
-std::vector<DeviceRoom::Claim> Session::claim_room(const ProcessImage& image) {
-  std::vector<DeviceRoom::Claim> claims;
-  if (!engines_) return claims;
+Session::Room Session::claim_room(const ProcessImage& image) {
+  Room room;
+  if (!engines_) return room;
   std::vector<uint64_t> needed(image.gpus.size());
   uint64_t listed = 0;
   for (const AllocationInfo& a : image.allocations) {
@@ -39,17 +40,28 @@ std::vector<DeviceRoom::Claim> Session::claim_room(const ProcessImage& image) {
       }
     }
     const uint64_t bytes = needed[i] + more;
-    claims.push_back(engines_->room().claim(gpu, bytes + bytes / kSpareShare + kSpare));
+    room.claims.push_back(engines_->room().claim(gpu, bytes + bytes / kSpareShare + kSpare));
   }
-  return claims;
+  return room;
 }
 
-Result<void> Session::with_room(int pid, const std::function<Result<void>()>& attempt,
+void Session::make_room(const Room& room) {
+  if (engines_) engines_->room().make_room(room.claims);
+}
+
+Result<void> Session::with_room(int pid, Room* room, const std::function<Result<void>()>& attempt,
                                 const std::function<bool(const Error&)>& may_help) {
   if (!engines_) return attempt();
-  const uint64_t before = engines_->room().freed();
+  DeviceRoom& all = engines_->room();
+  const DeviceRoom::Freed before = all.freed();
   auto done = attempt();
-  if (done || !may_help(done.error()) || !engines_->room().reclaim(before)) return done;
+  // Without claims it has got what it needs.
+  if (done || room->claims.empty() || room->reclaimed || !may_help(done.error())) return done;
+  room->reclaimed = true;
+  // Nobody takes what is given up now.
+  std::vector<DeviceRoom::Claim> everything;
+  for (const auto& c : room->claims) everything.push_back(all.claim(c.gpu(), kEverything));
+  if (!all.reclaim(room->claims, before)) return done;
   log(LogLevel::kWarn, "daemon",
       "%s: trying again without the pages that were read ahead into GPU memory: %s",
       process(pid).c_str(), done.error().message().c_str());

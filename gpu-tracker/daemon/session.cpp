@@ -92,7 +92,8 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
   for (const auto& p : set->processes) {
     if (auto r = open_pages(p); !r) return r.error();
   }
-  for (const auto& p : set->processes) restore_room_.insert_or_assign(p.pid, claim_room(p));
+  for (const auto& p : set->processes) restore_room_[p.pid] = claim_room(p);
+  for (const auto& [pid, room] : restore_room_) make_room(room);
   // Once it is known what all of them need.
   for (auto& [pid, saved] : saved_) saved.loader->prefetch();
   restored_ = std::move(*set);
@@ -133,7 +134,10 @@ Result<void> Session::checkpoint(int pid) {
     held.loader->prefetch();
   }
   auto written = write_image(pid, &held, took);
-  if (held.image && held.room.empty()) held.room = claim_room(*held.image);
+  if (held.image && held.room.claims.empty()) {
+    held.room = claim_room(*held.image);
+    make_room(held.room);
+  }
   return written;
 }
 
@@ -230,12 +234,12 @@ void Session::stop_passing(int pid, Held* held) {
   held->release->stop_passing();
 }
 
-Result<void> Session::bring_back(int pid, CudaState target, Held* held) {
+Result<void> Session::bring_back(int pid, CudaState target, Held* held, Room* room) {
   auto state = driver_.state(pid);
   if (!state) return state.error();
   if (*state == CudaState::kCheckpointed && target != CudaState::kCheckpointed) {
     auto restored = with_room(
-        pid, [&] { return driver_.restore(pid, gpu_pairs_); },
+        pid, room, [&] { return driver_.restore(pid, gpu_pairs_); },
         [&](const Error&) {
           auto now = driver_.state(pid);
           return now && *now == CudaState::kCheckpointed;
@@ -317,10 +321,10 @@ Result<void> Session::undo(int pid, CudaState found) {
 // All but opening its gate for good, for which the process must run.
 Result<void> Session::undo_one(int pid, Held* held) {
   if (!held->copy_completed) held->copy.reset();
-  if (auto r = bring_back(pid, held->found, held); !r) return r;
+  if (auto r = bring_back(pid, held->found, held, &held->room); !r) return r;
   held->locked = false;
   if (auto r = bring_memory_back(pid, held); !r) return r;
-  held->room.clear();
+  held->room = {};
   return held->release ? held->release->let_go() : Result<void>();
 }
 
@@ -377,7 +381,8 @@ Result<uint32_t> Session::resume(int pid) {
     return Error(Domain::kCuda, kCudaErrorIllegalState,
                  what + ": it is " + to_string(*state) + ", not checkpointed");
   }
-  if (auto r = bring_back(pid, image->state, nullptr); !r) return r.error().wrap(what);
+  if (auto r = bring_back(pid, image->state, nullptr, &restore_room_[image->pid]); !r)
+    return r.error().wrap(what);
   log(LogLevel::kInfo, "daemon", "%s: restored by the driver in %.1f ms, now %s",
       process(pid).c_str(), static_cast<double>(since(start).count()) / 1000,
       to_string(image->state));
@@ -558,6 +563,9 @@ bool Session::give_up(int pid, Held* held, const Error& why) {
 }
 
 void Session::recover() {
+  // Of a restore that will not go on.
+  restore_room_.clear();
+  saved_.clear();
   for (auto& [pid, held] : held_) {
     if (!held.copy_completed) held.copy.reset();
   }

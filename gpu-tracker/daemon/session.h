@@ -148,6 +148,11 @@ class Session {
   void recover();
 
  private:
+  // Memory on GPUs that a process will need.
+  struct Room {
+    std::vector<DeviceRoom::Claim> claims;
+    bool reclaimed = false;  // others have been made to give up theirs, which is done once
+  };
   struct Held {
     Held(int tid, CudaState state, uint64_t start, ProcessLock process_lock)
         : restore_tid(tid), found(state), start_time(start), lock(std::move(process_lock)) {}
@@ -171,7 +176,7 @@ class Session {
     std::optional<ProcessImage> image;        // written before anything was released
     std::unique_ptr<PageChain> chain;         // what brings it back
     std::unique_ptr<MemoryLoader> loader;
-    std::vector<DeviceRoom::Claim> room;  // from when its memory is away until it is back
+    Room room;  // from when its memory is away until it is back
     std::chrono::microseconds gate_time{0}, validate_time{0}, write_time{0}, release_time{0};
     bool noted = false;          // for another phosd, should this one die
     bool taken_over = false;     // from a phosd that died
@@ -227,10 +232,11 @@ class Session {
   Result<void> load_memory(int pid, Held* held, bool all_of_image);
   Result<void> remove_left_probes_of_tree(int root);
   Result<void> open_pages(const ProcessImage& image);
-  std::vector<DeviceRoom::Claim> claim_room(const ProcessImage& image);
-  // A second attempt, if the first fails while phosd uses memory of GPUs itself, of which the
+  Room claim_room(const ProcessImage& image);
+  void make_room(const Room& room);
+  // A second attempt, if the first fails while phosd uses memory of these GPUs itself, of which the
   // process may need some, and if `may_help` says so of the error.
-  Result<void> with_room(int pid, const std::function<Result<void>()>& attempt,
+  Result<void> with_room(int pid, Room* room, const std::function<Result<void>()>& attempt,
                          const std::function<bool(const Error&)>& may_help);
   Result<void> restore_memory(int pid, const ProcessImage& image);
   static void kill_unrestored(int pid, Held* held);
@@ -254,7 +260,7 @@ class Session {
   static void log_unencrypted(int pid, const ProcessImage& image);
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
   static void stop_passing(int pid, Held* held);
-  Result<void> bring_back(int pid, CudaState target, Held* held);
+  Result<void> bring_back(int pid, CudaState target, Held* held, Room* room);
   Result<void> wait_to_take_over(int pid, CudaState found);
   Result<void> undo_one(int pid, Held* held);
   bool needs_images() const;  // to bring a process back
@@ -292,9 +298,9 @@ class Session {
   std::vector<GpuInfo> gpus_;
   FilesImage files_;
   ImageSet restored_;
-  std::map<int, std::vector<DeviceRoom::Claim>> restore_room_;  // by pid in the image
-  std::map<int, Saved> saved_;                                  // by pid in the image
-  std::set<int> without_probes_;                                // of the restored processes
+  std::map<int, Room> restore_room_;  // by pid in the image
+  std::map<int, Saved> saved_;        // by pid in the image
+  std::set<int> without_probes_;      // of the restored processes
   std::vector<GpuPair> gpu_pairs_;
   uint32_t to_resume_ = 0;
 };

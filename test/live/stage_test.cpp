@@ -35,6 +35,11 @@ class StageTest : public MemoryLoaderTest {
     EXPECT_GE(now + slack(), expected);
     EXPECT_LE(now, expected + slack());
   }
+  bool reclaim(const phos::DeviceRoom::Freed& before) {
+    std::vector<phos::DeviceRoom::Claim> claims;
+    claims.push_back(engines_->room().claim(gpus_[0].uuid, 1));
+    return engines_->room().reclaim(claims, before);
+  }
   uint64_t free_bytes() {
     auto gpu = engines_->use(gpus_[0].uuid, key_);
     EXPECT_TRUE(gpu);
@@ -126,16 +131,8 @@ TEST_F(StageTest, NothingIsStagedAsLongAsAllIsNeeded) {
   loader_->prefetch();
   ASSERT_NO_FATAL_FAILURE(
       wait_until([&] { return loader_->read_ahead().host_bytes == saved_bytes(); }));
-  const uint64_t freed = engines_->room().freed();
-  EXPECT_FALSE(engines_->room().reclaim(freed));
+  EXPECT_FALSE(reclaim({}));
   EXPECT_EQ(loader_->read_ahead().host_bytes, saved_bytes());
-  // That was the end of it for this loader, whatever is free.
-  others.reset();
-  ASSERT_NO_FATAL_FAILURE(open_chain(1));
-  others.emplace(engines_->room().claim(gpus_[0].uuid, free_bytes()));
-  loader_->prefetch();
-  ASSERT_NO_FATAL_FAILURE(
-      wait_until([&] { return loader_->read_ahead().host_bytes == saved_bytes(); }));
   others.reset();
   ASSERT_NO_FATAL_FAILURE(
       wait_until([&] { return loader_->read_ahead().gpu_bytes == saved_bytes(); }));
@@ -154,16 +151,25 @@ TEST_F(StageTest, WhatIsStagedIsGivenUp) {
         wait_until([&] { return loader_->read_ahead().gpu_bytes == saved_bytes(); }));
     EXPECT_LE(free_bytes(), before - saved_bytes() + slack());
     phos::DeviceRoom& room = engines_->room();
-    auto little = room.claim(gpus_[0].uuid, before / 2);
-    EXPECT_EQ(loader_->read_ahead().gpu_bytes, saved_bytes());
-    EXPECT_EQ(room.freed(), 0u);
-    if (claim) {
-      auto rest = room.claim(gpus_[0].uuid, before / 2);
-      EXPECT_FALSE(room.reclaim(room.freed()));
-    } else {
-      EXPECT_TRUE(room.reclaim(0));
+    std::vector<phos::DeviceRoom::Claim> claims;
+    claims.push_back(room.claim(gpus_[0].uuid, before / 2));
+    room.make_room(claims);
+    if (gpus_.size() > 1) {
+      std::vector<phos::DeviceRoom::Claim> other;
+      other.push_back(room.claim(gpus_[1].uuid, uint64_t{1} << 50));
+      room.make_room(other);
+      EXPECT_FALSE(room.reclaim(other, {}));
     }
-    EXPECT_GE(room.freed(), saved_bytes());
+    EXPECT_EQ(loader_->read_ahead().gpu_bytes, saved_bytes());
+    EXPECT_TRUE(room.freed().empty());
+    if (claim) {
+      claims.push_back(room.claim(gpus_[0].uuid, before / 2));
+      room.make_room(claims);
+      EXPECT_FALSE(reclaim(room.freed()));
+    } else {
+      EXPECT_TRUE(reclaim({}));
+    }
+    EXPECT_GE(room.freed().at(gpus_[0].uuid), saved_bytes());
     EXPECT_EQ(loader_->read_ahead().gpu_bytes, 0u);
     expect_free(free_bytes(), before);
     auto report = loader_->load(exported());
@@ -181,7 +187,7 @@ TEST_F(StageTest, ItCanBeTakenBackAtAnyTime) {
   ASSERT_NO_FATAL_FAILURE(make_staging(32));
   std::jthread others([&](const std::stop_token& stop) {
     while (!stop.stop_requested()) {
-      (void)engines_->room().reclaim(0);
+      (void)reclaim({});
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
   });
