@@ -24,8 +24,11 @@
 #define HELLO_ATTEMPTS   3
 /* The driver moves device memory at about 2 GB/s; a machine that swaps is slower. */
 #define MOVE_TIMEOUT_MS (15 * 60 * 1000)
-/* What phosd needs beyond the time the driver is given. */
-#define GRACE_MS 5000
+/*
+ * What phosd needs beyond the time the driver is given: to take its probes away, for which the
+ * kernel waits for all processors; seconds on a busy machine. A phosd that dies is noticed at once.
+ */
+#define GRACE_MS 30000
 
 static int sock = -1;
 
