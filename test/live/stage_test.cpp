@@ -100,22 +100,19 @@ TEST_F(StageTest, RoomThatSomebodyNeedsIsLeft) {
   ASSERT_NO_FATAL_FAILURE(make_staging(32));
   auto open = engines_->use(gpus_[0].uuid, key_);  // and stays
   ASSERT_OK(open);
-  const uint64_t room = 4 * kMiB, before = free_bytes();
+  // In the simulation for one batch, besides a slab's remainder; on a GPU for all.
+  const uint64_t room = 4 * kMiB + 2 * slack(), before = free_bytes();
+  const uint64_t expected = contract::on_simulation() ? 2 * kMiB : saved_bytes();
   auto others = engines_->room().claim(gpus_[0].uuid, before - room);
   loader_->prefetch();
   ASSERT_NO_FATAL_FAILURE(wait_until([&] {
     const auto ahead = loader_->read_ahead();
-    return ahead.host_bytes + ahead.gpu_bytes == saved_bytes();
+    return ahead.gpu_bytes == expected && ahead.host_bytes == saved_bytes() - expected;
   }));
-  const uint64_t staged = loader_->read_ahead().gpu_bytes;
-  if (contract::on_simulation()) {
-    EXPECT_GT(staged, 0u);
-  }
-  EXPECT_LE(staged, room + slack());
   EXPECT_GE(free_bytes() + slack(), before - room);
   auto report = loader_->load(exported());
   ASSERT_OK(report);
-  EXPECT_EQ(report->staged_bytes, staged);
+  EXPECT_EQ(report->staged_bytes, expected);
   EXPECT_EQ(report->warm_bytes, saved_bytes());
   ASSERT_NO_FATAL_FAILURE(expect_all_there());
   ASSERT_OK(loader_->settle());
@@ -132,7 +129,6 @@ TEST_F(StageTest, NothingIsStagedAsLongAsAllIsNeeded) {
   ASSERT_NO_FATAL_FAILURE(
       wait_until([&] { return loader_->read_ahead().host_bytes == saved_bytes(); }));
   EXPECT_FALSE(reclaim({}));
-  EXPECT_EQ(loader_->read_ahead().host_bytes, saved_bytes());
   others.reset();
   ASSERT_NO_FATAL_FAILURE(
       wait_until([&] { return loader_->read_ahead().gpu_bytes == saved_bytes(); }));
@@ -274,10 +270,9 @@ TEST_F(StageTest, EveryCallOfItMayFail) {
       const size_t at = faults_->calls().size() + static_cast<size_t>(nth) - 1;
       faults_->fail(nth, when, phos::Error(Domain::kCuda, 2, "injected"));
       loader_->prefetch();
-      ASSERT_NO_FATAL_FAILURE(wait_until([&] {
-        const auto ahead = loader_->read_ahead();
-        return !faults_->call(at).empty() || ahead.host_bytes + ahead.gpu_bytes == saved;
-      }));
+      // Until it fails, all goes on until all is staged.
+      ASSERT_NO_FATAL_FAILURE(wait_until(
+          [&] { return !faults_->call(at).empty() || loader_->read_ahead().gpu_bytes == saved; }));
       faults_->fail(0, when, phos::Error(Domain::kCuda, 2, "injected"));
       const std::string name = faults_->call(at);
       if (!name.empty()) reached = nth;
