@@ -194,7 +194,7 @@ constexpr Setting kSettings[] = {
      }},
     {"read-ahead",
      "where a restore's pages wait for their process: gpu, memory of the GPU that is free, or host "
-     "(default: gpu)",
+     "(default: host)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_read_ahead(text), &config->read_ahead_to_gpu);
      }},

@@ -35,7 +35,9 @@ struct DaemonConfig {
   // Saved pages go from the disk into GPU memory where that can be. Not by default yet: it has not
   // run on a real GPU.
   bool direct_storage = false;
-  bool read_ahead_to_gpu = true;         // else to host memory alone
+  // Pages that are read ahead wait in free GPU memory. Not by default yet: it has not run on a real
+  // GPU.
+  bool read_ahead_to_gpu = false;
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 

@@ -29,7 +29,7 @@ class GpuEngines {
  public:
   struct Options {
     bool direct_storage = false;  // is used where there is one
-    bool stage = true;            // pages that are read ahead go into free GPU memory
+    bool stage = false;           // pages that are read ahead go into free GPU memory
   };
   // `driver` outlives this object.
   GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool, Options options);

@@ -169,9 +169,7 @@ void PagePrefetch::give_up() {
   hold.unlock();
   if (!stages.empty()) {
     log(LogLevel::kInfo, "daemon",
-        "process %d: pages are not read ahead into GPU memory: others "
-        "need it",
-        chain_.image().pid);
+        "process %d: pages are not read ahead into GPU memory: others need it", chain_.image().pid);
   }
 }
 

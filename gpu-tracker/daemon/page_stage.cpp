@@ -9,7 +9,7 @@
 namespace phos {
 namespace {
 
-// Allocated at a time: an allocation takes the driver a tenth of a millisecond and more.
+// Allocated at a time: the driver is asked once for many batches.
 constexpr uint64_t kSlab = uint64_t{1} << 30;
 
 }  // namespace

@@ -24,8 +24,6 @@ class PageStage {
   PageStage(const PageStage&) = delete;
   PageStage& operator=(const PageStage&) = delete;
 
-  const GpuUuid& uuid() const { return uuid_; }
-
   enum class Put { kTaken, kNoRoom, kFailed };
   // Begins to copy what is in the batch's buffer. Else the batch is as it was; kFailed: for good.
   Put put(LoadBatch* batch);

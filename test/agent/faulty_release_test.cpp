@@ -25,6 +25,22 @@ class FaultyRelease : public ReleaseTest {
   void TearDown() override { unlink(faults_.c_str()); }
   void fail(const std::string& line) { std::ofstream(faults_) << line << "\n"; }
 
+  // `memory`, which is `b` alone, is released, and the driver's own again where it was.
+  void expect_back_at(Agent& agent, const std::vector<AgentAllocation>& memory, const Block& b,
+                      int seed) {
+    auto results = agent.release(memory);
+    ASSERT_TRUE(results);
+    ASSERT_EQ((*results)[0].status, ReleaseStatus::kReleased);
+    auto back = agent.map_back();
+    ASSERT_TRUE(back);
+    ASSERT_EQ(back->size(), 1u);
+    EXPECT_EQ((*back)[0].memory.address, address_of(b.address));
+    EXPECT_EQ((*back)[0].state, ReleasedState::kNative);
+    ASSERT_NO_FATAL_FAILURE(load(agent, *back, seed));
+    ASSERT_TRUE(agent.contents_loaded());
+    EXPECT_EQ(faulty_->ask(check_command(b, seed)), "ok 0");
+  }
+
   std::optional<Worker> faulty_;
   const std::string faults_ = testing::TempDir() + "release-faults-" + std::to_string(getpid());
 };
@@ -135,17 +151,7 @@ TEST_F(FaultyRelease, AddressIsKeptWhereOthersAreGivenFirst) {
     std::vector<AgentAllocation> memory = large(*agent);
     std::erase_if(memory, [&](const auto& a) { return a.address != address_of(b.address); });
     ASSERT_EQ(memory.size(), 1u);
-    auto results = agent->release(memory);
-    ASSERT_TRUE(results);
-    ASSERT_EQ((*results)[0].status, ReleaseStatus::kReleased);
-    auto back = agent->map_back();
-    ASSERT_TRUE(back);
-    ASSERT_EQ(back->size(), 1u);
-    EXPECT_EQ((*back)[0].memory.address, address_of(b.address));
-    EXPECT_EQ((*back)[0].state, ReleasedState::kNative);
-    ASSERT_NO_FATAL_FAILURE(load(*agent, *back, seed));
-    ASSERT_TRUE(agent->contents_loaded());
-    EXPECT_EQ(faulty_->ask(check_command(b, seed)), "ok 0");
+    ASSERT_NO_FATAL_FAILURE(expect_back_at(*agent, memory, b, seed));
   }
   // What was reserved meanwhile is free again.
   unlink(faults_.c_str());
@@ -158,16 +164,7 @@ TEST_F(FaultyRelease, AddressIsKeptWhereNoHintIsFollowed) {
   auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
   ASSERT_TRUE(agent);
   fail("cuMemAddressReserve * anywhere");
-  auto results = agent->release(large(*agent));
-  ASSERT_TRUE(results);
-  ASSERT_EQ((*results)[0].status, ReleaseStatus::kReleased);
-  auto back = agent->map_back();
-  ASSERT_TRUE(back);
-  ASSERT_EQ(back->size(), 1u);
-  EXPECT_EQ((*back)[0].memory.address, address_of(b.address));
-  EXPECT_EQ((*back)[0].state, ReleasedState::kNative);
-  ASSERT_NO_FATAL_FAILURE(load(*agent, *back, 48));
-  ASSERT_TRUE(agent->contents_loaded());
+  ASSERT_NO_FATAL_FAILURE(expect_back_at(*agent, large(*agent), b, 48));
   expect_ordinary(*faulty_, b, 48);
 }
 

@@ -19,7 +19,7 @@ MIB = 1 << 20
 class ReleasedTest(CriuTest):
     def setUp(self):
         super().setUp()
-        self.configure('release = auto')
+        self.configure('release = auto', 'read_ahead = gpu')
 
     def counter(self, *args, **kwargs):
         # Each tick checks all of its memory.
@@ -114,8 +114,7 @@ class DumpAndRestore(ReleasedTest):
         """Of memory that is larger than what can be read ahead."""
         if REAL_GPU:
             self.skipTest('the library is the simulation\'s')
-        self.configure('release = auto', 'pool_size = 64M', 'direct_storage = auto',
-                       'read_ahead = host')
+        self.configure('release = auto', 'pool_size = 64M', 'direct_storage = auto')
         target = self.counter('--mib', '256')
         self.dump_ok(target)
         self.restore_and_check(target)
@@ -153,7 +152,7 @@ class DumpAndRestore(ReleasedTest):
         self.assertEqual(self.released_bytes(), 0)
         # As are the images of a phos that knew of no other way.
         self.stop_phosd()
-        self.configure('release = auto')
+        self.configure('release = auto', 'read_ahead = gpu')
         self.restore_and_check(target)
 
     def test_chain(self):
@@ -292,36 +291,9 @@ class GoesOn(ReleasedTest):
             return 16 * MIB in sizes
         wait_until(is_staged, 'phosd to read ahead into GPU memory')
 
-    def test_leave_running_reads_ahead_into_gpu_memory(self):
-        restore = 'cuCheckpointProcessRestore 1'
-        self.hold_in_driver(restore)
-        target = self.counter()
-        criu = self.dump(target, '--leave-running', wait=False)
-        self.wait_held(restore, target, criu)
-        self.wait_staged()
-        self.let_driver_go()
-        criu.communicate(timeout=60)
-        self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
-        self.assertIn('(16 MiB read ahead, 16 MiB of it into GPU memory', self.log('dump.log'))
-        self.assert_left_alone(target)
-
-    def test_memory_comes_before_what_is_read_ahead(self):
-        """The driver has too little for the process while there is what was read ahead."""
-        restore = 'cuCheckpointProcessRestore 1'
-        self.hold_in_driver(restore)
-        target = self.counter()
-        criu = self.dump(target, '--leave-running', wait=False)
-        self.wait_held(restore, target, criu)
-        self.wait_staged()
-        self.fail_in_driver('cuMemAlloc 3 2', 'cuMemCreate 1 2')
-        criu.communicate(timeout=60)
-        self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
-        log = self.log('dump.log')
-        self.assertIn('trying again without the pages that were read ahead', log)
-        self.assertIn('(0 MiB read ahead', log)
-        self.assert_left_alone(target)
-
-    def test_context_comes_before_what_is_read_ahead(self):
+    def dump_that_has_read_ahead(self, *faults):
+        """Left running. All is in GPU memory when the driver is asked to restore the process, and
+        from then on has these faults. The log."""
         checkpoint, state = 'cuCheckpointProcessCheckpoint 1', 'cuCheckpointProcessGetState *'
         self.hold_in_driver(checkpoint)
         target = self.counter()
@@ -330,13 +302,26 @@ class GoesOn(ReleasedTest):
         self.hold_in_driver(state)
         self.wait_held(state, target, criu)
         self.wait_staged()
-        self.fail_in_driver('cuCheckpointProcessRestore 1 2')
+        self.fail_in_driver(*faults)
         criu.communicate(timeout=60)
         self.assertEqual(criu.returncode, 0, self.log_tail('dump.log'))
-        log = self.log('dump.log')
+        self.assert_left_alone(target)
+        return self.log('dump.log')
+
+    def test_leave_running_reads_ahead_into_gpu_memory(self):
+        self.assertIn('(16 MiB read ahead, 16 MiB of it into GPU memory',
+                      self.dump_that_has_read_ahead())
+
+    def assert_tried_again(self, log):
         self.assertIn('trying again without the pages that were read ahead', log)
         self.assertIn('(0 MiB read ahead', log)
-        self.assert_left_alone(target)
+
+    def test_memory_comes_before_what_is_read_ahead(self):
+        """The driver has too little for the process while there is what was read ahead."""
+        self.assert_tried_again(self.dump_that_has_read_ahead('cuMemAlloc 3 2', 'cuMemCreate 1 2'))
+
+    def test_context_comes_before_what_is_read_ahead(self):
+        self.assert_tried_again(self.dump_that_has_read_ahead('cuCheckpointProcessRestore 1 2'))
 
     def test_leave_stopped(self):
         target = self.counter()

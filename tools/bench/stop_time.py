@@ -4,7 +4,7 @@
 
 Starts a workload (app.py) and dumps it with stock criu, in turns:
 
-  phos      phos pre-dump, some work, `criu dump` on top of it
+  phos      phos pre-dump, some work, `criu dump` on top of it; `read_ahead = gpu`
   cold      `criu dump` without a pre-dump
   snapshot  as phos, with --leave-running
   host      as phos, with `read_ahead = host`
@@ -38,7 +38,7 @@ from live_copy import HERE, REPO, Workload, summary
 PR_SET_CHILD_SUBREAPER = 36
 # The phosd that a variant has, and its settings.
 SETTINGS = {
-    'phos': 'release = auto\n',
+    'phos': 'release = auto\nread_ahead = gpu\n',
     'driver': 'release = off\n',
     'host': 'release = auto\nread_ahead = host\n',
 }
