@@ -174,6 +174,26 @@ struct phos_export {
   uint8_t ipc_handle[64];
 };
 
+/* What became of addresses: a call of the agent's to libcuda, or of libcuda's to the kernel. */
+enum phos_address_call {
+  PHOS_CALL_MEM_FREE = 1, /* result: CUresult */
+  PHOS_CALL_MEM_ALLOC = 2,
+  PHOS_CALL_RESERVE = 3,
+  PHOS_CALL_ADDRESS_FREE = 4,
+  PHOS_CALL_MMAP = 16, /* result: 0 or -errno */
+  PHOS_CALL_MUNMAP = 17,
+  PHOS_CALL_MMAP_KEPT = 18,   /* answered by the agent: it was given what is kept (agent/steer.h) */
+  PHOS_CALL_MUNMAP_KEPT = 19, /* answered by the agent: some or all of it stays mapped */
+};
+struct phos_address_event {
+  uint32_t call; /* phos_address_call */
+  int32_t result;
+  uint64_t asked; /* address or hint; 0: any */
+  uint64_t size;
+  uint64_t got; /* of MEM_ALLOC, RESERVE, MMAP */
+};
+#define PHOS_MAX_ADDRESS_EVENTS 64u
+
 #define PHOS_MAILBOX_MAX_RANGES 65536u /* above the kernel's default vm.max_map_count */
 #define PHOS_MAILBOX_MAX_ALLOCATIONS 65536u
 #define PHOS_MAILBOX_MAX_EXPORTS 1024u
@@ -222,7 +242,14 @@ struct phos_mailbox {
   /* Written by phosd: the agent was to leave, and could not yet; whoever finds it may make it. */
   uint32_t leaving;
   uint32_t gate_used; /* out of GATE_INSTALL, until GATE_FORGET: its handler's code may be in use */
-  uint8_t reserved[3896];
+  /*
+   * out of RELEASE and MAP_BACK: the first calls from when the memory of an allocation was given
+   * up, of the first one that has become LOST; else of the last one. The count goes on beyond them.
+   */
+  uint32_t address_event_count;
+  uint32_t padding3;
+  struct phos_address_event address_events[PHOS_MAX_ADDRESS_EVENTS];
+  uint8_t reserved[1840];
   struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];
@@ -257,6 +284,7 @@ PHOS_ABI_ASSERT(sizeof(struct phos_address_range) == 16);
 PHOS_ABI_ASSERT(sizeof(struct phos_allocation) == 96);
 PHOS_ABI_ASSERT(offsetof(struct phos_allocation, device) == 48);
 PHOS_ABI_ASSERT(offsetof(struct phos_allocation, device_uuid) == 64);
+PHOS_ABI_ASSERT(sizeof(struct phos_address_event) == 32);
 PHOS_ABI_ASSERT(sizeof(struct phos_export) == 96);
 PHOS_ABI_ASSERT(offsetof(struct phos_export, ipc_handle) == 32);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, state) == 24);

@@ -3,15 +3,15 @@
  * Brings released memory back at its addresses: the driver's own where cuMemAlloc gives the old
  * address, else VMM memory that takes its place (hooks.h). The contents are phosd's to load.
  *
- * cuMemAlloc takes the first free addresses that are large enough, from below. All that is released
- * is reserved but what is being brought back, lowest first; a free gap below makes it miss, and is
- * then reserved too until all is done. A miss or two in a process with few allocations; how often
- * it works with many is for phosd to find out: it says how many misses are allowed.
+ * All that is free of libcuda's own is withheld from it (regain.c), so that cuMemAlloc finds
+ * nothing but what has just been given up. Where that is not so it misses, and what it has come by
+ * is then withheld too; how often it may is for phosd to say.
  */
 #include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
 #include "gpu-tracker/agent/release.h"
 #include "gpu-tracker/agent/steer.h"
+#include "gpu-tracker/agent/trace.h"
 
 /* cuda.h: CUmemAllocationProp, CUmemAccessDesc */
 #define ALLOCATION_PINNED 1
@@ -45,9 +45,7 @@ static void take_back(const struct driver* driver, struct withheld* withheld, st
   bool got = false;
   reserve_exactly(driver, e->address, e->reserved, &got);
   if (!got) got = regain(driver, withheld, e->address, e->reserved);
-  if (got) return;
-  steer_let_go();
-  reallocate_lost(driver, e);
+  if (!got) reallocate_lost(driver, e);
 }
 
 /*
@@ -63,15 +61,16 @@ static bool plug(const struct driver* driver, struct withheld* withheld, uint64_
 }
 
 /* One attempt. False: the entry is reserved as before, or LOST, and there is no use in another. */
-static bool hit_or_miss(const struct driver* driver, bool steered, struct released* e,
+static bool hit_or_miss(const struct driver* driver, struct released* e,
                         struct withheld* withheld) {
   uint64_t at = 0;
-  if (!withhold(driver, withheld, e->address, e->reserved)) return false;
+  if (!withhold(driver, withheld, e->address)) return false;
   /* At the beginning of a region they would go back to the kernel, and cuMemAlloc elsewhere. */
   const bool first = e->address % REGION == 0;
-  if (first ? !steered : !hold_region(driver, withheld, e->address, e->reserved)) return false;
+  if (first && !withheld->steered) return false;
   if (first) steer_keep(e->address, region_up(e->reserved));
-  if (driver->address_free(e->address, e->reserved)) {
+  trace_restart();
+  if (give_back_addresses(driver, e->address, e->reserved)) {
     steer_let_go();
     return false;
   }
@@ -88,10 +87,10 @@ static bool hit_or_miss(const struct driver* driver, bool steered, struct releas
 }
 
 /* `misses`: how many attempts may yet fail. */
-static void bring_back_native(const struct driver* driver, bool steered, struct released* e,
+static void bring_back_native(const struct driver* driver, struct released* e,
                               struct withheld* withheld, uint32_t* misses) {
   while (state_of(e) == PHOS_RELEASED_RESERVED && *misses) {
-    if (!hit_or_miss(driver, steered, e, withheld)) *misses = 0;
+    if (!hit_or_miss(driver, e, withheld)) *misses = 0;
     if (*misses && state_of(e) == PHOS_RELEASED_RESERVED) --*misses;
   }
 }
@@ -180,28 +179,26 @@ int run_released(const struct driver* driver, struct phos_mailbox* m) {
 }
 
 int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
-  struct withheld withheld;
-  withheld.count = 0;
-  withheld.complete = 0;
-  withheld.failed = false;
   uint32_t misses = m->argument;
   m->argument = 0;
   m->count = 0;
   if (!answers_quiet()) return PHOS_RESULT_THREAD_INSIDE;
   if (!table_check()) return PHOS_RESULT_BAD_TABLE;
   table_order();
+  trace_to(m);
+  steer_place_copy(false);
+  struct withheld* withheld = begin_withholding(steer_begin());
   /* Before anything is withheld, which might be these. */
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    if (state_of(e) == PHOS_RELEASED_LOST) find_lost(driver, &withheld, e);
+    if (state_of(e) == PHOS_RELEASED_LOST) find_lost(driver, withheld, e);
   }
-  const bool steered = steer_begin();
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    bring_back_native(driver, steered, e, &withheld, &misses);
+    bring_back_native(driver, e, withheld, &misses);
   }
   steer_end();
-  give_back_withheld(driver, &withheld);
+  give_back_withheld(driver, withheld);
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
     if (state_of(e) != PHOS_RELEASED_RESERVED) continue;

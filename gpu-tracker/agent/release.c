@@ -12,6 +12,7 @@
 #include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
 #include "gpu-tracker/agent/steer.h"
+#include "gpu-tracker/agent/trace.h"
 
 /* Each miss holds as much memory as is wanted until the right address has come. */
 #define MAX_MISSES 16
@@ -26,6 +27,7 @@ int alloc_in_context(const struct driver* driver, uint64_t context, uint64_t siz
   int result = driver->ctx_push(current);
   if (result) return result;
   result = driver->mem_alloc(out, size);
+  trace(PHOS_CALL_MEM_ALLOC, 0, size, result ? 0 : *out, result);
   driver->ctx_pop(&current);
   return result;
 }
@@ -35,17 +37,31 @@ int free_in_context(const struct driver* driver, uint64_t context, uint64_t addr
   int result = driver->ctx_push(current);
   if (result) return result;
   result = driver->mem_free(address);
+  trace(PHOS_CALL_MEM_FREE, address, 0, 0, result);
   driver->ctx_pop(&current);
+  return result;
+}
+
+int reserve_near(const struct driver* driver, uint64_t hint, uint64_t size, uint64_t* at) {
+  *at = 0;
+  const int result = driver->address_reserve(at, size, 0, hint, 0);
+  trace(PHOS_CALL_RESERVE, hint, size, *at, result);
+  return result;
+}
+
+int give_back_addresses(const struct driver* driver, uint64_t address, uint64_t size) {
+  const int result = driver->address_free(address, size);
+  trace(PHOS_CALL_ADDRESS_FREE, address, size, 0, result);
   return result;
 }
 
 int reserve_exactly(const struct driver* driver, uint64_t address, uint64_t size, bool* got) {
   uint64_t at = 0;
   *got = false;
-  const int result = driver->address_reserve(&at, size, 0, address, 0);
+  const int result = reserve_near(driver, address, size, &at);
   if (result) return result;
   *got = at == address && steer_owns_no_more();
-  return *got ? CU_SUCCESS : driver->address_free(at, size);
+  return *got ? CU_SUCCESS : give_back_addresses(driver, at, size);
 }
 
 void reallocate_lost(const struct driver* driver, struct released* e) {
@@ -56,7 +72,7 @@ void reallocate_lost(const struct driver* driver, struct released* e) {
     uint64_t at = 0;
     e->result = alloc_in_context(driver, e->context, e->size, &at);
     if (e->result) break;
-    if (at == e->address) {
+    if (at == e->address && steer_owns_no_more()) {
       set_entry_state(e, PHOS_RELEASED_NATIVE);
       break;
     }
@@ -69,6 +85,7 @@ void reallocate_lost(const struct driver* driver, struct released* e) {
     misses[count++] = at;
   }
   while (count) free_in_context(driver, e->context, misses[--count]);
+  if (state_of(e) == PHOS_RELEASED_LOST) trace_keep();
 }
 
 void tidy_hooks(void) {
@@ -124,7 +141,7 @@ static uint32_t release_adopted(const struct driver* driver, struct released* e,
 }
 
 static uint32_t release_native(const struct driver* driver, const struct phos_allocation* found,
-                               bool steered, struct withheld* withheld, struct phos_allocation* a) {
+                               struct withheld* withheld, struct phos_allocation* a) {
   struct released values = {
       .address = found->address,
       .size = found->size,
@@ -134,8 +151,9 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   };
   a->result = find_out_access(driver, &values);
   if (a->result) return PHOS_RELEASE_FAILED;
-  if (!withhold(driver, withheld, values.address, values.reserved) ||
-      !hold_region(driver, withheld, values.address, values.reserved)) {
+  /* Where it begins a region that may go back to the kernel with it. */
+  const bool first = values.address % REGION == 0;
+  if ((first && !withheld->steered) || !withhold(driver, withheld, values.address)) {
     return PHOS_RELEASE_UNSUITABLE;
   }
   struct released* e = table_add(&values, STATE_NONE);
@@ -143,7 +161,8 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
     a->result = CU_OUT_OF_MEMORY;
     return PHOS_RELEASE_FAILED;
   }
-  if (steered && e->address % REGION == 0) steer_keep(e->address, region_up(e->reserved));
+  trace_restart();
+  if (first) steer_keep(e->address, region_up(e->reserved));
   a->result = free_in_context(driver, e->context, e->address);
   if (a->result) {
     steer_let_go();
@@ -152,16 +171,17 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   bool got = false;
   a->result = reserve_exactly(driver, e->address, e->reserved, &got);
   if (!got) got = regain(driver, withheld, e->address, e->reserved);
-  steer_let_go();
   if (got) {
+    steer_let_go();
     set_entry_state(e, PHOS_RELEASED_RESERVED);
     return PHOS_RELEASE_DONE;
   }
   reallocate_lost(driver, e);
+  steer_let_go();
   return state_of(e) == PHOS_RELEASED_NATIVE ? PHOS_RELEASE_REALLOCATED : PHOS_RELEASE_LOST;
 }
 
-static uint32_t release_one(const struct driver* driver, bool steered, struct withheld* withheld,
+static uint32_t release_one(const struct driver* driver, struct withheld* withheld,
                             struct phos_allocation* a) {
   struct memory_facts facts;
   struct phos_allocation found;
@@ -176,7 +196,7 @@ static uint32_t release_one(const struct driver* driver, bool steered, struct wi
     return release_adopted(driver, known, a);
   }
   if (!is_suitable(&found)) return PHOS_RELEASE_UNSUITABLE;
-  return release_native(driver, &found, steered, withheld, a);
+  return release_native(driver, &found, withheld, a);
 }
 
 /* What the last map back gave to the driver again is the driver's: it is released, or not, anew. */
@@ -199,21 +219,21 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
   m->driver_result = hooks_prepare();
   if (m->driver_result) return PHOS_RESULT_NO_HOOKS;
   forget_native();
-  struct withheld withheld;
-  withheld.count = 0;
-  withheld.complete = 0;
-  withheld.failed = false;
-  const bool steered = steer_begin();
-  bool stop = false;
+  trace_to(m);
+  struct withheld* withheld = begin_withholding(steer_begin());
+  bool stop = false, any = false;
   for (uint32_t i = 0; i < count; i++) {
     struct phos_allocation a = m->allocations[i];
     stop = stop || __atomic_load_n(&m->cancel, __ATOMIC_RELAXED);
-    a.status = stop ? PHOS_RELEASE_NOT_REACHED : release_one(driver, steered, &withheld, &a);
+    a.status = stop ? PHOS_RELEASE_NOT_REACHED : release_one(driver, withheld, &a);
     stop = stop || a.status == PHOS_RELEASE_LOST;
+    any = any || a.status == PHOS_RELEASE_DONE;
     m->allocations[i] = a;
   }
+  if (any)
+    steer_place_copy(true); /* until it is mapped back, the driver may checkpoint the process */
   steer_end();
-  give_back_withheld(driver, &withheld);
+  give_back_withheld(driver, withheld);
   table_order();
   tidy_hooks();
   return PHOS_RESULT_OK;

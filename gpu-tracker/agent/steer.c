@@ -9,8 +9,14 @@
 #include <sys/mman.h>
 
 #include "gpu-tracker/agent/sys.h"
+#include "gpu-tracker/agent/trace.h"
 
 #define MAX_SLOTS 8
+#define COPY_AT 0x480000000000ull /* where nobody else is */
+#define MAX_COPIES 64
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 /* What libcuda asks for beside regions, to have them begin at a multiple. */
 #define SPARE (REGION - 4096)
 
@@ -22,15 +28,17 @@ static struct slot {
   uint64_t original;
 } g_slots[MAX_SLOTS];
 static uint32_t g_count;
-static bool g_complete; /* both functions were found, and no more than there is room for */
-static bool g_steering;
-static int g_memory = -1; /* /proc/self/mem, while steering */
+static bool g_complete;   /* both functions were found, and no more than there is room for */
+static bool g_steering;   /* the agent's thread */
+static bool g_placing;    /* the driver's copy */
+static int g_memory = -1; /* /proc/self/mem, while slots are written */
 
 /* What is kept. All of it belongs to one thread. */
 static struct {
   long thread;
   uint64_t address, size;
-  bool held; /* libcuda has unmapped it, the kernel has not */
+  bool held;    /* libcuda has unmapped it, the kernel has not */
+  bool offered; /* and was given it for something else that it asked for */
   bool saw_region;
   /* As if before what libcuda has got there were mapped memory, too, of which it will rid itself.
    */
@@ -50,25 +58,71 @@ static bool is_ours(void) {
   return sys3(SYS_gettid, 0, 0, 0) == __atomic_load_n(&g_kept.thread, __ATOMIC_RELAXED);
 }
 
+/* libcuda's mmap() was answered with what is kept. */
+static void* take_kept(const void* address, size_t length, uint64_t at) {
+  g_kept.held = false;
+  trace(PHOS_CALL_MMAP_KEPT, (uint64_t)address, length, at, 0);
+  return (void*)at;
+}
+
+/*
+ * What the driver copies the process's GPU memory to when it checkpoints it. Far from all else:
+ * when it restores the process it takes note of what is mapped, and would follow no hint into these
+ * addresses later (regain.c). In huge pages, of which the kernel clears a few times as many bytes a
+ * second, and without MAP_POPULATE, for which it clears them before the copying begins.
+ */
+static long place_copy(size_t length, int protection, int flags) {
+  const bool all = flags & MAP_POPULATE;
+  long at = -1;
+  flags &= ~MAP_POPULATE;
+  uint64_t where = COPY_AT;
+  for (int i = 0; i < MAX_COPIES && sys_failed(at); i++, where += region_up(length)) {
+    at = sys6(SYS_mmap, (long)where, (long)length, protection, flags | MAP_FIXED_NOREPLACE, -1, 0);
+  }
+  if (sys_failed(at)) at = sys6(SYS_mmap, 0, (long)length, protection, flags, -1, 0);
+  if (sys_failed(at) || !all) return at;
+  if (sys3(SYS_madvise, at, (long)length, MADV_HUGEPAGE)) {
+    sys3(SYS_madvise, at, (long)length, MADV_POPULATE_WRITE);
+  }
+  return at;
+}
+
+static bool is_copy(const void* address, size_t length, int protection, int flags, int fd) {
+  return !address && length >= (2u << 20) && protection == (PROT_READ | PROT_WRITE) && fd == -1 &&
+         (flags & ~(MAP_POPULATE | MAP_NORESERVE)) == (MAP_PRIVATE | MAP_ANONYMOUS) &&
+         (flags & (MAP_POPULATE | MAP_NORESERVE));
+}
+
 static void* steered_mmap(void* address, size_t length, int protection, int flags, int fd,
                           off_t offset) {
+  const bool ours = is_ours();
   const bool region =
-      is_ours() && length >= REGION && protection == PROT_NONE && fd == -1 && !(flags & MAP_FIXED);
+      ours && length >= REGION && protection == PROT_NONE && fd == -1 && !(flags & MAP_FIXED);
   if (region) g_kept.saw_region = true;
   if (region && g_kept.held) {
     const uint64_t spare = length - g_kept.size;
-    if ((uint64_t)address == g_kept.address && spare == 0) {
-      g_kept.held = false;
-      return address;
+    /* For whatever it has asked, but once: it may not want it. */
+    if (address && spare == 0 && ((uint64_t)address == g_kept.address || !g_kept.offered)) {
+      g_kept.offered = (uint64_t)address != g_kept.address;
+      return take_kept(address, length, g_kept.address);
     }
     if (!address && spare == SPARE) {
-      g_kept.held = false;
       g_kept.head = g_kept.address - spare;
       g_kept.head_size = spare;
-      return (void*)g_kept.head;
+      return take_kept(address, length, g_kept.head);
     }
   }
-  return (void*)answer(sys6(SYS_mmap, (long)address, (long)length, protection, flags, fd, offset));
+  if (!ours && __atomic_load_n(&g_placing, __ATOMIC_RELAXED) &&
+      is_copy(address, length, protection, flags, fd)) {
+    return (void*)answer(place_copy(length, protection, flags));
+  }
+  const long at = sys6(SYS_mmap, (long)address, (long)length, protection, flags, fd, offset);
+  if (ours) {
+    const bool failed = sys_failed(at);
+    trace(PHOS_CALL_MMAP, (uint64_t)address, length, failed ? 0 : (uint64_t)at,
+          failed ? (int)at : 0);
+  }
+  return (void*)answer(at);
 }
 
 /* What has been there goes, the addresses stay. */
@@ -87,9 +141,11 @@ static int steered_munmap(void* start, size_t length) {
     g_kept.held = g_kept.held || all;
     if (g_kept.head_size && address < g_kept.address && end > g_kept.head) {
       if (all || (address == g_kept.head && end == g_kept.address)) g_kept.head_size = 0;
+      trace(PHOS_CALL_MUNMAP_KEPT, address, length, 0, 0);
       return 0; /* nothing of libcuda's is before it */
     }
     if (all) {
+      trace(PHOS_CALL_MUNMAP_KEPT, address, length, 0, 0);
       if (address < g_kept.address) {
         sys3(SYS_munmap, (long)address, (long)(g_kept.address - address), 0);
       }
@@ -97,7 +153,9 @@ static int steered_munmap(void* start, size_t length) {
       return 0;
     }
   }
-  return (int)answer(sys3(SYS_munmap, (long)address, (long)length, 0));
+  const long result = sys3(SYS_munmap, (long)address, (long)length, 0);
+  if (is_ours()) trace(PHOS_CALL_MUNMAP, address, length, 0, (int)result);
+  return (int)answer(result);
 }
 
 static bool is_same_name(const char* a, const char* b) {
@@ -181,35 +239,52 @@ static bool write_slot(const struct slot* s, uint64_t value) {
   return __atomic_load_n(s->at, __ATOMIC_RELAXED) == value;
 }
 
+static bool write_slots(bool in) {
+  bool all = true;
+  for (uint32_t i = 0; i < g_count; i++) {
+    struct slot* s = &g_slots[i];
+    const uint64_t now = __atomic_load_n(s->at, __ATOMIC_RELAXED);
+    if (in && now != s->replacement) s->original = now;
+    if (in) all = write_slot(s, s->replacement) && all;
+    if (!in && now == s->replacement) all = write_slot(s, s->original) && all;
+  }
+  return all;
+}
+
+/* Puts them in, or out if nothing needs them. */
+static bool update_slots(void) {
+  const bool in = g_steering || g_placing;
+  if (in == steer_is_in_place()) return true;
+  g_memory = (int)sys6(SYS_openat, AT_FDCWD, (long)"/proc/self/mem", O_WRONLY | O_CLOEXEC, 0, 0, 0);
+  bool all = g_memory >= 0 && write_slots(in);
+  if (g_memory >= 0 && in && !all) write_slots(false);
+  if (g_memory >= 0) sys3(SYS_close, g_memory, 0, 0);
+  g_memory = -1;
+  return all;
+}
+
 bool steer_begin(void) {
   if (g_steering) return true;
   if (!g_complete) return false;
-  /* Once: what can be written now can be written back. */
-  g_memory = (int)sys6(SYS_openat, AT_FDCWD, (long)"/proc/self/mem", O_WRONLY | O_CLOEXEC, 0, 0, 0);
-  if (g_memory < 0) return false;
   g_kept.size = g_kept.head_size = 0;
   g_kept.held = false;
   __atomic_store_n(&g_kept.thread, sys3(SYS_gettid, 0, 0, 0), __ATOMIC_RELAXED);
   g_steering = true;
-  bool all = true;
-  for (uint32_t i = 0; i < g_count; i++) {
-    const uint64_t now = __atomic_load_n(g_slots[i].at, __ATOMIC_RELAXED);
-    if (now != g_slots[i].replacement) g_slots[i].original = now;
-    all = all && write_slot(&g_slots[i], g_slots[i].replacement);
-  }
-  if (!all) steer_end();
-  return all;
+  g_steering = update_slots();
+  return g_steering;
 }
 
 void steer_end(void) {
   if (!g_steering) return;
   steer_let_go();
-  for (uint32_t i = 0; i < g_count; i++) {
-    const uint64_t now = __atomic_load_n(g_slots[i].at, __ATOMIC_RELAXED);
-    if (now == g_slots[i].replacement) write_slot(&g_slots[i], g_slots[i].original);
-  }
-  sys3(SYS_close, g_memory, 0, 0);
+  __atomic_store_n(&g_kept.thread, 0, __ATOMIC_RELAXED);
   g_steering = false;
+  update_slots();
+}
+
+void steer_place_copy(bool on) {
+  __atomic_store_n(&g_placing, on && g_complete, __ATOMIC_RELAXED);
+  if (!update_slots()) __atomic_store_n(&g_placing, false, __ATOMIC_RELAXED);
 }
 
 bool steer_is_in_place(void) {
@@ -229,12 +304,16 @@ bool steer_saw_region(void) {
 void steer_keep(uint64_t address, uint64_t size) {
   g_kept.address = address;
   g_kept.size = size;
-  g_kept.held = false;
+  g_kept.held = g_kept.offered = false;
   g_kept.head_size = 0;
 }
 
 bool steer_owns_no_more(void) {
   return !g_kept.head_size;
+}
+
+bool steer_holds(void) {
+  return g_kept.held;
 }
 
 bool steer_settled(void) {

@@ -8,9 +8,9 @@
  * alone, lead here: the region that is kept stays mapped when libcuda unmaps it, and is what
  * libcuda gets when it next asks for so much.
  *
- * Seen of 580: cuMemFree and cuMemAddressFree munmap(region); cuMemAddressReserve with a hint
- * mmap(hint, region); cuMemAlloc mmap(NULL, region + 32 MiB - 4 KiB), then munmap of what is before
- * the first multiple of 32 MiB. A libcuda that does otherwise gets what the kernel gives it.
+ * Seen of 580: cuMemFree and cuMemAddressFree munmap(region); cuMemAddressReserve
+ * mmap(address, region); cuMemAlloc mmap(NULL, region + 32 MiB - 4 KiB), then munmap of what is
+ * before the first multiple of 32 MiB. A libcuda that does otherwise gets what the kernel gives it.
  */
 #ifndef PHOS_AGENT_STEER_H
 #define PHOS_AGENT_STEER_H
@@ -30,6 +30,11 @@ void steer_find(int (*dlinfo)(void* handle, int request, void* out), int* (*errn
 /* For the time of a command, of the calling thread. False: this libcuda cannot be steered. */
 bool steer_begin(void);
 void steer_end(void);
+/*
+ * From now on, also after steer_end(): where the driver copies this process's memory to when it
+ * checkpoints it is far from all else, and in huge pages. Not in the agent's thread.
+ */
+void steer_place_copy(bool on);
 /* Would libcuda still come here? Then this code must stay. */
 bool steer_is_in_place(void);
 /* Has libcuda asked the kernel for regions since the last of these calls? */
@@ -46,6 +51,8 @@ void steer_keep(uint64_t address, uint64_t size);
 bool steer_owns_no_more(void);
 /* The same, and it has taken the region that is kept. */
 bool steer_settled(void);
+/* Is the region mapped that libcuda has given up, and has not taken again? */
+bool steer_holds(void);
 /* Ends that. What libcuda has not taken again goes back to the kernel. */
 void steer_let_go(void);
 

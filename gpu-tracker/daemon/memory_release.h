@@ -67,6 +67,8 @@ class MemoryRelease {
   // `dump`: whose image has the contents.
   Result<std::vector<AgentRelease>> release(const std::vector<AgentAllocation>& memory,
                                             const DumpId& dump);
+  // Of what release() has lost: Agent::address_events().
+  std::vector<std::string> address_events() const { return agent_->address_events(); }
   // The process is locked in the driver again: CRIU may stop all of its threads.
   void resume_held() { gate_->resume_held(); }
   // With memory away and the driver's lock held: stops again, until open(), threads that would pass

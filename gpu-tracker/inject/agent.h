@@ -180,6 +180,9 @@ class Agent {
   // unknown code at an entry point, which memory mapped back would need), or ESRCH, or ETIMEDOUT:
   // then ask released() once the agent answers again.
   Result<std::vector<AgentRelease>> release(std::span<const AgentAllocation> allocations);
+  // After release() or map_back(): what libcuda and the kernel were asked, and answered, when the
+  // addresses were given up that became kLost; without such, the last ones. A line each.
+  std::vector<std::string> address_events() const;
 
   // Undoes release(), in the same process or in one restored from its image: everything that is
   // recorded as released gets memory at its old address, and is listed as released() does. The

@@ -2,6 +2,7 @@
 // Agent: release and map back.
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 
 #include "gpu-tracker/inject/agent.h"
@@ -34,7 +35,48 @@ Result<ReleasedMemory> decode(int pid, const phos_allocation& a) {
   return out;
 }
 
+const char* name_of(uint32_t call) {
+  switch (call) {
+    case PHOS_CALL_MEM_FREE:
+      return "cuMemFree";
+    case PHOS_CALL_MEM_ALLOC:
+      return "cuMemAlloc";
+    case PHOS_CALL_RESERVE:
+      return "cuMemAddressReserve";
+    case PHOS_CALL_ADDRESS_FREE:
+      return "cuMemAddressFree";
+    case PHOS_CALL_MMAP:
+      return "mmap";
+    case PHOS_CALL_MUNMAP:
+      return "munmap";
+    case PHOS_CALL_MMAP_KEPT:
+      return "mmap (of what is kept)";
+    case PHOS_CALL_MUNMAP_KEPT:
+      return "munmap (of what is kept)";
+    default:
+      return "?";
+  }
+}
+
 }  // namespace
+
+std::vector<std::string> Agent::address_events() const {
+  const phos_mailbox& m = mailbox_->payload();
+  const uint32_t all = m.address_event_count;
+  const uint32_t count = std::min(all, PHOS_MAX_ADDRESS_EVENTS);
+  std::vector<std::string> lines;
+  for (uint32_t i = 0; i < count; i++) {
+    phos_address_event e;
+    memcpy(&e, &m.address_events[i], sizeof e);
+    char line[160];
+    snprintf(line, sizeof line, "%s(%#llx, %#llx) = %d, %#llx", name_of(e.call),
+             static_cast<unsigned long long>(e.asked), static_cast<unsigned long long>(e.size),
+             e.result, static_cast<unsigned long long>(e.got));
+    lines.emplace_back(line);
+  }
+  if (all > count) lines.push_back("and " + std::to_string(all - count) + " more");
+  return lines;
+}
 
 Result<std::vector<AgentRelease>> Agent::release(std::span<const AgentAllocation> allocations) {
   std::vector<AgentRelease> results;

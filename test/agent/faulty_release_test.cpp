@@ -124,9 +124,9 @@ TEST_F(FaultyRelease, RefusedReservationIsMadeGoodAtOnce) {
   ASSERT_EQ(faulty_->ask("free " + gap.address), "ok");
   auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
   ASSERT_TRUE(agent);
-  // From the one on that follows the free: four withhold what is free behind it, and see that
-  // nothing else is.
-  fail("cuMemAddressReserve 5+ 2");
+  // From the one on that follows the free: three withhold what is free beside it, and one for each
+  // size from 2 GiB to 2 MiB sees that nothing else is.
+  fail("cuMemAddressReserve 15+ 2");
   auto results = agent->release(large(*agent));
   ASSERT_TRUE(results);
   EXPECT_EQ((*results)[0].status, ReleaseStatus::kReallocated);
@@ -203,9 +203,9 @@ TEST_F(FaultyRelease, LostAddressStopsTheReleaseAndIsFoundAgain) {
   auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
   ASSERT_TRUE(agent);
   const auto memory = large(*agent);
-  // From the one on that follows the free: four withhold what is free behind them, and see that
-  // nothing else is.
-  fail("cuMemAddressReserve 5+ 2\ncuMemAlloc * 2");
+  // From the one on that follows the free: two withhold what is free behind them, and one for each
+  // size from 2 GiB to 2 MiB sees that nothing else is.
+  fail("cuMemAddressReserve 14+ 2\ncuMemAlloc * 2");
   auto results = agent->release(memory);
   ASSERT_TRUE(results);
   EXPECT_EQ((*results)[0].status, ReleaseStatus::kLost);

@@ -69,6 +69,19 @@ class Import {
   CUdeviceptr p_ = 0;
 };
 
+// Page-locked, as what phosd copies to and from.
+class Staging {
+ public:
+  explicit Staging(size_t size) { EXPECT_EQ(cuMemHostAlloc(&p_, size, 0), CUDA_SUCCESS); }
+  ~Staging() { EXPECT_EQ(cuMemFreeHost(p_), CUDA_SUCCESS); }
+  Staging(const Staging&) = delete;
+  Staging& operator=(const Staging&) = delete;
+  void* get() const { return p_; }
+
+ private:
+  void* p_ = nullptr;
+};
+
 struct Saved {
   AgentAllocation memory;
   std::vector<uint8_t> contents;
@@ -116,7 +129,9 @@ class GatedRelease : public GateTest {
       if (a.kind != phos::AllocationKind::kDevice) continue;
       saved.push_back({a, std::vector<uint8_t>(a.size)});
       const Import import(*agent_, a);
-      EXPECT_EQ(cuMemcpyDtoH(saved.back().contents.data(), import.get(), a.size), CUDA_SUCCESS);
+      const Staging staging(a.size);
+      EXPECT_EQ(cuMemcpyDtoH(staging.get(), import.get(), a.size), CUDA_SUCCESS);
+      memcpy(saved.back().contents.data(), staging.get(), a.size);
     }
     return saved;
   }
@@ -161,8 +176,9 @@ class GatedRelease : public GateTest {
           << static_cast<int>(m.state) << " " << m.driver_result;
       ASSERT_EQ(m.memory.address, saved[i].memory.address);
       const Import import(*agent_, m.memory);
-      ASSERT_EQ(cuMemcpyHtoD(import.get(), saved[i].contents.data(), saved[i].contents.size()),
-                CUDA_SUCCESS);
+      const Staging staging(saved[i].contents.size());
+      memcpy(staging.get(), saved[i].contents.data(), saved[i].contents.size());
+      ASSERT_EQ(cuMemcpyHtoD(import.get(), staging.get(), saved[i].contents.size()), CUDA_SUCCESS);
     }
     auto loaded = agent_->contents_loaded();
     ASSERT_TRUE(loaded) << loaded.error().message();

@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Device addresses: inaccessible anonymous mappings, as the real driver reserves them.
 //
-// As was seen of libcuda 580: addresses come from the kernel, and go back to it, in regions of
-// whole 32 MiB. Of what is free in those the lowest that is large enough is taken, or, with a hint,
-// the lowest from there on; a hint says nothing else where there is such. Only where there is none
-// the kernel is asked: for the hint if a region could begin there, else for any address. A region
-// in which nothing is left goes back.
+// As was seen of libcuda 580 (gpu-tracker/agent/regain.c): addresses come from the kernel, and go
+// back to it, in regions of whole 32 MiB. What is free in the newest region is taken first; of
+// that, with a hint the lowest from there on, else the smallest piece. A hint says nothing else
+// where there is such. Only where there is none the kernel is asked: for the first addresses from
+// the hint on that nobody had when /proc/self/maps was last read, else for any. A region in which
+// nothing is left goes back.
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <iterator>
 
 #include "test/sim/memory.h"
@@ -26,6 +31,7 @@ constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 struct Region {
   uint64_t size;
+  uint64_t born;
   std::map<CUdeviceptr, CUdeviceptr> gaps;  // free pieces: start and end
 };
 
@@ -55,15 +61,6 @@ CUdeviceptr map_anywhere(uint64_t size, uint64_t alignment) {
   return base;
 }
 
-// The hint is no more than that to the kernel either. 0: something else is there.
-CUdeviceptr map_at(CUdeviceptr where, uint64_t size) {
-  void* p = get(where, size);
-  if (p == MAP_FAILED) return 0;
-  if (reinterpret_cast<CUdeviceptr>(p) == where) return where;
-  munmap(p, size);
-  return 0;
-}
-
 CUdeviceptr take(Region& region, std::map<CUdeviceptr, CUdeviceptr>::iterator gap, CUdeviceptr at,
                  uint64_t size) {
   const auto [start, end] = *gap;
@@ -74,22 +71,66 @@ CUdeviceptr take(Region& region, std::map<CUdeviceptr, CUdeviceptr>::iterator ga
 }
 
 CUdeviceptr take_known(CUdeviceptr from, uint64_t size, uint64_t alignment) {
+  Region* newest = nullptr;
+  std::map<CUdeviceptr, CUdeviceptr>::iterator best;
   for (auto& [base, region] : regions()) {
+    if (newest && region.born < newest->born) continue;
     for (auto gap = region.gaps.begin(); gap != region.gaps.end(); ++gap) {
       const CUdeviceptr at = round_up(std::max(gap->first, from), alignment);
-      if (at < gap->second && gap->second - at >= size) return take(region, gap, at, size);
+      if (at >= gap->second || gap->second - at < size) continue;
+      const bool smaller =
+          newest == &region && gap->second - gap->first < best->second - best->first;
+      if (newest == &region && (from || !smaller)) continue;
+      newest = &region;
+      best = gap;
     }
   }
+  if (!newest) return 0;
+  return take(*newest, best, round_up(std::max(best->first, from), alignment), size);
+}
+
+// What others had when the driver looked last.
+struct Span {
+  CUdeviceptr begin, end;
+};
+constexpr size_t kMaxOthers = 16384;
+Span g_others[kMaxOthers];
+size_t g_other_count;
+
+bool is_others(CUdeviceptr begin, CUdeviceptr end) {
+  return std::any_of(g_others, g_others + g_other_count,
+                     [=](const Span& s) { return s.begin < end && s.end > begin; });
+}
+
+bool is_region(CUdeviceptr begin, CUdeviceptr end) {
+  for (const auto& [base, region] : regions()) {
+    if (base < end && base + region.size > begin) return true;
+  }
+  return false;
+}
+
+CUdeviceptr map_near(CUdeviceptr hint, uint64_t size, uint64_t alignment) {
+  constexpr CUdeviceptr kEnd = uint64_t{1} << 47;
+  CUdeviceptr at = round_up(hint, std::max(alignment, kRegion));
+  while (at + size < kEnd && (is_others(at, at + size) || is_region(at, at + size))) at += kRegion;
+  if (at + size >= kEnd) return 0;
+  void* p = get(at, size);
+  if (p == MAP_FAILED) return 0;
+  const auto got = reinterpret_cast<CUdeviceptr>(p);
+  if (got >= hint && got % std::max(alignment, kRegion) == 0) return got;
+  munmap(p, size);
   return 0;
 }
 
 CUdeviceptr take_new(CUdeviceptr hint, uint64_t size, uint64_t alignment) {
+  static uint64_t born;
   const uint64_t whole = round_up(size, kRegion);
-  CUdeviceptr base = hint && hint % std::max(alignment, kRegion) == 0 ? map_at(hint, whole) : 0;
+  CUdeviceptr base = hint ? map_near(hint, whole, alignment) : 0;
   if (!base) base = map_anywhere(whole, alignment);
   if (!base) return 0;
   Region& region = regions()[base];
   region.size = whole;
+  region.born = ++born;
   if (whole > size) region.gaps[base + size] = base + whole;
   return base;
 }
@@ -115,7 +156,37 @@ void add_gap(Region& region, CUdeviceptr where, uint64_t size) {
   }
 }
 
+// The first "BEGIN-END " at *text; past its line, or to the end of an incomplete one.
+bool parse_line(const char** text, Span* out) {
+  const char* end = strchr(*text, '\n');
+  if (!end) return false;
+  char* dash;
+  out->begin = strtoull(*text, &dash, 16);
+  out->end = strtoull(dash + 1, nullptr, 16);
+  *text = end + 1;
+  return true;
+}
+
 }  // namespace
+
+void note_others() {
+  static char buffer[1 << 16];
+  const int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+  size_t have = 0;
+  ssize_t n;
+  g_other_count = 0;
+  while (fd >= 0 && (n = read(fd, buffer + have, sizeof buffer - 1 - have)) > 0) {
+    have += static_cast<size_t>(n);
+    buffer[have] = 0;
+    const char* next = buffer;
+    for (Span s{}; parse_line(&next, &s);) {
+      if (g_other_count < kMaxOthers && !is_region(s.begin, s.end)) g_others[g_other_count++] = s;
+    }
+    have = static_cast<size_t>(buffer + have - next);
+    memmove(buffer, next, have);
+  }
+  if (fd >= 0) close(fd);
+}
 
 CUdeviceptr reserve(uint64_t size, uint64_t alignment, CUdeviceptr hint) {
   if (const CUdeviceptr at = take_known(hint, size, alignment)) return at;

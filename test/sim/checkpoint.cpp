@@ -102,6 +102,7 @@ CUresult do_restore(const CUcheckpointGpuPair* pairs, unsigned count) {
     for (Backing* done = first; done != b; done = done->next) detach_backing(done);
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
+  note_others();
   for (Backing* b = first; b; b = b->next) drop_saved(b);
   p.machine = placed;
   open_device_files();

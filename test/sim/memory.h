@@ -108,6 +108,7 @@ CUdeviceptr reserve(uint64_t size, uint64_t alignment = kGranularity,
                     CUdeviceptr hint = 0);  // 0: none left
 CUdeviceptr reserve_low(uint64_t size);     // where pools live
 void unreserve(CUdeviceptr where, uint64_t size);
+void note_others();  // reads what else is mapped; allocates nothing on the heap
 
 // ranges.cpp. The memory mutex is held, unless noted.
 Range* find_range(CUdeviceptr address);

@@ -131,7 +131,7 @@ class Bench:
         times['lines'] = parts + [line for name in ('dump.log', 'restore.log')
                           for line in self.phos_lines(images + '/1/' + name)]
         if self.options.logs:
-            for name in ('dump.log', 'restore.log'):
+            for name in ('dump.log', 'restore.log', 'stats-dump', 'stats-restore'):
                 if os.path.exists(images + '/1/' + name):
                     shutil.copy(images + '/1/' + name,
                                 os.path.join(self.options.logs, f'{variant}-{name}'))
@@ -162,7 +162,10 @@ class Bench:
             subprocess.run([self.phos, 'daemon', 'stop'], env=self.environment(variant),
                            capture_output=True)
             own = os.path.join(self.directory, f'run-{variant}', 'bpf')  # until phosd has left
-            wait_for(lambda: not os.path.ismount(own), 'phosd to be gone', 30)
+            begin = time.time()
+            wait_for(lambda: not os.path.ismount(own), 'phosd to be gone')
+            if self.options.verbose:
+                print(f'    phosd was gone after {time.time() - begin:.1f} s', flush=True)
 
 
 def main():
@@ -174,7 +177,7 @@ def main():
     parser.add_argument('--pool', default='40G', help='phosd\'s pool (%(default)s)')
     parser.add_argument('--runs', type=int, default=5)
     parser.add_argument('--verbose', action='store_true', help='phosd\'s own account of its time')
-    parser.add_argument('--logs', help="keep criu's last log files of each variant there")
+    parser.add_argument('--logs', help="keep criu's last logs and statistics of each variant there")
     parser.add_argument('--json', action='store_true')
     parser.add_argument('--workload', nargs='+', default=['llama', '40'], help='of app.py')
     options = parser.parse_args()
