@@ -107,7 +107,7 @@ class Restore(FullGpu):
         # As much as would do, but for a little.
         needed = process['device_bytes'] + FOR_DRIVER
         other = self.filled(needed - 4 * MIB)
-        self.refused(target, process['gpus'][0]['uuid'], f'needs {needed // MIB} MiB',
+        self.refused(target, process['gpus'][0]['uuid'], f'needs {-(-needed // MIB)} MiB',
                      *([] if REAL_GPU else [f'{needed // MIB - 4} MiB are free']))
         other.kill()
         self.restore_and_check(target)
