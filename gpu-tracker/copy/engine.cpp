@@ -56,17 +56,23 @@ CopyEngine::CopyEngine(GpuContext& context, PinnedPool& pool, const PageHashKey&
       pool_(pool),
       options_(options),
       slot_pages_(static_cast<uint32_t>(pool.buffer_bytes() / kPageBytes)),
+      layout_(layout(pool, options)),
       key_(key),
       slots_(options.slots),
       batches_(kBatches),
       pieces_(options.pieces) {
-  layout_.key = 0;
-  layout_.lanes = aligned(sizeof(uint32_t) * kLevel2Words);
-  const uint64_t lanes =
-      options.slots * lane_bytes(slot_pages_) + kBatches * lane_bytes(options.hash_batch_pages);
-  layout_.staging = layout_.lanes + lanes;
-  layout_.total = layout_.staging + uint64_t{options.slots} * slot_pages_ * kPageBytes;
   host_bytes_ = layout_.staging;  // the same, without the staging memory
+}
+
+CopyEngine::Layout CopyEngine::layout(const PinnedPool& pool, const CopyEngineOptions& options) {
+  const auto slot_pages = static_cast<uint32_t>(pool.buffer_bytes() / kPageBytes);
+  Layout all;
+  all.lanes = aligned(sizeof(uint32_t) * kLevel2Words);
+  const uint64_t lanes =
+      options.slots * lane_bytes(slot_pages) + kBatches * lane_bytes(options.hash_batch_pages);
+  all.staging = all.lanes + lanes;
+  all.total = all.staging + uint64_t{options.slots} * slot_pages * kPageBytes;
+  return all;
 }
 
 Result<std::unique_ptr<CopyEngine>> CopyEngine::create(GpuContext& context, PinnedPool& pool,

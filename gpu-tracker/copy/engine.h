@@ -141,6 +141,10 @@ class CopyEngine {
 
   // Device memory that the engine has allocated, without the context's own.
   uint64_t device_bytes() const { return layout_.total; }
+  // Of one that is to be.
+  static uint64_t device_bytes(const PinnedPool& pool, const CopyEngineOptions& options = {}) {
+    return layout(pool, options).total;
+  }
   // Time of the hash kernel a page, the least so far; 0: not known yet.
   double hash_ns_per_page() const { return hash_ns_; }
   // The sums of the kernels' times in the last hash() or load(), and of a load's transfers.
@@ -154,6 +158,7 @@ class CopyEngine {
   struct Layout {
     uint64_t key = 0, lanes = 0, staging = 0, total = 0;
   };
+  static Layout layout(const PinnedPool& pool, const CopyEngineOptions& options);
   // What one launch works with. Slots have staging memory besides.
   struct Lane {
     uint64_t table = 0, hashes = 0, staging = 0;  // device
@@ -224,7 +229,7 @@ class CopyEngine {
   PinnedPool& pool_;
   const CopyEngineOptions options_;
   const uint32_t slot_pages_;
-  Layout layout_;
+  const Layout layout_;
   uint64_t device_ = 0;      // the allocation
   uint8_t* host_ = nullptr;  // pinned
   uint64_t host_bytes_ = 0;

@@ -16,10 +16,14 @@ constexpr std::chrono::seconds kPatience{30};
 }  // namespace
 
 DeviceRoom::Claim::Claim(Claim&& other) noexcept
-    : owner_(std::exchange(other.owner_, nullptr)), gpu_(other.gpu_), bytes_(other.bytes_) {}
+    : owner_(std::exchange(other.owner_, nullptr)),
+      kind_(other.kind_),
+      gpu_(other.gpu_),
+      bytes_(other.bytes_) {}
 
 DeviceRoom::Claim& DeviceRoom::Claim::operator=(Claim&& other) noexcept {
   std::swap(owner_, other.owner_);
+  std::swap(kind_, other.kind_);
   std::swap(gpu_, other.gpu_);
   std::swap(bytes_, other.bytes_);
   return *this;
@@ -28,7 +32,7 @@ DeviceRoom::Claim& DeviceRoom::Claim::operator=(Claim&& other) noexcept {
 DeviceRoom::Claim::~Claim() {
   if (!owner_) return;
   std::lock_guard<std::mutex> hold(owner_->mutex_);
-  owner_->claimed_[gpu_] -= bytes_;
+  (owner_->*kind_)[gpu_] -= bytes_;
 }
 
 void DeviceRoom::enter(Guest* guest) {
@@ -44,7 +48,7 @@ void DeviceRoom::leave(Guest* guest) {
 DeviceRoom::Claim DeviceRoom::claim(const GpuUuid& gpu, uint64_t bytes) {
   std::lock_guard<std::mutex> hold(mutex_);
   claimed_[gpu] += bytes;
-  return Claim(this, gpu, bytes);
+  return Claim(this, &DeviceRoom::claimed_, gpu, bytes);
 }
 
 void DeviceRoom::make_room(const std::vector<Claim>& claims) {
@@ -57,6 +61,29 @@ void DeviceRoom::make_room(const std::vector<Claim>& claims) {
     }
     for (Guest* guest : guests_) guest->make_room(c.gpu_, all);
   }
+}
+
+// With the mutex held all the time, so that of two who come together one waits.
+std::optional<DeviceRoom::Shortage> DeviceRoom::admit(const std::vector<Need>& needs,
+                                                      const FreeMemory& free,
+                                                      Admission* admission) {
+  std::lock_guard<std::mutex> hold(mutex_);
+  for (const Need& need : needs) {
+    const auto bytes = free(need.gpu);
+    if (!bytes) continue;
+    const uint64_t promised = admitted_[need.gpu];
+    const uint64_t left = promised < *bytes ? *bytes - promised : 0;
+    if (left < need.bytes()) return Shortage{need.gpu, need.bytes(), left};
+  }
+  const auto take = [&](const GpuUuid& gpu, uint64_t bytes, std::vector<Claim>* claims) {
+    admitted_[gpu] += bytes;
+    claims->push_back(Claim(this, &DeviceRoom::admitted_, gpu, bytes));
+  };
+  for (const Need& need : needs) {
+    take(need.gpu, need.by_driver, &admission->by_driver);
+    take(need.gpu, need.later, &admission->later);
+  }
+  return {};
 }
 
 uint64_t DeviceRoom::allocate(GpuContext& context, const GpuUuid& gpu, uint64_t bytes) {

@@ -5,8 +5,10 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -18,7 +20,9 @@ namespace phos {
 // Of all GPUs and sessions. Thread-safe.
 class DeviceRoom {
  public:
-  // Memory that some process will need, until this is destroyed. Movable.
+  using Bytes = std::map<GpuUuid, uint64_t>;
+
+  // Memory that some process will need, or is about to take, until this is destroyed. Movable.
   class Claim {
    public:
     Claim(Claim&& other) noexcept;
@@ -29,9 +33,10 @@ class DeviceRoom {
 
    private:
     friend class DeviceRoom;
-    Claim(DeviceRoom* owner, const GpuUuid& gpu, uint64_t bytes)
-        : owner_(owner), gpu_(gpu), bytes_(bytes) {}
+    Claim(DeviceRoom* owner, Bytes DeviceRoom::*kind, const GpuUuid& gpu, uint64_t bytes)
+        : owner_(owner), kind_(kind), gpu_(gpu), bytes_(bytes) {}
     DeviceRoom* owner_;
+    Bytes DeviceRoom::*kind_;
     GpuUuid gpu_;
     uint64_t bytes_;
   };
@@ -52,13 +57,33 @@ class DeviceRoom {
   // Has guests make room for all that is claimed of these GPUs.
   void make_room(const std::vector<Claim>& claims);
 
+  // What a process is about to take of a GPU: the driver first, then who loads what was released.
+  struct Need {
+    GpuUuid gpu{};
+    uint64_t by_driver = 0, later = 0;
+    uint64_t bytes() const { return by_driver + later; }
+  };
+  struct Admission {
+    std::vector<Claim> by_driver, later;  // each is given up when that is taken
+  };
+  // A GPU that has too little free, without what others have been admitted for and have not taken.
+  struct Shortage {
+    GpuUuid gpu{};
+    uint64_t needed = 0, free = 0;
+  };
+  // All of it or nothing. `free` tells how much memory of a GPU nobody has; none: it cannot be
+  // told, and is taken to suffice.
+  using FreeMemory = std::function<std::optional<uint64_t>(const GpuUuid&)>;
+  std::optional<Shortage> admit(const std::vector<Need>& needs, const FreeMemory& free,
+                                Admission* admission);
+
   // Device memory of `context`, which is on that GPU, if with it there is still as much free as is
   // claimed. 0: there is not, or the driver has none.
   uint64_t allocate(GpuContext& context, const GpuUuid& gpu, uint64_t bytes);
   void free(GpuContext& context, const GpuUuid& gpu, uint64_t address, uint64_t bytes);
 
   // What free() was called for so far.
-  using Freed = std::map<GpuUuid, uint64_t>;
+  using Freed = Bytes;
   Freed freed() const;
   // The driver had too little for these: has guests give up what they have of those GPUs, and waits
   // for loads that are at work with it, half a minute at most. False: nothing has been freed there
@@ -71,7 +96,7 @@ class DeviceRoom {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::map<GpuUuid, uint64_t> claimed_, in_use_;
+  Bytes claimed_, admitted_, in_use_;
   Freed freed_;
 };
 

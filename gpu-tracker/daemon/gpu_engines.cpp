@@ -6,6 +6,11 @@
 #include "gpu-tracker/base/log.h"
 
 namespace phos {
+namespace {
+
+constexpr uint64_t kContextBytes = uint64_t{263} << 20;  // on an H200 (gpu_context.h)
+
+}  // namespace
 
 GpuEngines::GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool, Options options)
     : driver_(driver), pool_(pool), options_(options) {}
@@ -56,6 +61,11 @@ Result<GpuEngines::User> GpuEngines::use(const GpuUuid& uuid, const PageHashKey&
   }
   users_++;
   return User(this, it->second.get());
+}
+
+uint64_t GpuEngines::bytes_to_use(const GpuUuid& uuid) {
+  std::lock_guard<std::mutex> hold(mutex_);
+  return open_.contains(uuid) ? 0 : kContextBytes + CopyEngine::device_bytes(pool_);
 }
 
 const DirectStorage* GpuEngines::direct_storage() {

@@ -60,6 +60,9 @@ class GpuEngines {
   // holds `busy` sets its own.
   Result<User> use(const GpuUuid& uuid, const PageHashKey& key);
 
+  // Memory of that GPU that use() takes; 0: it is open.
+  uint64_t bytes_to_use(const GpuUuid& uuid);
+
   // What reads files into GPU memory; null: nothing does. Opened by the first call, which may take
   // a while and says in the log why there is none.
   const DirectStorage* direct_storage();

@@ -29,6 +29,8 @@ inline Error refuse(int pid, const std::string& why) {
   return Error(Domain::kUsage, EBUSY, "cannot checkpoint " + process(pid) + ": " + why);
 }
 
+inline constexpr char kInventory[] = "inventory.img";  // CRIU's, which it writes last
+
 inline std::string megabytes(uint64_t bytes) {
   return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
 }

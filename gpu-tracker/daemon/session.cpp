@@ -27,7 +27,6 @@ using std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kRecoverPoll{10}, kRecoverPollMax{1000};
 constexpr std::chrono::milliseconds kDyingTime{1000};
 constexpr std::chrono::milliseconds kTakeOverTime{10000};
-constexpr char kInventory[] = "inventory.img";  // CRIU's
 
 // And not by this phosd, for a gate. The tracer is a thread.
 bool is_traced_by_other(const ProcStatus& status) {
@@ -162,6 +161,12 @@ Result<ProcessImage> Session::describe(int pid, const Held& held) const {
   image.phos_version = PHOS_VERSION;
   image.gpus = gpus_;
   image.device_bytes = held.memory.own;
+  for (const GpuInfo& gpu : gpus_) {
+    const auto on = held.memory.own_on.find(gpu.uuid);
+    if (!held.memory.own_on.empty()) {
+      image.gpu_bytes.push_back(on == held.memory.own_on.end() ? 0 : on->second);
+    }
+  }
   if (storage_.pages.key) image.key_id = storage_.pages.key->id();
   return image;
 }
@@ -234,17 +239,13 @@ void Session::stop_passing(int pid, Held* held) {
   held->release->stop_passing();
 }
 
-Result<void> Session::bring_back(int pid, CudaState target, Held* held, Room* room) {
+Result<void> Session::bring_back(int pid, CudaState target, Held* held, const ProcessImage* image,
+                                 Room* room) {
   auto state = driver_.state(pid);
   if (!state) return state.error();
   if (*state == CudaState::kCheckpointed && target != CudaState::kCheckpointed) {
-    auto restored = with_room(
-        pid, room, [&] { return driver_.restore(pid, gpu_pairs_); },
-        [&](const Error&) {
-          auto now = driver_.state(pid);
-          return now && *now == CudaState::kCheckpointed;
-        });
-    if (!restored) return restored;
+    const auto needs = held ? needs_of(pid, held) : needs_of(*image);
+    if (auto r = restore_by_driver(pid, needs, held, room); !r) return r;
     state = CudaState::kLocked;
   }
   if (*state == CudaState::kLocked && target == CudaState::kRunning) {
@@ -321,7 +322,7 @@ Result<void> Session::undo(int pid, CudaState found) {
 // All but opening its gate for good, for which the process must run.
 Result<void> Session::undo_one(int pid, Held* held) {
   if (!held->copy_completed) held->copy.reset();
-  if (auto r = bring_back(pid, held->found, held, &held->room); !r) return r;
+  if (auto r = bring_back(pid, held->found, held, nullptr, &held->room); !r) return r;
   held->locked = false;
   if (auto r = bring_memory_back(pid, held); !r) return r;
   held->room = {};
@@ -381,8 +382,9 @@ Result<uint32_t> Session::resume(int pid) {
     return Error(Domain::kCuda, kCudaErrorIllegalState,
                  what + ": it is " + to_string(*state) + ", not checkpointed");
   }
-  if (auto r = bring_back(pid, image->state, nullptr, &restore_room_[image->pid]); !r)
+  if (auto r = bring_back(pid, image->state, nullptr, &*image, &restore_room_[image->pid]); !r) {
     return r.error().wrap(what);
+  }
   log(LogLevel::kInfo, "daemon", "%s: restored by the driver in %.1f ms, now %s",
       process(pid).c_str(), static_cast<double>(since(start).count()) / 1000,
       to_string(image->state));
@@ -536,21 +538,22 @@ bool Session::recover_one(int pid, Held* held) {
 // its memory.
 bool Session::give_up(int pid, Held* held, const Error& why) {
   const auto state = driver_.state(pid);
-  const bool failed = state && *state == CudaState::kFailed;
+  const bool failed = held->lost || (state && *state == CudaState::kFailed);
   if (!state || (!failed && *state != CudaState::kRunning && *state >= held->found)) return false;
-  if (held->taken_over && !held->release_known) {
+  if (held->taken_over && !held->release_known && !held->lost) {
     auto found = find_release(pid, held->restore_tid);
     if (!found) return false;
     held->release = std::move(*found);
     held->release_known = true;
   }
-  if (held->release && held->release->is_away()) {
+  if (held->lost || (held->release && held->release->is_away())) {
     if (!failed) return false;
-    const std::string trouble =
+    std::string trouble =
         "NVIDIA's driver has lost it (state failed) while its GPU memory was away: it cannot go "
         "on, "
         "and its threads stay parked; end it (kill -KILL " +
         std::to_string(pid) + "), and restore it from its last complete dump";
+    if (held->lost) trouble = held->lost->message();
     log(LogLevel::kError, "daemon", "%s: %s", process(pid).c_str(), trouble.c_str());
     held->lock.in_trouble(trouble);
     held->lock.keep();
@@ -563,6 +566,7 @@ bool Session::give_up(int pid, Held* held, const Error& why) {
 }
 
 void Session::recover() {
+  room_deadline_ = steady_clock::now();  // from now on each has its turn
   // Of a restore that will not go on.
   restore_room_.clear();
   saved_.clear();

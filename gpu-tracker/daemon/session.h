@@ -55,6 +55,10 @@ using CopyProgress = std::function<bool(int pid, unsigned number, const RoundRep
 // block in the driver for as long as the target does not answer.
 class Session {
  public:
+  // How long processes wait for room on their GPUs, all of a run of criu together; then a restore
+  // fails, and recover() goes on trying. Criu waits meanwhile, and its other tasks with it.
+  static constexpr std::chrono::milliseconds kRoomPatience{30000};
+
   // All outlive the session. `lock_dir`: where one lock file a process keeps two dumps apart; in
   // phosd's run directory.
   // `engines`: null if GPU memory is left to the driver.
@@ -63,6 +67,7 @@ class Session {
   ~Session() { ends_soon(); }
   // Its client has gone: who wants to dump one of its processes waits until it has ended.
   void ends_soon() const;
+  void set_room_patience(std::chrono::milliseconds time) { room_patience_ = time; }
   // Says at once, on any thread, until ends_soon(), whether the client has gone.
   void set_client_gone(std::function<bool()> gone) { client_gone_ = std::move(gone); }
 
@@ -115,9 +120,10 @@ class Session {
   // phos-<pid>.img. Does nothing for a process without CUDA.
   Result<void> checkpoint(int pid);
 
-  // Back to the state that inspect() found. The restore thread runs, and the agent's. `found` is
-  // used for a process this session does not hold: one that a session which died had paused. A gate
-  // is left for recover() to take away, once the process runs.
+  // Back to the state that inspect() found, as soon as its GPUs have room for it (kRoomPatience).
+  // The restore thread runs, and the agent's. `found` is used for a process this session does not
+  // hold: one that a session which died had paused. A gate is left for recover() to take away, once
+  // the process runs.
   Result<void> undo(int pid, CudaState found);
 
   // The restore thread of a restored process, if the images hold this process. The first call is
@@ -125,8 +131,8 @@ class Session {
   Result<std::optional<FoundProcess>> find_restored(int pid);
 
   // A restored task, frozen, its restore thread runs, and the agent's: back to the state recorded
-  // at the dump. A gate is left for recover() to take away. Returns how many recorded processes are
-  // still to be resumed.
+  // at the dump, as soon as its GPUs have room for it. A gate is left for recover() to take away.
+  // Returns how many recorded processes are still to be resumed.
   Result<uint32_t> resume(int pid);
 
   Result<void> add_file(const DeviceFile& file);
@@ -151,7 +157,8 @@ class Session {
   // Memory on GPUs that a process will need.
   struct Room {
     std::vector<DeviceRoom::Claim> claims;
-    bool reclaimed = false;  // others have been made to give up theirs, which is done once
+    DeviceRoom::Admission admission;  // from when it is about to take it
+    bool reclaimed = false;           // others have been made to give up theirs, which is done once
   };
   struct Held {
     Held(int tid, CudaState state, uint64_t start, ProcessLock process_lock)
@@ -169,6 +176,7 @@ class Session {
     bool copy_completed = false;    // what it saved is what the memory holds
     bool locked = false;            // by us
     bool failure_reported = false;  // of bringing it back
+    std::optional<Error> lost;      // by the driver: it cannot come back
 
     // The released path.
     std::unique_ptr<MemoryRelease> release;   // null: not taken
@@ -234,6 +242,15 @@ class Session {
   Result<void> open_pages(const ProcessImage& image);
   Room claim_room(const ProcessImage& image);
   void make_room(const Room& room);
+  DeviceRoom& device_room() { return engines_ ? engines_->room() : own_room_; }
+  GpuUuid restored_on(const GpuUuid& gpu) const;
+  std::vector<DeviceRoom::Need> needs_of(const ProcessImage& image) const;
+  std::vector<DeviceRoom::Need> needs_of(int pid, Held* held);
+  std::optional<DeviceRoom::Shortage> admit(const std::vector<DeviceRoom::Need>& needs, Room* room);
+  Result<void> wait_for_room(int pid, const std::vector<DeviceRoom::Need>& needs, Room* room);
+  std::string remedy(int pid, const Held* held, bool lost) const;
+  Result<void> restore_by_driver(int pid, const std::vector<DeviceRoom::Need>& needs, Held* held,
+                                 Room* room);
   // A second attempt, if the first fails while phosd uses memory of these GPUs itself, of which the
   // process may need some, and if `may_help` says so of the error.
   Result<void> with_room(int pid, Room* room, const std::function<Result<void>()>& attempt,
@@ -260,7 +277,9 @@ class Session {
   static void log_unencrypted(int pid, const ProcessImage& image);
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
   static void stop_passing(int pid, Held* held);
-  Result<void> bring_back(int pid, CudaState target, Held* held, Room* room);
+  // `image`: of a process that is restored, `held` of another.
+  Result<void> bring_back(int pid, CudaState target, Held* held, const ProcessImage* image,
+                          Room* room);
   Result<void> wait_to_take_over(int pid, CudaState found);
   Result<void> undo_one(int pid, Held* held);
   bool needs_images() const;  // to bring a process back
@@ -286,6 +305,9 @@ class Session {
   bool failed_ = false;    // as finish() was told
   bool statistics_logged_ = false;
   bool went_on_ = false;  // a process that was taken over runs again
+  DeviceRoom own_room_;   // without engines
+  std::chrono::milliseconds room_patience_ = kRoomPatience;
+  std::optional<std::chrono::steady_clock::time_point> room_deadline_;  // once one has waited
   Group held_;
   std::vector<int> inspected_;  // whose trees are dumped
   DumpId dump_id_{};

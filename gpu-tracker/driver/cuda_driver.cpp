@@ -27,11 +27,15 @@ constexpr int kFirstApiWithGpuPairs = 13000;
 
 class CudaDriver final : public GpuDriver {
  public:
-  // `simulated_memory`: the simulated driver's stand-in for rm_client.h; null on a real driver.
-  using SimulatedMemory = int (*)(int pid, uint64_t* own, uint64_t* imported);
+  // The simulated driver's stand-in for rm_client.h; null on a real driver.
+  struct Simulated {
+    int (*memory)(int pid, uint64_t* own, uint64_t* imported);
+    int (*memory_on)(int pid, const uint8_t* uuid, uint64_t* own);
+    int (*free)(const uint8_t* uuid, uint64_t* bytes);
+  };
 
-  CudaDriver(const CudaEntryPoints& cu, SimulatedMemory simulated_memory)
-      : cu_(cu), simulated_memory_(simulated_memory) {}
+  CudaDriver(const CudaEntryPoints& cu, const Simulated& simulated)
+      : cu_(cu), simulated_(simulated) {}
 
   Result<int> api_version() override {
     int version = 0;
@@ -40,7 +44,7 @@ class CudaDriver final : public GpuDriver {
   }
 
   Result<std::string> release() override {
-    if (simulated_memory_) return std::string("simulated");
+    if (simulated_.memory) return std::string("simulated");
     // "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build ..."
     FILE* f = fopen("/proc/driver/nvidia/version", "re");
     if (!f) {
@@ -89,11 +93,26 @@ class CudaDriver final : public GpuDriver {
   }
 
   Result<ProcessMemory> process_memory(int pid) override {
-    if (!simulated_memory_) return query_process_memory(pid);
+    if (!simulated_.memory) return query_process_memory(pid);
     ProcessMemory memory;
-    int r = simulated_memory_(pid, &memory.own, &memory.imported);
+    int r = simulated_.memory(pid, &memory.own, &memory.imported);
     if (r) return error("phos_sim_memory", pid, static_cast<CUresult>(r));
+    auto all = gpus();
+    if (!all) return all.error();
+    for (const GpuInfo& gpu : *all) {
+      r = simulated_.memory_on(pid, gpu.uuid.data(), &memory.own_on[gpu.uuid]);
+      if (r) return error("phos_sim_memory_on", pid, static_cast<CUresult>(r));
+    }
     return memory;
+  }
+
+  Result<uint64_t> free_memory(const GpuUuid& uuid) override {
+    if (!simulated_.free) return query_free_memory(uuid);
+    uint64_t bytes = 0;
+    if (int r = simulated_.free(uuid.data(), &bytes)) {
+      return error("phos_sim_free", 0, static_cast<CUresult>(r));
+    }
+    return bytes;
   }
 
   Result<int> restore_thread_id(int pid) override {
@@ -175,7 +194,7 @@ class CudaDriver final : public GpuDriver {
   }
 
   const CudaEntryPoints cu_;
-  const SimulatedMemory simulated_memory_;
+  const Simulated simulated_;
 };
 
 }  // namespace
@@ -193,8 +212,11 @@ Result<std::unique_ptr<GpuDriver>> open_cuda_driver(const std::string& path) {
   if (!cu.name) return missing_entry_point(path, #name, since);
   PHOS_CUDA_ENTRY_POINTS(X)
 #undef X
-  auto simulated = reinterpret_cast<CudaDriver::SimulatedMemory>(dlsym(lib, "phos_sim_memory"));
-  return std::unique_ptr<GpuDriver>(std::make_unique<CudaDriver>(cu, simulated));
+  CudaDriver::Simulated sim;
+  sim.memory = reinterpret_cast<decltype(sim.memory)>(dlsym(lib, "phos_sim_memory"));
+  sim.memory_on = reinterpret_cast<decltype(sim.memory_on)>(dlsym(lib, "phos_sim_memory_on"));
+  sim.free = reinterpret_cast<decltype(sim.free)>(dlsym(lib, "phos_sim_free"));
+  return std::unique_ptr<GpuDriver>(std::make_unique<CudaDriver>(cu, sim));
 }
 
 }  // namespace phos

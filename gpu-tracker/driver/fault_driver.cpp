@@ -46,6 +46,10 @@ Result<ProcessMemory> FaultDriver::process_memory(int pid) {
   return plan_.run<ProcessMemory>("process_memory", [&] { return driver_.process_memory(pid); });
 }
 
+Result<uint64_t> FaultDriver::free_memory(const GpuUuid& uuid) {
+  return plan_.run<uint64_t>("free_memory", [&] { return driver_.free_memory(uuid); });
+}
+
 Result<int> FaultDriver::restore_thread_id(int pid) {
   return plan_.run<int>("restore_thread_id", [&] { return driver_.restore_thread_id(pid); });
 }

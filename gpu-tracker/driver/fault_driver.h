@@ -75,6 +75,7 @@ class FaultDriver final : public GpuDriver {
   Result<std::vector<GpuInfo>> gpus() override;
   Result<std::unique_ptr<GpuContext>> open_context(const GpuUuid& uuid) override;
   Result<ProcessMemory> process_memory(int pid) override;
+  Result<uint64_t> free_memory(const GpuUuid& uuid) override;
   Result<int> restore_thread_id(int pid) override;
   Result<CudaState> state(int pid) override;
   Result<void> lock(int pid, unsigned timeout_ms) override;

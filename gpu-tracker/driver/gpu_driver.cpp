@@ -19,6 +19,11 @@ Result<std::unique_ptr<GpuContext>> GpuDriver::open_context(const GpuUuid& uuid)
   return Error(Domain::kUsage, ENOTSUP, "this driver opens no context on " + format_gpu_uuid(uuid));
 }
 
+Result<uint64_t> GpuDriver::free_memory(const GpuUuid& uuid) {
+  return Error(Domain::kUsage, ENOTSUP,
+               "this driver does not tell what is free on " + format_gpu_uuid(uuid));
+}
+
 const char* to_string(CudaState state) {
   switch (state) {
     case CudaState::kRunning:

@@ -4,7 +4,6 @@
 // fault-injecting wrapper (fault_driver.h). Nothing outside this room includes cuda.h.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -15,8 +14,6 @@
 #include "gpu-tracker/driver/rm_client.h"
 
 namespace phos {
-
-using GpuUuid = std::array<uint8_t, 16>;
 
 // "GPU-155e866b-9144-3f4c-ec25-f1c3d492b8c2", as nvidia-smi prints it.
 std::string format_gpu_uuid(const GpuUuid& uuid);
@@ -37,6 +34,7 @@ struct GpuPair {
 };
 
 // Codes of Domain::kCuda that callers tell apart; the numbers are CUresult's.
+inline constexpr int kCudaErrorOutOfMemory = 2;
 inline constexpr int kCudaErrorNotInitialized = 3;     // pid has no CUDA (no restore thread)
 inline constexpr int kCudaErrorOperatingSystem = 304;  // no such pid, or no permission
 inline constexpr int kCudaErrorIllegalState = 401;
@@ -64,6 +62,9 @@ class GpuDriver {
 
   // Device memory `pid` owns and has imported, as the kernel driver accounts it.
   virtual Result<ProcessMemory> process_memory(int pid) = 0;
+  // Bytes of that GPU that nobody has. Needs no context, which would itself take some. The default
+  // is a refusal, as above.
+  virtual Result<uint64_t> free_memory(const GpuUuid& uuid);
 
   // Thread of `pid` that serves the calls below. Error kCudaErrorNotInitialized: not a CUDA
   // process.
@@ -74,6 +75,9 @@ class GpuDriver {
   // Moves device memory into the process's host memory and lets go of the device. Needs kLocked.
   virtual Result<void> checkpoint(int pid) = 0;
   // The reverse. `pairs` empty: same GPUs; otherwise it must list every GPU. Leaves kLocked.
+  // kCudaErrorOutOfMemory: the process stays checkpointed, and driver 580 has lost it: every later
+  // call answers kCudaErrorOperatingSystem, whatever is free by then (test/contract). So ask
+  // free_memory() before.
   virtual Result<void> restore(int pid, const std::vector<GpuPair>& pairs) = 0;
   virtual Result<void> unlock(int pid) = 0;
 };

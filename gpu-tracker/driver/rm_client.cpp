@@ -7,7 +7,9 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdio>
+#include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,15 +19,18 @@ namespace phos {
 namespace {
 
 // The ABI below: names and layouts of NVIDIA/open-gpu-kernel-modules 580 (nvos.h, nv_escape.h,
-// ctrl0000gpu.h, ctrl2080gpu.h, cl0080.h, cl2080.h). RM checks every parameter size, so another
-// layout is answered with an error, never with wrong numbers.
+// ctrl0000gpu.h, ctrl2080gpu.h, ctrl2080fb.h, cl0080.h, cl2080.h). RM checks every parameter size,
+// so another layout is answered with an error, never with wrong numbers.
 using Handle = uint32_t;
 
 constexpr unsigned kEscRmFree = 0x29, kEscRmControl = 0x2A, kEscRmAlloc = 0x2B;
 constexpr unsigned kEscRegisterFd = 201;
 constexpr uint32_t kClassRoot = 0x0, kClassDevice = 0x80, kClassSubdevice = 0x2080;
 constexpr uint32_t kCmdGetAttachedIds = 0x201, kCmdGetIdInfoV2 = 0x205;
-constexpr uint32_t kCmdGetPidInfo = 0x2080018e;
+constexpr uint32_t kCmdGetPidInfo = 0x2080018e, kCmdGetGidInfo = 0x2080014a;
+// The first version, with its list elsewhere: that of the second has another size in each release.
+constexpr uint32_t kCmdGetFbInfo = 0x20801301, kFbInfoHeapFree = 0x16;
+constexpr uint32_t kGidSha1Binary = 2;
 constexpr uint32_t kMaxGpus = 32, kMaxPidInfos = 200;
 constexpr uint32_t kInvalidGpuId = 0xffffffff;
 
@@ -80,6 +85,22 @@ struct PidInfoList {  // NV2080_CTRL_GPU_GET_PID_INFO_PARAMS
   uint32_t count, pad;
   PidInfo list[kMaxPidInfos];
 };
+
+struct GidInfo {  // NV2080_CTRL_GPU_GET_GID_INFO_PARAMS
+  uint32_t index, flags, length;
+  uint8_t data[256];
+};
+static_assert(sizeof(GidInfo) == 268);
+
+struct FbInfo {          // NV2080_CTRL_FB_INFO
+  uint32_t index, data;  // KiB
+};
+
+struct FbInfoList {  // NV2080_CTRL_FB_GET_INFO_PARAMS
+  uint32_t count, pad;
+  uint64_t list;
+};
+static_assert(sizeof(FbInfoList) == 16);
 
 // An RM client; everything it made is freed with the file descriptor.
 class RmClient {
@@ -157,17 +178,14 @@ class RmClient {
   Handle root_ = 0;
 };
 
-}  // namespace
-
-Result<ProcessMemory> query_process_memory(int pid) {
+// Calls visit(client, subdevice, uuid), which returns Result<void>, for each GPU.
+template <typename Visit>
+Result<void> for_each_gpu(Visit visit) {
   RmClient rm;
   if (auto r = rm.open(); !r) return r.error();
   rm.register_gpu_nodes();
   uint32_t ids[kMaxGpus] = {};
   if (auto r = rm.control(rm.root(), kCmdGetAttachedIds, ids, sizeof ids); !r) return r.error();
-
-  ProcessMemory total;
-  auto list = std::make_unique<PidInfoList>();
   for (uint32_t id : ids) {
     if (id == kInvalidGpuId) continue;
     IdInfo info = {};
@@ -185,22 +203,60 @@ Result<ProcessMemory> query_process_memory(int pid) {
         !r) {
       return r.error();
     }
+    GidInfo gid = {};
+    gid.flags = kGidSha1Binary;
+    if (auto r = rm.control(subdevice, kCmdGetGidInfo, &gid, sizeof gid); !r) return r.error();
+    GpuUuid uuid{};
+    memcpy(uuid.data(), gid.data, uuid.size());
+    if (auto r = visit(rm, subdevice, uuid); !r) return r.error();
+    rm.free(rm.root(), device);
+  }
+  return {};
+}
+
+}  // namespace
+
+Result<ProcessMemory> query_process_memory(int pid) {
+  ProcessMemory total;
+  auto list = std::make_unique<PidInfoList>();
+  auto add = [&](RmClient& rm, Handle subdevice, const GpuUuid& uuid) -> Result<void> {
     *list = {};
     list->count = 1;
     list->list[0].pid = static_cast<uint32_t>(pid);
     if (auto r = rm.control(subdevice, kCmdGetPidInfo, list.get(), sizeof *list); !r) {
       return r.error();
     }
-    if (list->list[0].result) {
+    const PidInfo& info = list->list[0];
+    if (info.result) {
       return Error(
-          Domain::kCuda, static_cast<int>(list->list[0].result),
+          Domain::kCuda, static_cast<int>(info.result),
           "NVIDIA kernel driver: no memory information for process " + std::to_string(pid));
     }
-    total.own += list->list[0].mem_private + list->list[0].mem_shared_owned;
-    total.imported += list->list[0].mem_shared_duped;
-    rm.free(rm.root(), device);
-  }
+    const uint64_t own = info.mem_private + info.mem_shared_owned;
+    total.own += own;
+    total.own_on[uuid] += own;
+    total.imported += info.mem_shared_duped;
+    return {};
+  };
+  if (auto r = for_each_gpu(add); !r) return r.error();
   return total;
+}
+
+Result<uint64_t> query_free_memory(const GpuUuid& gpu) {
+  std::optional<uint64_t> found;
+  auto look = [&](RmClient& rm, Handle subdevice, const GpuUuid& uuid) -> Result<void> {
+    if (uuid != gpu) return {};
+    FbInfo info = {kFbInfoHeapFree, 0};
+    FbInfoList list = {1, 0, reinterpret_cast<uint64_t>(&info)};
+    if (auto r = rm.control(subdevice, kCmdGetFbInfo, &list, sizeof list); !r) return r.error();
+    found = uint64_t{info.data} << 10;
+    return {};
+  };
+  if (auto r = for_each_gpu(look); !r) return r.error();
+  if (!found) {
+    return Error(Domain::kUsage, ENODEV, "NVIDIA's kernel driver does not have that GPU");
+  }
+  return *found;
 }
 
 }  // namespace phos

@@ -281,6 +281,8 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
     m.uuid = borrow(gpu.uuid);
     m.name = borrow(gpu.name);
     m.total_bytes = gpu.total_bytes;
+    m.has_process_bytes = !image.gpu_bytes.empty();
+    if (m.has_process_bytes) m.process_bytes = image.gpu_bytes[gpus.size()];
     gpus.push_back(m);
   }
   std::vector<PageArrays> arrays;
@@ -400,6 +402,10 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
     auto uuid = to_16_bytes(gpu.uuid, "a GPU's uuid");
     if (!uuid) return uuid.error();
     image.gpus.push_back({*uuid, to_string(gpu.name), gpu.total_bytes});
+    if (gpu.has_process_bytes) {
+      image.gpu_bytes.resize(m->n_gpus);
+      image.gpu_bytes[i] = gpu.process_bytes;
+    }
   }
   image.allocations.reserve(m->n_allocations);
   for (size_t i = 0; i < m->n_allocations; i++) {

@@ -172,6 +172,7 @@ struct ProcessImage {
   std::vector<AllocationInfo> allocations;  // any order, no two may overlap
   Timings timings;
   uint64_t device_bytes = 0;  // GPU memory owned, as the kernel driver accounts it; 0: not known
+  std::vector<uint64_t> gpu_bytes;  // how much of it is on each of `gpus`; empty: not known
   DumpStage stage = DumpStage::kDump;
   DumpId parent_dump_id{};        // all zeros: no parent
   std::vector<uint8_t> hash_key;  // empty: no pages are saved

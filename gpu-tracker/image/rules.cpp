@@ -226,6 +226,9 @@ Result<void> check(const ProcessImage& image) {
     return bad_field("driver_api " + std::to_string(image.driver_api) + " is not a CUDA version");
   }
   if (auto ok = check_gpus(image.gpus); !ok) return ok;
+  if (!image.gpu_bytes.empty() && image.gpu_bytes.size() != image.gpus.size()) {
+    return bad_field("the process's memory is given for another number of GPUs");
+  }
   if (auto ok = check_chain_fields(image); !ok) return ok;
   return check_allocations(image);
 }

@@ -144,9 +144,12 @@ void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<Ch
   if (p.device_bytes) json.member("device_bytes", p.device_bytes);
   if (p.key_id != KeyId{}) json.member("key_id", format_key_id(p.key_id));
   json.key("gpus").begin_array();
-  for (const GpuInfo& gpu : p.gpus) {
+  for (size_t i = 0; i < p.gpus.size(); i++) {
+    const GpuInfo& gpu = p.gpus[i];
     json.begin_object().member("uuid", format_gpu_uuid(gpu.uuid)).member("name", gpu.name);
-    json.member("total_bytes", gpu.total_bytes).end_object();
+    json.member("total_bytes", gpu.total_bytes);
+    if (!p.gpu_bytes.empty()) json.member("process_bytes", p.gpu_bytes[i]);
+    json.end_object();
   }
   json.end_array().key("allocations").begin_array();
   for (size_t i = 0; i < p.allocations.size(); i++) {

@@ -295,6 +295,66 @@ TEST_F(Checkpoint, ManyCallersAreServedOneByOne) {
   EXPECT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
 }
 
+// A process that is checkpointed, and another that has taken nearly all of the GPU since.
+class FullGpu : public Checkpoint {
+ protected:
+  void SetUp() override {
+    Checkpoint::SetUp();
+    if (IsSkipped()) return;
+    // A simulated GPU is shared by processes that name the same machine.
+    if (on_simulation()) {
+      std::ofstream(machine_) << "gpu " << std::string(32, '1') << " " << kMiB * 1024
+                              << " Small GPU\n";
+    }
+    const std::vector<std::string> environment = {"PHOS_SIM_MACHINE=" + machine_};
+    worker_.emplace("cuda", environment);
+    other_.emplace("cuda", environment);
+    memory_ = value_of(worker_->ask("alloc " + std::to_string(kBytes)));
+    ASSERT_EQ(worker_->ask("fill " + memory_ + " " + kNumbers + " 21"), "ok");
+    ASSERT_EQ(lock(worker_->pid()), CUDA_SUCCESS);
+    ASSERT_EQ(checkpoint(worker_->pid()), CUDA_SUCCESS);
+    const uint64_t left = std::stoull(value_of(other_->ask("memory-info")));
+    ASSERT_GT(left, kBytes);
+    taken_ = value_of(other_->ask("alloc " + std::to_string(left - kBytes / 2)));
+  }
+  void TearDown() override { unlink(machine_.c_str()); }
+  void expect_it_runs_on() {
+    EXPECT_EQ(restore(worker_->pid()), CUDA_SUCCESS);
+    EXPECT_EQ(unlock(worker_->pid()), CUDA_SUCCESS);
+    EXPECT_EQ(worker_->ask("check " + memory_ + " " + kNumbers + " 21 0"), "ok 0");
+  }
+
+  static constexpr uint64_t kBytes = 128 * kMiB;
+  const std::string kNumbers = std::to_string(kBytes / 4);
+  std::optional<Worker> worker_, other_;
+  std::string memory_, taken_;
+
+ private:
+  const std::string machine_ = testing::TempDir() + "machine-" + std::to_string(getpid());
+};
+
+// Measured on 580.159.04: whatever is free by then, it does not come back.
+TEST_F(FullGpu, RestoreThatFindsItLosesTheProcess) {
+  EXPECT_EQ(restore(worker_->pid()), CUDA_ERROR_OUT_OF_MEMORY);
+  EXPECT_EQ(state_of(worker_->pid()), CU_PROCESS_STATE_CHECKPOINTED);
+  ASSERT_EQ(other_->ask("free " + taken_), "ok");
+  for (int i = 0; i < 2; i++) {
+    EXPECT_EQ(restore(worker_->pid()), CUDA_ERROR_OPERATING_SYSTEM);
+    EXPECT_EQ(state_of(worker_->pid()), CU_PROCESS_STATE_CHECKPOINTED);
+    EXPECT_EQ(unlock(worker_->pid()), CUDA_ERROR_ILLEGAL_STATE);
+  }
+}
+
+TEST_F(FullGpu, RestoreOnceThereIsRoomIsAsEver) {
+  ASSERT_EQ(other_->ask("free " + taken_), "ok");
+  expect_it_runs_on();
+}
+
+TEST_F(FullGpu, MemoryOfAProcessThatHasEndedIsFree) {
+  other_.reset();
+  expect_it_runs_on();
+}
+
 TEST_F(Checkpoint, RestoreAcceptsAPairForEveryGpu) {
   if (cuInit(0)) GTEST_SKIP() << "cuInit fails in the test process";
   std::vector<CUcheckpointGpuPair> pairs;

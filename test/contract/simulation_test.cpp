@@ -106,13 +106,25 @@ TEST_F(Simulation, FaultComesAtItsCallAndOnlyThere) {
   EXPECT_EQ(checkpoint(worker.pid()), CUDA_ERROR_UNKNOWN);
   EXPECT_EQ(state_of(worker.pid()), CU_PROCESS_STATE_LOCKED);
   ASSERT_EQ(checkpoint(worker.pid()), CUDA_SUCCESS);
-  write_file("faults", "cuCheckpointProcessRestore * 2\n");
-  EXPECT_EQ(restore(worker.pid()), CUDA_ERROR_OUT_OF_MEMORY);
-  EXPECT_EQ(restore(worker.pid()), CUDA_ERROR_OUT_OF_MEMORY);
+  write_file("faults", "cuCheckpointProcessRestore * 999\n");
+  EXPECT_EQ(restore(worker.pid()), CUDA_ERROR_UNKNOWN);
+  EXPECT_EQ(restore(worker.pid()), CUDA_ERROR_UNKNOWN);
   EXPECT_EQ(state_of(worker.pid()), CU_PROCESS_STATE_CHECKPOINTED);
   write_file("faults", "");
   EXPECT_EQ(restore(worker.pid()), CUDA_SUCCESS);
   EXPECT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
+}
+
+// As one that finds too little by itself (FullGpu).
+TEST_F(Simulation, RestoreToldToFindTooLittleMemoryLosesTheProcess) {
+  machine_has(kUuidA);
+  Worker worker("cuda", environment());
+  ASSERT_EQ(lock(worker.pid()), CUDA_SUCCESS);
+  ASSERT_EQ(checkpoint(worker.pid()), CUDA_SUCCESS);
+  write_file("faults", "cuCheckpointProcessRestore 1 2\n");
+  EXPECT_EQ(restore(worker.pid()), CUDA_ERROR_OUT_OF_MEMORY);
+  EXPECT_EQ(restore(worker.pid()), CUDA_ERROR_OPERATING_SYSTEM);
+  EXPECT_EQ(state_of(worker.pid()), CU_PROCESS_STATE_CHECKPOINTED);
 }
 
 TEST_F(Simulation, SlowCallWorksInTheEnd) {
@@ -178,6 +190,26 @@ TEST_F(Simulation, AccountingTellsOwnFromImportedMemory) {
   ASSERT_EQ(memory_of(exporter.pid(), &own, &imported), 0);
   EXPECT_EQ(own, before + 4 * kMiB);
   EXPECT_EQ(imported, 0u);
+}
+
+TEST_F(Simulation, GpuIsSharedByProcessesOfOneMachine) {
+  machine_has(kUuidA);
+  Worker one("cuda", environment()), other("cuda", environment()), elsewhere;
+  const auto free_to = [](Worker& w) { return std::stoull(value_of(w.ask("memory-info"))); };
+  const uint64_t before = free_to(one), apart = free_to(elsewhere);
+  const std::string p = value_of(other.ask("alloc " + std::to_string(before - 4 * kMiB)));
+  EXPECT_EQ(free_to(one), 4 * kMiB);
+  EXPECT_EQ(one.ask("alloc " + std::to_string(6 * kMiB)), "error 2");
+  EXPECT_EQ(free_to(elsewhere), apart);
+  ASSERT_EQ(lock(other.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(free_to(one), 4 * kMiB);
+  ASSERT_EQ(checkpoint(other.pid()), CUDA_SUCCESS);
+  EXPECT_GE(free_to(one), before);
+  ASSERT_EQ(restore(other.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(free_to(one), 4 * kMiB);
+  ASSERT_EQ(unlock(other.pid()), CUDA_SUCCESS);
+  ASSERT_EQ(other.ask("free " + p), "ok");
+  EXPECT_EQ(free_to(one), before);
 }
 
 }  // namespace

@@ -44,6 +44,14 @@ CUresult alloc(State&, std::istream& in, std::ostream& out) {
   return r;
 }
 
+// memory-info: replies how many bytes of the GPU are free
+CUresult memory_info(State&, std::istream&, std::ostream& out) {
+  size_t free_bytes = 0, total = 0;
+  CUresult r = cuMemGetInfo(&free_bytes, &total);
+  out << free_bytes;
+  return r;
+}
+
 CUresult free_memory(State&, std::istream& in, std::ostream&) {
   return cuMemFree(read_address(in));
 }
@@ -430,6 +438,7 @@ constexpr struct {
 } kCommands[] = {
     {"alloc", alloc},
     {"free", free_memory},
+    {"memory-info", memory_info},
     {"fill", fill},
     {"increment", increment},
     {"check", check},

@@ -40,8 +40,11 @@ char* map_aperture(int fd, uint64_t size, Origin origin) {
   return nullptr;
 }
 
-int make_memfd(uint64_t size, uint64_t* inode) {
-  int fd = memfd_create(kMemfdName, MFD_CLOEXEC);
+int make_memfd(CUdevice device, uint64_t size, uint64_t* inode) {
+  const Machine& machine = process().machine;
+  char name[kMemfdNameSize];
+  format_memfd_name(name, machine.id, machine.gpus[device].uuid.bytes);
+  int fd = memfd_create(name, MFD_CLOEXEC);
   struct stat st;
   if (fd < 0 || ftruncate(fd, static_cast<off_t>(size)) || fstat(fd, &st)) {
     if (fd >= 0) close(fd);
@@ -70,11 +73,11 @@ Backing::~Backing() {
 }
 
 BackingPtr make_backing(CUdevice device, uint64_t size) {
-  if (bytes_in_use(device) + size > process().machine.gpus[device].bytes) return nullptr;
+  if (bytes_in_use(device) + size > bytes_left_to_us(device)) return nullptr;
   auto* b = new Backing;
   b->device = device;
   b->size = size;
-  b->fd = make_memfd(size, &b->inode);
+  b->fd = make_memfd(device, size, &b->inode);
   if (b->fd >= 0) b->aperture = map_aperture(b->fd, size, Origin::kOwn);
   if (!b->aperture) {
     delete b;
@@ -122,6 +125,13 @@ uint64_t bytes_in_use(CUdevice device) {
   return sum;
 }
 
+uint64_t bytes_left_to_us(CUdevice device) {
+  const Machine& machine = process().machine;
+  const Gpu& gpu = machine.gpus[device];
+  const uint64_t others = machine.id ? bytes_of_all(machine, gpu.uuid, getpid()) : 0;
+  return others < gpu.bytes ? gpu.bytes - others : 0;
+}
+
 bool save_backing(Backing* b) {
   if (b->origin != Origin::kOwn) return true;  // the exporter's, and lost: as on the real driver
   void* p = mmap(nullptr, b->size, PROT_READ | PROT_WRITE,
@@ -151,7 +161,7 @@ void detach_backing(Backing* b) {
 
 bool attach_backing(Backing* b) {
   static const char kZeroPage[kPage] = {};
-  b->fd = make_memfd(b->size, &b->inode);
+  b->fd = make_memfd(b->device, b->size, &b->inode);
   if (b->fd >= 0) b->aperture = map_aperture(b->fd, b->size, Origin::kOwn);
   if (!b->aperture) {
     detach_backing(b);

@@ -25,6 +25,7 @@ const Gpu* find_gpu(const Machine& machine, const CUuuid& uuid) {
 bool place_gpus(const Machine& old, const Machine& present, const CUcheckpointGpuPair* pairs,
                 unsigned count, Machine* out) {
   out->count = old.count;
+  out->id = present.id;
   for (int i = 0; i < old.count; i++) {
     const CUuuid* uuid = count ? nullptr : &old.gpus[i].uuid;
     for (unsigned p = 0; p < count; p++) {
@@ -35,7 +36,6 @@ bool place_gpus(const Machine& old, const Machine& present, const CUcheckpointGp
     for (int other = 0; other < i; other++) {
       if (same(out->gpus[other].uuid, gpu->uuid)) return false;
     }
-    if (bytes_in_use(i) > gpu->bytes) return false;
     out->gpus[i] = *gpu;
   }
   return true;
@@ -56,6 +56,13 @@ CUresult why_lost() {
     if (b->origin == Origin::kFdImport) result = CUDA_ERROR_NOT_SUPPORTED;
   }
   return result;
+}
+
+bool has_room() {
+  for (int i = 0; i < process().machine.count; i++) {
+    if (bytes_in_use(i) > bytes_left_to_us(i)) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -92,22 +99,31 @@ CUresult do_checkpoint() {
 CUresult do_restore(const CUcheckpointGpuPair* pairs, unsigned count) {
   Process& p = process();
   if (p.state != CU_PROCESS_STATE_CHECKPOINTED) return CUDA_ERROR_ILLEGAL_STATE;
+  if (p.lost) return CUDA_ERROR_OPERATING_SYSTEM;
   if (CUresult r = why_lost()) return r;
   Machine present, placed;
   read_machine(p.machine_path, &present);
   if (!place_gpus(p.machine, present, pairs, count, &placed)) return CUDA_ERROR_INVALID_VALUE;
+  const Machine before = p.machine;
+  p.machine = placed;
   Backing* first = memory().backings;
-  for (Backing* b = first; b; b = b->next) {
-    if (attach_backing(b)) continue;
-    for (Backing* done = first; done != b; done = done->next) detach_backing(done);
+  bool there = has_room();
+  for (Backing* b = first; b && there; b = b->next) there = attach_backing(b);
+  if (!there) {
+    for (Backing* b = first; b; b = b->next) detach_backing(b);
+    p.machine = before;
+    lose_process();
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
   note_others();
   for (Backing* b = first; b; b = b->next) drop_saved(b);
-  p.machine = placed;
   open_device_files();
   p.state = CU_PROCESS_STATE_LOCKED;
   return CUDA_SUCCESS;
+}
+
+void lose_process() {
+  process().lost = true;
 }
 
 CUresult do_unlock() {

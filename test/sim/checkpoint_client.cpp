@@ -15,7 +15,6 @@
 #include <cstring>
 
 #include "gpu-tracker/base/unique_fd.h"
-#include "test/sim/aperture.h"
 #include "test/sim/checkpoint_wire.h"
 
 namespace phos_sim {
@@ -156,24 +155,4 @@ CUresult cuCheckpointProcessRestore(int pid, CUcheckpointRestoreArgs* args) {
 
 CUresult cuCheckpointProcessUnlock(int pid, CUcheckpointUnlockArgs*) {
   return call(pid, Verb::kUnlock);
-}
-
-// What the kernel driver's accounting says on a real machine: bytes of device memory that `pid`
-// owns and that it has imported. Reads /proc only, so a stopped process answers too.
-PHOS_SIM_EXPORT int phos_sim_memory(int pid, uint64_t* own, uint64_t* imported) {
-  *own = *imported = 0;
-  char path[32], line[512];
-  snprintf(path, sizeof path, "/proc/%d/maps", pid);
-  FILE* f = fopen(path, "re");
-  if (!f) return CUDA_ERROR_OPERATING_SYSTEM;
-  while (fgets(line, sizeof line, f)) {
-    unsigned long start = 0, end = 0;
-    if (!strstr(line, kMemfdPath) || sscanf(line, "%lx-%lx", &start, &end) != 2) continue;
-    if (start >= kOwnApertures && start < kOwnApertures + kApertureSpan) *own += end - start;
-    if (start >= kImportedApertures && start < kImportedApertures + kApertureSpan) {
-      *imported += end - start;
-    }
-  }
-  fclose(f);
-  return CUDA_SUCCESS;
 }

@@ -41,7 +41,11 @@ void serve(const Request& request) {
   for (const VerbEntry& v : kVerbs) {
     if (v.verb != request.verb) continue;
     result = act_out_fault(v.function);
-    if (result == CUDA_SUCCESS) result = v.run(request);
+    if (result == CUDA_SUCCESS) {
+      result = v.run(request);
+    } else if (v.verb == Verb::kRestore && result == CUDA_ERROR_OUT_OF_MEMORY) {
+      lose_process();
+    }
   }
   Reply reply = {request.id, static_cast<uint32_t>(result),
                  static_cast<uint32_t>(process().state.load())};

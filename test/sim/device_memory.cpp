@@ -87,10 +87,9 @@ CUresult cuMemGetInfo(size_t* free_bytes, size_t* total) {
   PHOS_SIM_API(kContext);
   CUdevice device = device_of(current_context());
   std::lock_guard<std::mutex> hold(memory().mutex);
-  uint64_t bytes = process().machine.gpus[device].bytes;
-  uint64_t used = bytes_in_use(device);
-  if (total) *total = bytes;
-  if (free_bytes) *free_bytes = used < bytes ? bytes - used : 0;
+  if (total) *total = process().machine.gpus[device].bytes;
+  const uint64_t used = bytes_in_use(device), ours = bytes_left_to_us(device);
+  if (free_bytes) *free_bytes = used < ours ? ours - used : 0;
   return CUDA_SUCCESS;
 }
 PHOS_SIM_ALIAS(cuMemGetInfo, cuMemGetInfo_v2);

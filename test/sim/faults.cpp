@@ -7,7 +7,8 @@
 // FUNCTION  as in cuda.h, without a version suffix: cuMemAlloc, cuCheckpointProcessRestore, ...
 // N         the Nth call in this process, counted from 1 since cuInit; N+ that one and all that
 //           follow; * is every call
-// RESULT    a CUresult number: returned instead of working
+// RESULT    a CUresult number: returned instead of working (2 of cuCheckpointProcessRestore: the
+//           process is lost, as after one that found too little memory)
 //           hang: the call never ends (a cuCheckpointProcess* request is never answered, and the
 //                 restore thread serves no other)
 //           slow:MS: sleeps that long first, then works

@@ -50,6 +50,13 @@ bool parse_line(const char* line, Gpu* gpu) {
   return true;
 }
 
+// FNV-1a, never 0.
+uint32_t hash(const char* text) {
+  uint32_t h = 2166136261u;
+  for (; *text; text++) h = (h ^ static_cast<unsigned char>(*text)) * 16777619u;
+  return h ? h : 1;
+}
+
 }  // namespace
 
 long read_small_file(const char* path, char* buffer, size_t size) {
@@ -69,6 +76,7 @@ long read_small_file(const char* path, char* buffer, size_t size) {
 void read_machine(const char* path, Machine* machine) {
   char text[8192];
   machine->count = 0;
+  machine->id = 0;
   if (read_small_file(path, text, sizeof text) < 0) {
     Gpu& gpu = machine->gpus[machine->count++];
     memcpy(gpu.uuid.bytes, kDefaultUuid, sizeof kDefaultUuid);
@@ -76,6 +84,7 @@ void read_machine(const char* path, Machine* machine) {
     snprintf(gpu.name, sizeof gpu.name, "Simulated GPU");
     return;
   }
+  machine->id = hash(path);
   char* next = nullptr;
   for (char* line = strtok_r(text, "\n", &next); line && machine->count < kMaxGpus;
        line = strtok_r(nullptr, "\n", &next)) {

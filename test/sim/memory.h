@@ -95,8 +95,9 @@ Memory& memory();
 BackingPtr make_backing(CUdevice device, uint64_t size);
 BackingPtr import_backing(int fd, Origin origin, CUdevice device);
 bool is_device_memfd(int fd);
-void close_backing_fds();  // in a forked child
-uint64_t bytes_in_use(CUdevice device);
+void close_backing_fds();                    // in a forked child
+uint64_t bytes_in_use(CUdevice device);      // by this process
+uint64_t bytes_left_to_us(CUdevice device);  // all but what others use, with a machine file
 // The steps of a checkpoint; they allocate nothing on the heap.
 bool save_backing(Backing* b);  // copies the contents to anonymous memory
 void drop_saved(Backing* b);

@@ -57,6 +57,10 @@ void copy_setting(char* out, const char* variable, const char* fallback) {
 
 }  // namespace
 
+void copy_machine_path(char* out) {
+  copy_setting(out, "PHOS_SIM_MACHINE", "/run/phos-sim/machine");
+}
+
 Process& process() {
   static Process& p = *new Process;  // never destroyed: threads may outlive main
   return p;
@@ -158,7 +162,7 @@ CUresult cuInit(unsigned int flags) {
   if (flags) return CUDA_ERROR_INVALID_VALUE;
   std::lock_guard<std::mutex> hold(g_init_mutex);
   if (p.initialized) return CUDA_SUCCESS;
-  copy_setting(p.machine_path, "PHOS_SIM_MACHINE", "/run/phos-sim/machine");
+  copy_machine_path(p.machine_path);
   read_machine(p.machine_path, &p.machine);
   if (!p.machine.count) return CUDA_ERROR_NO_DEVICE;
   memory();

@@ -43,6 +43,7 @@ inline constexpr int kMaxGpus = 16;
 struct Machine {
   Gpu gpus[kMaxGpus];
   int count;
+  uint32_t id;  // of the file that describes it; 0: there is none
 };
 // No file: one 8 GiB GPU. Allocates nothing: also called on the restore thread, with others frozen.
 void read_machine(const char* path, Machine* machine);
@@ -55,6 +56,11 @@ CUresult act_out_fault(const char* function);
 // After that: the call is to pay no heed to a hint ("elsewhere"). Once for each such fault.
 unsigned wants_elsewhere();
 
+// ---- accounting.cpp: device memory in use, from /proc; allocates nothing.
+// What processes of this machine have on that GPU, `except` one of them. Without a machine file,
+// what this process has.
+uint64_t bytes_of_all(const Machine& machine, const CUuuid& gpu, int except);
+
 // ---- process.cpp: what there is once in a process.
 struct Process {
   std::atomic<bool> initialized{false};
@@ -63,8 +69,11 @@ struct Process {
   char machine_path[PATH_MAX] = "";
   char faults_path[PATH_MAX] = "";
   Machine machine = {};  // as of cuInit or the last restore
+  // A restore found too little device memory: the driver has lost the process.
+  std::atomic<bool> lost{false};
 };
 Process& process();
+void copy_machine_path(char* out);  // which the environment names; PATH_MAX bytes
 
 // What makes a process "on the device" for CRIU: a userfaultfd, and /dev/nvidia* where present.
 void open_device_files();
@@ -111,5 +120,7 @@ CUresult do_lock(unsigned timeout_ms);
 CUresult do_checkpoint();
 CUresult do_restore(const CUcheckpointGpuPair* pairs, unsigned count);
 CUresult do_unlock();
+// A restore has found too little memory.
+void lose_process();
 
 }  // namespace phos_sim

@@ -259,6 +259,7 @@ inline void expect_equal(const ProcessImage& a, const ProcessImage& b) {
   EXPECT_EQ(a.timings.release_us, b.timings.release_us);
   EXPECT_EQ(a.timings.stopped_us, b.timings.stopped_us);
   EXPECT_EQ(a.device_bytes, b.device_bytes);
+  EXPECT_EQ(a.gpu_bytes, b.gpu_bytes);
   EXPECT_EQ(a.stage, b.stage);
   EXPECT_EQ(a.parent_dump_id, b.parent_dump_id);
   EXPECT_EQ(a.hash_key, b.hash_key);

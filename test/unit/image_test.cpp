@@ -41,6 +41,18 @@ TEST(Image, EmptyListsAndExtremeValuesRoundTrip) {
   expect_equal(*files, {kDump, {}});
 }
 
+TEST(Image, MemoryOfTheProcessOnEachGpuRoundTrips) {
+  TempDir dir;
+  ProcessImage p = golden_process();
+  p.gpu_bytes = {0, UINT64_MAX};
+  ASSERT_TRUE(write_process_image(dir.fd(), p));
+  auto read = read_process_image(dir.fd(), p.pid);
+  ASSERT_TRUE(read) << read.error().message();
+  expect_equal(*read, p);
+  p.gpu_bytes.pop_back();
+  EXPECT_FALSE(write_process_image(dir.fd(), p));
+}
+
 TEST(Image, HundredThousandAllocationsRoundTrip) {
   TempDir dir;
   ProcessImage p = small_process(77);

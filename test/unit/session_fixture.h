@@ -32,6 +32,11 @@ class FakeDriver final : public GpuDriver {
   bool managed = false;
   int lock_error = 0;
   std::atomic<int> restore_error{0};
+  std::atomic<uint64_t> free{uint64_t{1} << 30};
+  // A restore that finds less free than is needed loses the process (test/contract, FullGpu).
+  std::atomic<bool> too_little{false};
+  bool lost = false;
+  std::atomic<int> restores{0};  // tried
   std::vector<GpuPair> pairs_used;
   GpuUuid uuid{1, 2, 3};
 
@@ -42,8 +47,13 @@ class FakeDriver final : public GpuDriver {
   }
   Result<ProcessMemory> process_memory(int) override {
     if (!knows_memory) return Error(Domain::kErrno, ENOENT, "no such driver");
-    return ProcessMemory{100, imported};
+    ProcessMemory memory;
+    memory.own = 100;
+    memory.imported = imported;
+    memory.own_on[uuid] = memory.own;
+    return memory;
   }
+  Result<uint64_t> free_memory(const GpuUuid&) override { return free.load(); }
   Result<int> restore_thread_id(int pid) override {
     if (pid != cuda_pid) return cuda(kCudaErrorNotInitialized);
     return pid;
@@ -61,7 +71,11 @@ class FakeDriver final : public GpuDriver {
     return step(pid, State::kLocked, State::kCheckpointed);
   }
   Result<void> restore(int pid, const std::vector<GpuPair>& pairs) override {
+    restores++;
     if (restore_error) return cuda(restore_error);
+    if (lost) return cuda(kCudaErrorOperatingSystem);
+    lost = too_little;
+    if (lost) return cuda(kCudaErrorOutOfMemory);
     pairs_used = pairs;
     return step(pid, State::kCheckpointed, State::kLocked);
   }

@@ -110,13 +110,16 @@ TEST_F(SessionTest, ProcessThatDoesNotComeBackYetIsRefusedWithTheReason) {
 }
 
 TEST_F(SessionTest, RecoveryTriesUntilTheGpuHasRoomAgain) {
-  FaultDriver faulty(driver_);
-  Session session(faulty, lock_dir());
+  Session session(driver_, lock_dir());
   ASSERT_TRUE(dump(session));
   ASSERT_TRUE(session.finish(true));
-  faulty.fail(2, FaultDriver::When::kBefore, Error(Domain::kCuda, 2, "out of memory"));
+  driver_.free = 0;
+  set_log_sink([&](LogLevel, const std::string& line) {
+    if (line.find("waits for its GPU") != std::string::npos) driver_.free = uint64_t{1} << 30;
+  });
   session.recover();
   EXPECT_EQ(driver_.now, State::kRunning);
+  EXPECT_EQ(driver_.restores, 1);
 }
 
 TEST_F(SessionTest, CriuKilledAtAnyPointBringsTheProcessBack) {
