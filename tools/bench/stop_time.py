@@ -159,8 +159,9 @@ class Bench:
 
     def stop_daemons(self):
         for variant in SETTINGS:
-            subprocess.run([self.phos, 'daemon', 'stop'], env=self.environment(variant),
-                           capture_output=True)
+            stop = [self.phos, 'daemon', 'stop']  # refused while a session is ending
+            wait_for(lambda: subprocess.run(stop, env=self.environment(variant),
+                                            capture_output=True).returncode == 0, 'phosd to end')
             own = os.path.join(self.directory, f'run-{variant}', 'bpf')  # until phosd has left
             begin = time.time()
             wait_for(lambda: not os.path.ismount(own), 'phosd to be gone')
