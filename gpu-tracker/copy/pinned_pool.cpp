@@ -196,21 +196,23 @@ std::optional<PinnedPool::Buffer> PinnedPool::try_acquire() {
   return take(hold);
 }
 
-std::optional<PinnedPool::Buffer> PinnedPool::acquire_spare(uint64_t keep, std::stop_token stop,
-                                                            bool wait) {
+std::optional<PinnedPool::Buffer> PinnedPool::acquire_spare(const Spare& spare,
+                                                            std::stop_token stop) {
+  const auto deadline = std::chrono::steady_clock::now() + spare.patience;
   std::unique_lock<std::mutex> hold(mutex_);
-  while (free_.size() <= keep) {
+  while (free_.size() <= spare.keep) {
     if (stop.stop_requested()) return {};
     if (growing_) {
       changed_.wait(hold, stop, [&] { return !growing_; });
       continue;
     }
-    if (may_grow()) {
+    if (may_grow() && statistics_.buffers < spare.enough) {
       if (!grow(hold, options_.step_bytes)) return {};
       continue;
     }
-    if (!wait) return {};
-    changed_.wait(hold, stop, [&] { return free_.size() > keep || may_grow(); });
+    if (!changed_.wait_until(hold, stop, deadline, [&] { return free_.size() > spare.keep; })) {
+      return {};
+    }
   }
   return take(hold);
 }

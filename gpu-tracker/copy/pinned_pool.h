@@ -6,6 +6,7 @@
 // threads at once, pinned, and kept until the pool goes.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -105,11 +106,16 @@ class PinnedPool {
   Result<Buffer> acquire(std::stop_token stop);
   // A free buffer, if there is one.
   std::optional<Buffer> try_acquire();
-  // A buffer to be kept for long, if `keep` others stay free; more are made for that if they may
-  // be. `wait`: until others have given theirs back or `stop` is requested; else it never waits for
-  // a release. Who holds such buffers keeps nobody from going on, as long as
-  // those who use acquire() give theirs back without waiting for him.
-  std::optional<Buffer> acquire_spare(uint64_t keep, std::stop_token stop, bool wait = false);
+  // A buffer to be kept for long, if `keep` others stay free; more are made for that if they may be
+  // and there are fewer than `enough`. Else it waits for a release, for `patience` at most. Who
+  // holds such buffers keeps nobody from going on, as long as those who use acquire() give theirs
+  // back without waiting for him.
+  struct Spare {
+    uint64_t keep = 0;
+    uint64_t enough = UINT64_MAX;
+    std::chrono::milliseconds patience{0};
+  };
+  std::optional<Buffer> acquire_spare(const Spare& spare, std::stop_token stop);
 
   uint64_t buffer_bytes() const { return options_.buffer_bytes; }
   uint64_t max_bytes() const { return options_.max_bytes; }

@@ -21,6 +21,10 @@ constexpr int kLowestPriority = 19;
 constexpr size_t kUnderWay = 3;
 // Before looking again whether there is room.
 constexpr std::chrono::milliseconds kUntilRoom{20};
+// Buffers between readers and GPUs. Making them takes longer than a copy through them.
+constexpr uint64_t kBetween = 16;
+// Before looking again whether pages still go on to a GPU.
+constexpr std::chrono::milliseconds kPatience{100};
 
 }  // namespace
 
@@ -37,6 +41,7 @@ PagePrefetch::PagePrefetch(const PageChain& chain, GpuEngines& engines, const Pa
     : chain_(chain), engines_(engines), key_(key) {
   plan();
   if (to_read_.empty()) return;
+  may_stage_ = engines_.stages();
   engines_.room().enter(this);
   threads_.emplace_back([this, stop = stop_.get_token()] { open_gpus(stop); });
   const size_t readers = std::min<size_t>(reader_threads(), to_read_.size());
@@ -93,6 +98,8 @@ void PagePrefetch::open_gpus(const std::stop_token& stop) {
       changed_.notify_all();
     }
   }
+  std::lock_guard<std::mutex> hold(mutex_);
+  if (stagers.empty()) may_stage_ = false;
 }
 
 bool PagePrefetch::begin_staging(Gpu& gpu, OpenGpu& open) {
@@ -127,7 +134,8 @@ void PagePrefetch::stage(Gpu& gpu, const std::stop_token& stop) {
     hold.unlock();
     put = stage.put(&batch);
     hold.lock();
-    if (put == PageStage::Put::kTaken) {
+    may_stage_ = put == PageStage::Put::kTaken;
+    if (may_stage_) {
       keep(kUnderWay);
       continue;
     }
@@ -195,16 +203,28 @@ void PagePrefetch::read(const std::stop_token& stop) {
   readers_.erase(tid);
 }
 
+// Few where they come back soon; else as many as there may be.
+PinnedPool::Spare PagePrefetch::spare() const {
+  const uint64_t others = buffers_for_others(engines_.pool());
+  std::lock_guard<std::mutex> hold(mutex_);
+  if (!engines_.stages() || given_up_) return {.keep = others};
+  if (!may_stage_) return {.keep = others, .patience = kPatience};
+  return {.keep = std::min<uint64_t>(others, 2),
+          .enough = reader_threads() + kBetween,
+          .patience = kPatience};
+}
+
 void PagePrefetch::read_batches(const std::stop_token& stop) {
-  PinnedPool& pool = engines_.pool();
   while (!stop.stop_requested()) {
+    const PinnedPool::Spare wanted = spare();
     // Before there is work for it: more may have to be made, and nobody should wait for that here.
-    auto buffer = pool.acquire_spare(buffers_for_others(pool), stop, engines_.stages());
-    if (!buffer) return;
+    auto buffer = engines_.pool().acquire_spare(wanted, stop);
+    if (!buffer && wanted.patience.count() == 0) return;
     LoadBatch batch;
     {
       std::lock_guard<std::mutex> hold(mutex_);
       if (to_read_.empty()) return;
+      if (!buffer) continue;
       batch = std::move(to_read_.front());
       to_read_.pop_front();
     }

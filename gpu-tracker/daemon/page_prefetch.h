@@ -69,6 +69,7 @@ class PagePrefetch : private DeviceRoom::Guest {
   void give_up();
   void read(const std::stop_token& stop);
   void read_batches(const std::stop_token& stop);
+  PinnedPool::Spare spare() const;
   void stop();
 
   const PageChain& chain_;
@@ -83,6 +84,7 @@ class PagePrefetch : private DeviceRoom::Guest {
   std::vector<LoadBatch> staged_;
   unsigned stagers_ = 0;    // threads that stage
   bool given_up_ = false;   // nothing is staged any more
+  bool may_stage_ = false;  // what is read leaves host memory soon, as far as can be foreseen
   std::set<id_t> readers_;  // threads that read
   std::vector<std::thread> threads_;
 };

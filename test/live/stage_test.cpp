@@ -4,6 +4,7 @@
 #include <functional>
 #include <thread>
 
+#include "gpu-tracker/daemon/page_prefetch.h"
 #include "test/live/loader_fixture.h"
 
 namespace live_test {
@@ -72,6 +73,23 @@ TEST_F(StageTest, PagesGetThereThroughFewHostBuffers) {
   report = loader_->load(exported());
   ASSERT_OK(report);
   EXPECT_EQ(report->staged_bytes, 0u);
+  ASSERT_NO_FATAL_FAILURE(expect_all_there());
+}
+
+// Making host buffers takes longer than reading ahead into GPU memory does.
+TEST_F(StageTest, FewHostBuffersAreMadeThoughManyMayBe) {
+  const uint64_t most = phos::reader_threads() + 16 + 1;  // made two at a time
+  ASSERT_NO_FATAL_FAILURE(allocate(random_bytes((most + 4) * 2 * kMiB)));
+  ASSERT_NO_FATAL_FAILURE(make_saved_and_spoilt());
+  ASSERT_NO_FATAL_FAILURE(make_staging(1024));
+  ASSERT_GT(saved_bytes() / (2 * kMiB), most);
+  loader_->prefetch();
+  ASSERT_NO_FATAL_FAILURE(
+      wait_until([&] { return loader_->read_ahead().gpu_bytes == saved_bytes(); }));
+  EXPECT_LE(engines_->pool_statistics().buffers, most);
+  auto report = loader_->load(exported());
+  ASSERT_OK(report);
+  EXPECT_EQ(report->staged_bytes, saved_bytes());
   ASSERT_NO_FATAL_FAILURE(expect_all_there());
 }
 

@@ -70,7 +70,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
                                   "encrypt = on\n"
                                   "durability = memory\n"
                                   "direct_storage = auto\n"
-                                  "read_ahead = gpu\n"
+                                  "read_ahead = host\n"
                                   "log_level = debug"),
                             &config);
   ASSERT_TRUE(r.ok()) << r.error().message();
@@ -88,7 +88,7 @@ TEST_F(DaemonConfigTest, FileSetsEveryKey) {
   EXPECT_TRUE(config.encrypt);
   EXPECT_EQ(config.durability, Durability::kMemory);
   EXPECT_TRUE(config.direct_storage);
-  EXPECT_TRUE(config.read_ahead_to_gpu);
+  EXPECT_FALSE(config.read_ahead_to_gpu);
   EXPECT_EQ(config.log_level, LogLevel::kDebug);
 }
 

@@ -113,20 +113,35 @@ TEST(PinnedPool, SpareBuffersAreThoseBeyondWhatOthersNeed) {
   auto first = pool.acquire({});
   ASSERT_TRUE(first);
   std::vector<PinnedPool::Buffer> spare;
-  while (auto buffer = pool.acquire_spare(2, {})) spare.push_back(std::move(*buffer));
+  while (auto buffer = pool.acquire_spare({.keep = 2}, {})) spare.push_back(std::move(*buffer));
   EXPECT_EQ(spare.size(), 3u);
   EXPECT_EQ(pool.statistics().buffers, 6u) << "more are made for it";
   EXPECT_EQ(pool.statistics().in_use, 4u);
   first->reset();
-  EXPECT_TRUE(pool.acquire_spare(2, {}));
-  EXPECT_FALSE(pool.acquire_spare(6, {}));
+  EXPECT_TRUE(pool.acquire_spare({.keep = 2}, {}));
+  EXPECT_FALSE(pool.acquire_spare({.keep = 6}, {}));
   EXPECT_EQ(pool.statistics().waits, 0u);
 
   PinnedPool fresh(small(6));
   std::stop_source stop;
   stop.request_stop();
-  EXPECT_FALSE(fresh.acquire_spare(0, stop.get_token()));
+  EXPECT_FALSE(fresh.acquire_spare({}, stop.get_token()));
   EXPECT_EQ(fresh.statistics().buffers, 0u);
+}
+
+TEST(PinnedPool, NoMoreThanEnoughAreMadeForSpareBuffers) {
+  PinnedPool pool(small(6));
+  std::optional<PinnedPool::Buffer> held[2];
+  for (auto& buffer : held) buffer = pool.acquire_spare({.keep = 0, .enough = 2}, {});
+  ASSERT_TRUE(held[0] && held[1]);
+  const PinnedPool::Spare third{.keep = 0, .enough = 2, .patience = std::chrono::milliseconds(20)};
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_FALSE(pool.acquire_spare(third, {}));
+  EXPECT_GE(std::chrono::steady_clock::now() - begin, third.patience);
+  EXPECT_EQ(pool.statistics().buffers, 2u);
+  std::jthread giver([&] { held[0].reset(); });
+  EXPECT_TRUE(pool.acquire_spare({.enough = 2, .patience = std::chrono::seconds(60)}, {}));
+  EXPECT_EQ(pool.statistics().buffers, 2u);
 }
 
 TEST(PinnedPool, ShortMemoryMakesItSmall) {

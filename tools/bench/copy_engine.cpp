@@ -167,7 +167,7 @@ class Bench {
   // Every buffer of the pool with what the memory is full of.
   void warm_up() {
     std::vector<PinnedPool::Buffer> buffers;
-    while (auto buffer = pool_->acquire_spare(0, {})) {
+    while (auto buffer = pool_->acquire_spare({}, {})) {
       memcpy(buffer->data(), block_.data(), block_.size());
       buffers.push_back(std::move(*buffer));
     }
