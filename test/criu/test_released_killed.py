@@ -7,7 +7,7 @@ import signal
 import time
 
 from harness import ended, wait_until
-from test_released import MIB, ReleasedTest
+from test_released import AFTER_WITHHOLDING, MIB, ReleasedTest
 
 # Where a dump is in some call of the driver, which its process makes.
 STEPS = {
@@ -16,7 +16,7 @@ STEPS = {
     'unlock_to_catch_up': 'cuCheckpointProcessUnlock 2',
     'third_lock': 'cuCheckpointProcessLock 3',
     'unlock_to_release': 'cuCheckpointProcessUnlock 3',
-    'release': 'cuMemAddressReserve 2',  # the other is made before it frees
+    'release': f'cuMemAddressReserve {AFTER_WITHHOLDING}',
     'last_lock': 'cuCheckpointProcessLock 4',
     'checkpoint': 'cuCheckpointProcessCheckpoint 1',
 }
@@ -67,7 +67,7 @@ class BroughtBackForTheDriver(Steps):
     def test_nobody_maps_it_in_the_drivers_checkpoint(self):
         """phosd is slow to let go of memory that it has loaded, since not all could be released."""
         step = STEPS['checkpoint']
-        self.fail_in_driver('cuMemAddressReserve 2+ 2', 'cuMemAlloc 3 2',
+        self.fail_in_driver(f'cuMemAddressReserve {AFTER_WITHHOLDING}+ 2', 'cuMemAlloc 3 2',
                             'cuIpcCloseMemHandle * slow:1000', step + ' hold')
         target = self.counter()
         self.assertEqual(self.phosd_pids(), [])
