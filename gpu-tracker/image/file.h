@@ -83,8 +83,8 @@ Result<size_t> read_at(int fd, void* buffer, size_t size, off_t offset, const st
 // nobody else has open.) True where the file system does not tell.
 bool is_in_use(int dir_fd, const std::string& name);
 
-// Does the page cache hold most of the file? False where the kernel does not tell (before
-// Linux 6.5).
+// Does the page cache hold most of the file, as far as samples of it tell? False where the kernel
+// does not (before Linux 6.5).
 bool is_cached(int fd, uint64_t size);
 
 // Makes a rename or unlink in the directory durable.
