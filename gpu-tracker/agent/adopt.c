@@ -191,7 +191,9 @@ int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
   /* Before anything is withheld, which might be these. */
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    if (state_of(e) == PHOS_RELEASED_LOST) find_lost(driver, withheld, e);
+    if (state_of(e) != PHOS_RELEASED_LOST) continue;
+    find_lost(driver, withheld, e);
+    give_back_withheld(driver, withheld); /* the next one's addresses may be among them */
   }
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);

@@ -57,7 +57,9 @@ static void set_state(uint32_t state) {
 /* Nothing of the process may need the agent any more. */
 static int may_leave(const struct phos_mailbox* m) {
   if (m->gate.signal) return PHOS_RESULT_GATE_BUSY;
-  return holds_memory() || steer_is_in_place() ? PHOS_RESULT_IN_USE : PHOS_RESULT_OK;
+  if (holds_memory()) return PHOS_RESULT_IN_USE;
+  steer_place_copy(false); /* what could not be put back then */
+  return steer_is_in_place() ? PHOS_RESULT_IN_USE : PHOS_RESULT_OK;
 }
 
 static void execute(struct phos_mailbox* m) {

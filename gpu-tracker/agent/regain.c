@@ -48,10 +48,16 @@ struct withheld* begin_withholding(bool steered) {
   return &w;
 }
 
-static bool keep_from_it(struct withheld* w, uint64_t address, uint64_t size) {
+/* False: there is no room for more. */
+static bool keep_from_it(const struct driver* driver, struct withheld* w, uint64_t address,
+                         uint64_t size) {
+  if (w->count == MAX_WITHHELD) {
+    give_back_addresses(driver, address, size);
+    return false;
+  }
   w->address[w->count] = address;
   w->size[w->count++] = size;
-  return w->count < MAX_WITHHELD;
+  return true;
 }
 
 /* All of this size, until it has to ask the kernel: or, where that cannot be seen, until it is led
@@ -66,7 +72,7 @@ static bool withhold_pieces(const struct driver* driver, struct withheld* w, uin
       w->lowest = w->steered ? 0 : hole;
       return give_back_addresses(driver, at, size) == CU_SUCCESS;
     }
-    if (!keep_from_it(w, at, size)) return false;
+    if (!keep_from_it(driver, w, at, size)) return false;
   }
 }
 
@@ -83,9 +89,8 @@ bool withhold(const struct driver* driver, struct withheld* w, uint64_t address)
 
 bool withhold_at(const struct driver* driver, struct withheld* w, uint64_t at, uint64_t size) {
   bool got = false;
-  if (w->count == MAX_WITHHELD) return false;
   reserve_exactly(driver, at, size, &got);
-  return got && keep_from_it(w, at, size);
+  return got && keep_from_it(driver, w, at, size);
 }
 
 void give_back_withheld(const struct driver* driver, struct withheld* w) {
@@ -99,7 +104,7 @@ void give_back_withheld(const struct driver* driver, struct withheld* w) {
 /* Whatever else libcuda would rather give is kept from it, until there is nothing else left. */
 static bool ask_again(const struct driver* driver, struct withheld* w, uint64_t address,
                       uint64_t size) {
-  while (w->count < MAX_WITHHELD) {
+  for (;;) {
     uint64_t at = 0;
     steer_saw_region();
     if (reserve_near(driver, address, size, &at)) return false;
@@ -108,9 +113,8 @@ static bool ask_again(const struct driver* driver, struct withheld* w, uint64_t 
       give_back_addresses(driver, at, size); /* there is no end to those; or in the way itself */
       return false;
     }
-    if (!keep_from_it(w, at, size)) return false;
+    if (!keep_from_it(driver, w, at, size)) return false;
   }
-  return false;
 }
 
 bool regain(const struct driver* driver, struct withheld* w, uint64_t address, uint64_t size) {

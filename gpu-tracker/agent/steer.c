@@ -28,9 +28,10 @@ static struct slot {
   uint64_t original;
 } g_slots[MAX_SLOTS];
 static uint32_t g_count;
-static bool g_complete;   /* both functions were found, and no more than there is room for */
-static bool g_steering;   /* the agent's thread */
-static bool g_placing;    /* the driver's copy */
+static bool g_complete; /* both functions were found, and no more than there is room for */
+static bool g_steering; /* the agent's thread */
+static bool g_placing;  /* the driver's copy */
+static uint64_t g_copies_end;
 static int g_memory = -1; /* /proc/self/mem, while slots are written */
 
 /* What is kept. All of it belongs to one thread. */
@@ -75,9 +76,10 @@ static long place_copy(size_t length, int protection, int flags) {
   const bool all = flags & MAP_POPULATE;
   long at = -1;
   flags &= ~MAP_POPULATE;
-  uint64_t where = COPY_AT;
-  for (int i = 0; i < MAX_COPIES && sys_failed(at); i++, where += region_up(length)) {
-    at = sys6(SYS_mmap, (long)where, (long)length, protection, flags | MAP_FIXED_NOREPLACE, -1, 0);
+  for (int i = 0; i < MAX_COPIES && sys_failed(at); i++) {
+    at = sys6(SYS_mmap, (long)g_copies_end, (long)length, protection, flags | MAP_FIXED_NOREPLACE,
+              -1, 0);
+    g_copies_end += region_up(length);
   }
   if (sys_failed(at)) at = sys6(SYS_mmap, 0, (long)length, protection, flags, -1, 0);
   if (sys_failed(at) || !all) return at;
@@ -251,10 +253,17 @@ static bool write_slots(bool in) {
   return all;
 }
 
+static bool all_in_place(void) {
+  for (uint32_t i = 0; i < g_count; i++) {
+    if (__atomic_load_n(g_slots[i].at, __ATOMIC_RELAXED) != g_slots[i].replacement) return false;
+  }
+  return true;
+}
+
 /* Puts them in, or out if nothing needs them. */
 static bool update_slots(void) {
   const bool in = g_steering || g_placing;
-  if (in == steer_is_in_place()) return true;
+  if (in ? all_in_place() : !steer_is_in_place()) return true;
   g_memory = (int)sys6(SYS_openat, AT_FDCWD, (long)"/proc/self/mem", O_WRONLY | O_CLOEXEC, 0, 0, 0);
   bool all = g_memory >= 0 && write_slots(in);
   if (g_memory >= 0 && in && !all) write_slots(false);
@@ -277,12 +286,12 @@ bool steer_begin(void) {
 void steer_end(void) {
   if (!g_steering) return;
   steer_let_go();
-  __atomic_store_n(&g_kept.thread, 0, __ATOMIC_RELAXED);
   g_steering = false;
   update_slots();
 }
 
 void steer_place_copy(bool on) {
+  if (on) g_copies_end = COPY_AT;
   __atomic_store_n(&g_placing, on && g_complete, __ATOMIC_RELAXED);
   if (!update_slots()) __atomic_store_n(&g_placing, false, __ATOMIC_RELAXED);
 }

@@ -207,8 +207,7 @@ std::optional<PinnedPool::Buffer> PinnedPool::acquire_spare(const Spare& spare,
       continue;
     }
     if (may_grow() && statistics_.buffers < spare.enough) {
-      if (!grow(hold, options_.step_bytes)) return {};
-      continue;
+      if (grow(hold, options_.step_bytes)) continue;
     }
     if (!changed_.wait_until(hold, stop, deadline, [&] { return free_.size() > spare.keep; })) {
       return {};

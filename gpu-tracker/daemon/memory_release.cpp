@@ -42,6 +42,16 @@ const char* reason_of(ReleasedState state) {
                                        : "there is not enough GPU memory";
 }
 
+}  // namespace
+
+void log_address_events(int pid, const Agent& agent) {
+  for (const std::string& e : agent.address_events()) {
+    log(LogLevel::kWarn, "daemon", "%s: then %s", process(pid).c_str(), e.c_str());
+  }
+}
+
+namespace {
+
 bool any_away(const std::vector<ReleasedMemory>& released) {
   return std::any_of(released.begin(), released.end(),
                      [](const ReleasedMemory& m) { return m.state != ReleasedState::kInUse; });
@@ -166,6 +176,10 @@ Result<std::vector<AgentRelease>> MemoryRelease::release(const std::vector<Agent
   return results;
 }
 
+void MemoryRelease::log_lost() const {
+  log_address_events(pid_, *agent_);
+}
+
 Result<void> MemoryRelease::check_closed() {
   auto closed = gate_->check_closed();
   if (closed || closed.error().code() != EAGAIN) return closed;
@@ -189,6 +203,7 @@ Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
     if (m.state != ReleasedState::kNative && m.state != ReleasedState::kAdopted) {
       const std::string code =
           m.driver_result ? " (CUDA error " + std::to_string(m.driver_result) + ")" : "";
+      if (m.state == ReleasedState::kLost) log_address_events(pid_, *agent_);
       return cannot_come_back(pid_, m.memory, reason_of(m.state) + code);
     }
     auto of_image = std::find_if(saved.begin(), saved.end(), [&](const AllocationInfo& a) {

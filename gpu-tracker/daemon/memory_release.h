@@ -67,8 +67,8 @@ class MemoryRelease {
   // `dump`: whose image has the contents.
   Result<std::vector<AgentRelease>> release(const std::vector<AgentAllocation>& memory,
                                             const DumpId& dump);
-  // Of what release() has lost: Agent::address_events().
-  std::vector<std::string> address_events() const { return agent_->address_events(); }
+  // Says in the log how what release() has lost came to be so.
+  void log_lost() const;
   // The process is locked in the driver again: CRIU may stop all of its threads.
   void resume_held() { gate_->resume_held(); }
   // With memory away and the driver's lock held: stops again, until open(), threads that would pass
@@ -114,6 +114,9 @@ class MemoryRelease {
   std::condition_variable_any lease_ends_;
   std::jthread lease_;
 };
+
+// Agent::address_events(), in the log.
+void log_address_events(int pid, const Agent& agent);
 
 // Lets go of the agent. The last who has it takes it out of the process if `take_out`, and if it
 // does not stand in for some of its memory, and no thread may be in its handler; else it sleeps on

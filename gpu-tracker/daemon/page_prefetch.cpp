@@ -85,6 +85,8 @@ void PagePrefetch::open_gpus(const std::stop_token& stop) {
     auto user = engines_.use(gpu.uuid, key_);
     if (!user) {
       log(LogLevel::kInfo, "daemon", "not opened in advance: %s", user.error().message().c_str());
+      std::lock_guard<std::mutex> hold(mutex_);
+      unstaged_ = true;
       continue;
     }
     OpenGpu& open = **user;
@@ -95,11 +97,10 @@ void PagePrefetch::open_gpus(const std::stop_token& stop) {
     } catch (const std::system_error&) {  // no more threads to be had
       std::lock_guard<std::mutex> hold(mutex_);
       stagers_--;
+      unstaged_ = true;
       changed_.notify_all();
     }
   }
-  std::lock_guard<std::mutex> hold(mutex_);
-  if (stagers.empty()) may_stage_ = false;
 }
 
 bool PagePrefetch::begin_staging(Gpu& gpu, OpenGpu& open) {
@@ -147,6 +148,7 @@ void PagePrefetch::stage(Gpu& gpu, const std::stop_token& stop) {
   }
   keep(0);
   stagers_--;
+  unstaged_ = true;
   changed_.notify_all();
 }
 
@@ -208,7 +210,7 @@ PinnedPool::Spare PagePrefetch::spare() const {
   const uint64_t others = buffers_for_others(engines_.pool());
   std::lock_guard<std::mutex> hold(mutex_);
   if (!engines_.stages() || given_up_) return {.keep = others};
-  if (!may_stage_) return {.keep = others, .patience = kPatience};
+  if (!may_stage_ || unstaged_) return {.keep = others, .patience = kPatience};
   return {.keep = std::min<uint64_t>(others, 2),
           .enough = reader_threads() + kBetween,
           .patience = kPatience};

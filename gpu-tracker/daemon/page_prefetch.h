@@ -85,6 +85,7 @@ class PagePrefetch : private DeviceRoom::Guest {
   unsigned stagers_ = 0;    // threads that stage
   bool given_up_ = false;   // nothing is staged any more
   bool may_stage_ = false;  // what is read leaves host memory soon, as far as can be foreseen
+  bool unstaged_ = false;   // some GPU's pages stay in host memory
   std::set<id_t> readers_;  // threads that read
   std::vector<std::thread> threads_;
 };

@@ -298,9 +298,7 @@ void Session::log_lost(int pid, const Held& held, const std::vector<AgentRelease
         "is: %s",
         process(pid).c_str(), megabytes(a.size).c_str(), static_cast<unsigned long long>(a.address),
         results[i].driver_result, mappings_at(pid, a).c_str());
-    for (const std::string& e : held.release->address_events()) {
-      log(LogLevel::kWarn, "daemon", "%s: then %s", process(pid).c_str(), e.c_str());
-    }
+    held.release->log_lost();
   }
 }
 

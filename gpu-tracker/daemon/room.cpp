@@ -23,7 +23,7 @@ constexpr uint64_t kEverything = uint64_t{1} << 56;
 
 // A restore takes what the kernel driver had accounted to the process, and 4 to 8 MiB more for the
 // driver's own (580.159.04, one context with 2 MiB to 16 GiB of memory in one piece or in 512).
-constexpr uint64_t kForDriver = uint64_t{32} << 20;
+constexpr uint64_t kForDriver = uint64_t{32} << 20, kLeastForDriver = uint64_t{8} << 20;
 
 // A process that is about to end lets go of its memory within it.
 constexpr std::chrono::milliseconds kRoomPoll{250};
@@ -69,7 +69,8 @@ void Session::make_room(const Room& room) {
 }
 
 // As it was accounted when the process was checkpointed. An image that does not have that, GPU by
-// GPU, is taken to have what is not listed in equal parts on all that it uses.
+// GPU, is taken to have what is not listed in equal parts on all that it uses; nothing is asked for
+// where it does not tell which these are.
 std::vector<DeviceRoom::Need> Session::needs_of(const ProcessImage& image) const {
   std::vector<uint64_t> listed(image.gpus.size()), released(image.gpus.size());
   uint64_t all_listed = 0;
@@ -79,8 +80,8 @@ std::vector<DeviceRoom::Need> Session::needs_of(const ProcessImage& image) const
     listed[static_cast<size_t>(a.gpu)] += a.size;
     if (a.path == MemoryPath::kReleased) released[static_cast<size_t>(a.gpu)] += a.size;
   }
-  const bool anywhere = all_listed == 0;
-  const auto in_use = [&](uint64_t n) { return anywhere || n; };
+  if (all_listed == 0 && image.gpu_bytes.empty() && image.gpus.size() > 1) return {};
+  const auto in_use = [&](uint64_t n) { return all_listed == 0 || n; };
   const auto parts = static_cast<uint64_t>(std::count_if(listed.begin(), listed.end(), in_use));
   const uint64_t more = image.device_bytes > all_listed ? image.device_bytes - all_listed : 0;
   std::vector<DeviceRoom::Need> needs;
@@ -144,21 +145,24 @@ Result<void> Session::wait_for_room(int pid, const std::vector<DeviceRoom::Need>
         "%s: pages that were read ahead into GPU memory are given up for it", process(pid).c_str());
     shortage = admit(needs, room);
   }
-  const auto now = [] { return std::chrono::steady_clock::now(); };
-  if (!room_deadline_) room_deadline_ = now() + room_patience_;
   bool told = false;
-  while (shortage && now() < *room_deadline_) {
+  while (shortage && room_waited_ < room_patience_) {
     if (!std::exchange(told, true)) {
       log(LogLevel::kWarn, "daemon", "%s waits for room on a GPU: it %s", process(pid).c_str(),
           in_words(*shortage).c_str());
     }
     std::this_thread::sleep_for(kRoomPoll);
+    room_waited_ += kRoomPoll;
     if (client_gone_ && client_gone_()) break;
     // It may have been killed, or somebody else has brought it back.
     if (auto state = driver_.state(pid); !state || *state != CudaState::kCheckpointed) return {};
     shortage = admit(needs, room);
   }
   if (!shortage) return {};
+  // Of a program that leaves little of a GPU to others there was never more than that.
+  std::vector<DeviceRoom::Need> least = needs;
+  for (DeviceRoom::Need& need : least) need.by_driver -= kForDriver - kLeastForDriver;
+  if (!admit(least, room)) return {};
   return Error(Domain::kUsage, ENOMEM, process(pid) + " " + in_words(*shortage));
 }
 
@@ -200,6 +204,10 @@ Result<void> Session::restore_by_driver(int pid, const std::vector<DeviceRoom::N
   if (again || !is_cuda_error(again.error(), kCudaErrorOperatingSystem)) return again;
   state = driver_.state(pid);
   if (!state || *state != CudaState::kCheckpointed) return again;
+  // Without its first answer (of another phosd, or of a driver that means something else) it may
+  // be.
+  const bool found_too_little = is_cuda_error(restored.error(), kCudaErrorOutOfMemory);
+  if (held && !found_too_little) return restored;
   const Error lost(
       Domain::kCuda, kCudaErrorOperatingSystem,
       "NVIDIA's driver has lost " + process(pid) +

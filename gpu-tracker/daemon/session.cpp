@@ -180,7 +180,7 @@ void Session::log_unencrypted(int pid, const ProcessImage& image) {
   if (released == 0) {
     log(LogLevel::kWarn, "daemon",
         "%s: its GPU memory, which NVIDIA's driver saved, and its CPU memory are in CRIU's images, "
-        "which are not encrypted; release = auto in phosd.conf keeps GPU memory out of them",
+        "which are not encrypted; memory that is released (phosd.conf) is kept out of them",
         process(pid).c_str());
     return;
   }
@@ -566,7 +566,7 @@ bool Session::give_up(int pid, Held* held, const Error& why) {
 }
 
 void Session::recover() {
-  room_deadline_ = steady_clock::now();  // from now on each has its turn
+  room_waited_ = room_patience_;  // from now on each has its turn
   // Of a restore that will not go on.
   restore_room_.clear();
   saved_.clear();

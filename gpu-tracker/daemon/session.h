@@ -307,7 +307,7 @@ class Session {
   bool went_on_ = false;  // a process that was taken over runs again
   DeviceRoom own_room_;   // without engines
   std::chrono::milliseconds room_patience_ = kRoomPatience;
-  std::optional<std::chrono::steady_clock::time_point> room_deadline_;  // once one has waited
+  std::chrono::milliseconds room_waited_{0};  // by all processes together
   Group held_;
   std::vector<int> inspected_;  // whose trees are dumped
   DumpId dump_id_{};

@@ -252,7 +252,8 @@ Result<uint64_t> query_free_memory(const GpuUuid& gpu) {
     found = uint64_t{info.data} << 10;
     return {};
   };
-  if (auto r = for_each_gpu(look); !r) return r.error();
+  // What is wrong with another GPU does not matter.
+  if (auto r = for_each_gpu(look); !r && !found) return r.error();
   if (!found) {
     return Error(Domain::kUsage, ENODEV, "NVIDIA's kernel driver does not have that GPU");
   }

@@ -104,11 +104,11 @@ class Restore(FullGpu):
         self.configure('release = off')
         target = self.dumped()
         process, = self.show()
-        # As much as would do, but for a little.
+        # As much as the process had, but for what the driver needs beside it.
         needed = process['device_bytes'] + FOR_DRIVER
-        other = self.filled(needed - 4 * MIB)
+        other = self.filled(needed - 28 * MIB)
         self.refused(target, process['gpus'][0]['uuid'], f'needs {-(-needed // MIB)} MiB',
-                     *([] if REAL_GPU else [f'{needed // MIB - 4} MiB are free']))
+                     *([] if REAL_GPU else [f'{needed // MIB - 28} MiB are free']))
         other.kill()
         self.restore_and_check(target)
         self.assert_left_alone(target)

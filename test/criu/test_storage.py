@@ -233,7 +233,7 @@ class Encrypted(StorageTest):
     def test_warns_where_the_driver_saves_the_memory(self):
         self.configure(f'key_file = {self.key}', 'encrypt = on', 'release = off')
         self.dump_ok(self.counter())
-        self.assertIn('CRIU\'s images, which are not encrypted; release = auto',
+        self.assertIn('CRIU\'s images, which are not encrypted; memory that',
                       self.log('dump.log').replace('\n', ' '))
 
 

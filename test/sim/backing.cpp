@@ -134,8 +134,10 @@ uint64_t bytes_left_to_us(CUdevice device) {
 
 bool save_backing(Backing* b) {
   if (b->origin != Origin::kOwn) return true;  // the exporter's, and lost: as on the real driver
-  void* p = mmap(nullptr, b->size, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p =
+      mmap(nullptr, b->size, PROT_READ | PROT_WRITE,
+           MAP_PRIVATE | MAP_ANONYMOUS | (b->size > kPoolBlock ? MAP_NORESERVE : MAP_POPULATE), -1,
+           0);  // the real driver has all of it populated
   if (p == MAP_FAILED) return false;
   b->saved = static_cast<char*>(p);
   off_t end = 0;

@@ -166,6 +166,7 @@ CUresult cuInit(unsigned int flags) {
   read_machine(p.machine_path, &p.machine);
   if (!p.machine.count) return CUDA_ERROR_NO_DEVICE;
   memory();
+  note_others();
   pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
   open_device_files();
   if (!start_engine() || !start_restore_thread()) return CUDA_ERROR_OPERATING_SYSTEM;

@@ -76,6 +76,17 @@ TEST_F(SessionRoomTest, UndoThatHasWaitedIsGoneOnWith) {
   EXPECT_EQ(driver_.restores, 1);
 }
 
+// A program that leaves nothing to others never had more: 1 MiB of its own, and 8 for the driver.
+TEST_F(SessionRoomTest, WhatTheDriverWasSeenToNeedIsEnoughInTheEnd) {
+  Session session(driver_, lock_dir());
+  session.set_room_patience(std::chrono::milliseconds(300));
+  ASSERT_NO_FATAL_FAILURE(dump_on_full_gpu(session));
+  driver_.free = 9 * kMiB;
+  EXPECT_TRUE(session.undo(pid_, State::kRunning));
+  EXPECT_EQ(driver_.now, State::kRunning);
+  expect_logged("waits for room on a GPU");
+}
+
 TEST_F(SessionRoomTest, RestoreIsRefusedAndAnotherOneWorks) {
   Session dumping(driver_, lock_dir());
   ASSERT_NO_FATAL_FAILURE(dump_on_full_gpu(dumping));
@@ -99,6 +110,7 @@ TEST_F(SessionRoomTest, RestoreWhoseClientGoesStopsWaiting) {
   Session dumping(driver_, lock_dir());
   ASSERT_NO_FATAL_FAILURE(dump_on_full_gpu(dumping));
   Session session(driver_, lock_dir());
+  session.set_room_patience(std::chrono::hours(1));
   session.set_client_gone([] { return true; });
   ASSERT_TRUE(session.begin_restore(images()));
   EXPECT_FALSE(session.resume(pid_));
