@@ -186,8 +186,8 @@ int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
   if (!table_check()) return PHOS_RESULT_BAD_TABLE;
   table_order();
   trace_to(m);
-  steer_place_copy(false);
   struct withheld* withheld = begin_withholding(steer_begin());
+  steer_place_copy(false);
   /* Before anything is withheld, which might be these. */
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);

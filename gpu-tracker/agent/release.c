@@ -230,8 +230,8 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
     any = any || a.status == PHOS_RELEASE_DONE;
     m->allocations[i] = a;
   }
-  if (any)
-    steer_place_copy(true); /* until it is mapped back, the driver may checkpoint the process */
+  /* Until it is mapped back the driver may checkpoint the process. */
+  if (any) steer_place_copy(true);
   steer_end();
   give_back_withheld(driver, withheld);
   table_order();

@@ -159,7 +159,7 @@ constexpr Setting kSettings[] = {
      }},
     {"release",
      "auto: GPU memory is saved by phos alone where that can be; off: by the driver too "
-     "(default: auto)",
+     "(default: off)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_auto(text), &config->release);
      }},
@@ -194,7 +194,7 @@ constexpr Setting kSettings[] = {
      }},
     {"read-ahead",
      "where a restore's pages wait for their process: gpu, memory of the GPU that is free, or host "
-     "(default: gpu)",
+     "(default: host)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_read_ahead(text), &config->read_ahead_to_gpu);
      }},

@@ -71,7 +71,18 @@ class FullGpu(ReleasedTest):
         self.assert_left_alone(target)
 
 
-class Restore(FullGpu):
+class Waits:
+    """For room for what phos brings back, and for what the driver does."""
+
+    def test_waits_for_room(self):
+        self.waits()
+
+    def test_waits_for_room_for_what_the_driver_has_saved(self):
+        self.configure('release = off')
+        self.waits()
+
+
+class Restore(Waits, FullGpu):
     def waits(self):
         target = self.dumped()
         other = self.filled()
@@ -84,13 +95,6 @@ class Restore(FullGpu):
         self.finish(criu, 'restore.log')
         self.assertIn(WAITED, self.log('restore.log'))
         self.assert_goes_on(target)
-
-    def test_waits_for_room(self):
-        self.waits()
-
-    def test_waits_for_room_for_what_the_driver_has_saved(self):
-        self.configure('release = off')
-        self.waits()
 
     def refused(self, target, *words):
         self.assertNotEqual(self.restore().returncode, 0)
@@ -131,7 +135,7 @@ class Restore(FullGpu):
         self.assert_left_alone(target)
 
 
-class GoesOn(FullGpu):
+class GoesOn(Waits, FullGpu):
     def held_when_it_is_to_come_back(self, *args):
         """A dump after which it goes on, and the number of the question that phosd is asking."""
         self.hold_in_driver(CHECKPOINT)
@@ -151,13 +155,6 @@ class GoesOn(FullGpu):
         self.finish(criu, 'dump.log')
         self.assertIn(WAITED, self.log('dump.log'))
         self.assert_goes_on(target)
-
-    def test_leave_running_waits_for_room(self):
-        self.waits()
-
-    def test_leave_running_waits_for_room_for_what_the_driver_has_saved(self):
-        self.configure('release = off')
-        self.waits()
 
     def test_what_is_read_ahead_goes_first(self):
         if REAL_GPU:
