@@ -23,7 +23,6 @@ using std::chrono::steady_clock;
 constexpr milliseconds kLease{10000}, kRenewal{2000};
 // The driver frees and maps tens of gigabytes in milliseconds, in hundreds of pieces in tens.
 constexpr milliseconds kMoveTimeout{60000};
-constexpr milliseconds kLeaveTime{3000};
 
 std::string name_of(const AgentAllocation& a) {
   char text[80];
@@ -298,24 +297,14 @@ Result<void> MemoryRelease::open() {
   if (away_) return process_error(pid_, EBUSY, "its memory is away");
   end_lease();
   if (auto r = gate_->open(); !r) return r;
-  leave_no_trace();
+  if (auto left = gate_->leave_no_trace(); !left) {
+    log(LogLevel::kDebug, "daemon", "%s; phos's agent sleeps on in it until the next dump",
+        left.error().message().c_str());
+  }
   gate_.reset();
   open_ = true;
   let_agent_leave(pid_, &agent_, take_out_);
   return {};
-}
-
-// Threads have just been let go, and each needs a processor to get out of the handler.
-void MemoryRelease::leave_no_trace() {
-  const auto deadline = steady_clock::now() + kLeaveTime;
-  for (;;) {
-    auto left = gate_->leave_no_trace();
-    if (left) return;
-    if (left.error().code() == EAGAIN && steady_clock::now() < deadline) continue;
-    log(LogLevel::kDebug, "daemon", "%s; phos's agent sleeps on in it until the next dump",
-        left.error().message().c_str());
-    return;
-  }
 }
 
 // Without its thread the library could not be taken out any more, if one may still be in there.

@@ -97,7 +97,6 @@ class MemoryRelease {
 
   void keep_lease(const std::stop_token& stop);
   void end_lease();
-  void leave_no_trace();
   Result<std::vector<MemoryToLoad>> plan(const PageChain& chain,
                                          const std::vector<ReleasedMemory>& back,
                                          bool all_of_image) const;

@@ -139,10 +139,13 @@ class Gate {
   // ETIMEDOUT: one has not (the process is frozen); the handler stays, harmless, and open() may be
   // called again.
   Result<void> open();
+  static constexpr std::chrono::milliseconds kTracePatience{3000};
+
   // After open(): shows that no thread is on its way out of the handler, so that the agent's
-  // library can leave the process with the agent. EAGAIN: it could not be shown, and the library
-  // will stay.
-  Result<void> leave_no_trace();
+  // library can leave the process with the agent. They have just been let go, and each needs a
+  // processor to get out. EAGAIN: it could not be shown within `patience`, and the library will
+  // stay.
+  Result<void> leave_no_trace(std::chrono::milliseconds patience = kTracePatience);
 
   // Functions that cannot be probed; all harmless.
   const std::vector<std::string>& ungated() const { return ungated_; }

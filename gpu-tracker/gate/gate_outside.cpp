@@ -113,7 +113,7 @@ void Gate::close_again() {
   shut();
 }
 
-Result<void> Gate::leave_no_trace() {
+Result<void> Gate::leave_no_trace(milliseconds patience) {
   if (!opened_) return process_error(pid_, EINVAL, "its gate is not open");
   if (!text_.check_alive()) return {};
   auto code = CallBodies::find(pid_, text_, {});
@@ -121,8 +121,11 @@ Result<void> Gate::leave_no_trace() {
   auto agent_code = agent_.call_code();
   if (!agent_code) return agent_code.error();
   code->set_detours(std::move(*agent_code));
-  if (auto r = show_outside(*code, true, kTraceTimeout); !r) return r;
-  return agent_.forget_gate();
+  for (const auto give_up = steady_clock::now() + patience;;) {
+    auto outside = show_outside(*code, true, std::min(patience, kTraceTimeout));
+    if (outside) return agent_.forget_gate();
+    if (outside.error().code() != EAGAIN || steady_clock::now() >= give_up) return outside;
+  }
 }
 
 }  // namespace phos

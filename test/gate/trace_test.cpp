@@ -40,11 +40,9 @@ class TraceTest : public GateTest {
     auto unloaded = agent_->unload();
     ASSERT_TRUE(unloaded) << unloaded.error().message();
   }
-  // As phosd does; a thread may take its time to get out of the handler.
   void leave_no_trace() {
-    phos::Result<void> left;
-    EXPECT_TRUE(eventually([&] { return (left = gate_->leave_no_trace()).ok(); }))
-        << left.error().message();
+    const auto left = gate_->leave_no_trace();
+    EXPECT_TRUE(left) << left.error().message();
     EXPECT_FALSE(agent_->gate_was_used());
   }
 
@@ -122,7 +120,7 @@ TEST_F(TraceTest, AgentThatCannotLeaveIsTakenOutByTheNext) {
   ASSERT_EQ(target_.ask("coroutine"), "ok");
   ASSERT_NO_FATAL_FAILURE(close_gate());
   ASSERT_NO_FATAL_FAILURE(open_gate());
-  EXPECT_FALSE(gate_->leave_no_trace());
+  EXPECT_FALSE(gate_->leave_no_trace(std::chrono::milliseconds(50)));
   EXPECT_TRUE(agent_->gate_was_used());
   gate_.reset();
   ASSERT_TRUE(agent_->detach(true));
