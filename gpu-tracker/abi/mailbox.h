@@ -63,6 +63,8 @@ enum phos_agent_command {
   PHOS_COMMAND_MAP_BACK = 17, /* in: argument; out: as RELEASED */
   PHOS_COMMAND_RELEASED = 18, /* out: allocations with a phos_released_state; needs no guarantee */
   PHOS_COMMAND_LOADED = 19,   /* what was mapped back has its contents again; out: as RELEASED */
+  /* in: ranges, some of driver_copies; they stay mapped, and read as zero; needs no guarantee */
+  PHOS_COMMAND_EMPTY_COPIES = 20,
 
   PHOS_COMMAND_GATE_INSTALL = 32, /* in: gate.avoid; out: gate.signal */
   PHOS_COMMAND_GATE_REMOVE = 33,  /* the gate must be open, and no thread in its handler */
@@ -193,6 +195,7 @@ struct phos_address_event {
   uint64_t got; /* of MEM_ALLOC, RESERVE, MMAP */
 };
 #define PHOS_MAX_ADDRESS_EVENTS 64u
+#define PHOS_MAX_DRIVER_COPIES 32u
 
 #define PHOS_MAILBOX_MAX_RANGES 65536u /* above the kernel's default vm.max_map_count */
 #define PHOS_MAILBOX_MAX_ALLOCATIONS 65536u
@@ -249,7 +252,15 @@ struct phos_mailbox {
   uint32_t address_event_count;
   uint32_t padding3;
   struct phos_address_event address_events[PHOS_MAX_ADDRESS_EVENTS];
-  uint8_t reserved[1840];
+  /*
+   * Since the last RELEASE: where the agent has put what libcuda asked for to hold the driver's
+   * copy of the process (agent/steer.h), the first of it. It may have been unmapped since.
+   */
+  uint32_t driver_copy_count;
+  /* EMPTY_COPIES has begun; phosd sets it back once the driver has restored the process. */
+  uint32_t driver_copies_empty;
+  struct phos_address_range driver_copies[PHOS_MAX_DRIVER_COPIES];
+  uint8_t reserved[1320];
   struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];

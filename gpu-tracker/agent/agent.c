@@ -92,6 +92,9 @@ static void execute(struct phos_mailbox* m) {
     case PHOS_COMMAND_LOADED:
       m->result = run_loaded(&g_driver, m);
       break;
+    case PHOS_COMMAND_EMPTY_COPIES:
+      m->result = run_empty_copies(m);
+      break;
     case PHOS_COMMAND_GATE_INSTALL:
       m->result = gate_install(m);
       break;

@@ -231,6 +231,7 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
     m->allocations[i] = a;
   }
   /* Until it is mapped back the driver may checkpoint the process. */
+  if (any) steer_note_copies(m);
   if (any) steer_place_copy(true);
   steer_end();
   give_back_withheld(driver, withheld);

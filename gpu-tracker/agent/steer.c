@@ -32,7 +32,8 @@ static bool g_complete; /* both functions were found, and no more than there is 
 static bool g_steering; /* the agent's thread */
 static bool g_placing;  /* the driver's copy */
 static uint64_t g_copies_end;
-static int g_memory = -1; /* /proc/self/mem, while slots are written */
+static struct phos_mailbox* g_mailbox; /* where they are noted */
+static int g_memory = -1;              /* /proc/self/mem, while slots are written */
 
 /* What is kept. All of it belongs to one thread. */
 static struct {
@@ -66,6 +67,13 @@ static void* take_kept(const void* address, size_t length, uint64_t at) {
   return (void*)at;
 }
 
+/* On the driver's restore thread; phosd reads it when that has done its work. */
+static void note_copy(uint64_t at, uint64_t length) {
+  if (!g_mailbox || g_mailbox->driver_copy_count >= PHOS_MAX_DRIVER_COPIES) return;
+  g_mailbox->driver_copies[g_mailbox->driver_copy_count++] =
+      (struct phos_address_range){at, at + length};
+}
+
 /*
  * What the driver copies the process's GPU memory to when it checkpoints it. Far from all else:
  * when it restores the process it takes note of what is mapped, and would follow no hint into these
@@ -82,6 +90,7 @@ static long place_copy(size_t length, int protection, int flags) {
     g_copies_end += region_up(length);
   }
   if (sys_failed(at)) at = sys6(SYS_mmap, 0, (long)length, protection, flags, -1, 0);
+  if (!sys_failed(at)) note_copy((uint64_t)at, length);
   if (sys_failed(at) || !all) return at;
   if (sys3(SYS_madvise, at, (long)length, MADV_HUGEPAGE)) {
     sys3(SYS_madvise, at, (long)length, MADV_POPULATE_WRITE);
@@ -294,6 +303,34 @@ void steer_place_copy(bool on) {
   if (on) g_copies_end = COPY_AT;
   __atomic_store_n(&g_placing, on && g_complete, __ATOMIC_RELAXED);
   if (!update_slots()) __atomic_store_n(&g_placing, false, __ATOMIC_RELAXED);
+}
+
+void steer_note_copies(struct phos_mailbox* mailbox) {
+  g_mailbox = mailbox;
+  mailbox->driver_copy_count = 0;
+  mailbox->driver_copies_empty = 0;
+}
+
+static bool is_noted(const struct phos_mailbox* m, const struct phos_address_range* range) {
+  for (uint32_t i = 0; i < m->driver_copy_count && i < PHOS_MAX_DRIVER_COPIES; i++) {
+    const struct phos_address_range* copy = &m->driver_copies[i];
+    if (range->begin >= copy->begin && range->end <= copy->end) return true;
+  }
+  return false;
+}
+
+int run_empty_copies(struct phos_mailbox* mailbox) {
+  const uint32_t count = mailbox->count;
+  if (count > PHOS_MAX_DRIVER_COPIES) return PHOS_RESULT_BAD_COMMAND;
+  for (uint32_t i = 0; i < count; i++) {
+    const struct phos_address_range range = mailbox->ranges[i];
+    if (range.begin >= range.end || !is_noted(mailbox, &range)) return PHOS_RESULT_BAD_COMMAND;
+    __atomic_store_n(&mailbox->driver_copies_empty, 1, __ATOMIC_RELEASE);
+    if (sys3(SYS_madvise, (long)range.begin, (long)(range.end - range.begin), MADV_DONTNEED)) {
+      return PHOS_RESULT_NO_MEMORY;
+    }
+  }
+  return PHOS_RESULT_OK;
 }
 
 bool steer_is_in_place(void) {

@@ -18,6 +18,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "gpu-tracker/abi/mailbox.h"
+
 #define REGION (32ull << 20)
 
 static inline uint64_t region_up(uint64_t n) {
@@ -35,6 +37,10 @@ void steer_end(void);
  * checkpoints it is far from all else, and in huge pages. Not in the agent's thread.
  */
 void steer_place_copy(bool on);
+/* Where that is gets noted there. */
+void steer_note_copies(struct phos_mailbox* mailbox);
+/* Empties those of the mailbox's ranges that were noted; a phos_agent_result. */
+int run_empty_copies(struct phos_mailbox* mailbox);
 /* Would libcuda still come here? Then this code must stay. */
 bool steer_is_in_place(void);
 /* Has libcuda asked the kernel for regions since the last of these calls? */

@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <future>
 #include <mutex>
+#include <utility>
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
+#include "gpu-tracker/daemon/driver_copy.h"
 #include "gpu-tracker/daemon/live_copy.h"
 #include "gpu-tracker/daemon/messages.h"
 #include "gpu-tracker/daemon/session.h"
@@ -273,6 +275,39 @@ Result<void> Session::finish_pre_dump() {
   }
   held_.clear();
   return {};
+}
+
+// Whoever has asked for encryption should not believe that everything is encrypted.
+void Session::log_unencrypted(int pid, const ProcessImage& image) {
+  uint64_t released = 0;
+  for (const AllocationInfo& a : image.allocations) {
+    if (a.path == MemoryPath::kReleased) released += a.size;
+  }
+  if (released == 0) {
+    log(LogLevel::kWarn, "daemon",
+        "%s: its GPU memory, which NVIDIA's driver saved, and its CPU memory are in CRIU's images, "
+        "which are not encrypted; memory that is released (phosd.conf) is kept out of them",
+        process(pid).c_str());
+    return;
+  }
+  const bool all = has_driver_copy(image);
+  log(LogLevel::kInfo, "daemon",
+      "%s: %s of GPU memory%s are encrypted; %sCPU memory is in CRIU's images, which are not",
+      process(pid).c_str(), megabytes(released).c_str(),
+      all ? " and what NVIDIA's driver saved" : "",
+      all ? "" : "what NVIDIA's driver saved of it and ");
+}
+
+// Once, when all that is to be stored is. A page that was saved in several rounds counts each time.
+void Session::log_storage() {
+  if (!store_ || std::exchange(statistics_logged_, true)) return;
+  const PageStoreStatistics s = store_->statistics();
+  if (!s.pages) return;
+  log(LogLevel::kInfo, "daemon",
+      "of %llu pages that were saved, %llu were stored already; the others take %s, %s before they "
+      "were compressed",
+      static_cast<unsigned long long>(s.pages), static_cast<unsigned long long>(s.shared),
+      megabytes(s.bytes).c_str(), megabytes(s.stored * kImagePageSize).c_str());
 }
 
 }  // namespace phos

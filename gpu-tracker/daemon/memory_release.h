@@ -87,6 +87,9 @@ class MemoryRelease {
   Result<BroughtBack> bring_back(const PageChain& chain, MemoryLoader& loader, bool all_of_image,
                                  const std::function<void()>& mapped);
 
+  // The agent, for the driver's own copy of the process; null once open().
+  Agent* agent() { return agent_.get(); }
+
   // Lets threads go as soon as they run. Nothing must be away. Also of a frozen process.
   Result<void> let_go();
   // let_go(), and leaves the process; it must run. ETIMEDOUT: it does not; may be called again.

@@ -418,6 +418,7 @@ Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
       },
       [](const Error& e) { return e.domain() == Domain::kCuda || e.domain() == Domain::kUsage; });
   if (!done) return done;
+  held->release->agent()->note_copies_used();
   log(LogLevel::kInfo, "daemon",
       "%s: %llu allocations mapped back in %.1f ms (%llu of them adopted), %s loaded and verified "
       "in %.1f ms (%s read ahead, %s of it into GPU memory, until %.1f ms; memory mapped in %.1f "

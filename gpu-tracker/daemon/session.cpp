@@ -132,7 +132,12 @@ Result<void> Session::checkpoint(int pid) {
   if (will_go_on_ && held.loader && held.release && held.release->is_away()) {
     held.loader->prefetch();
   }
+  if (auto r = save_copy(pid, &held); !r) {
+    log(LogLevel::kWarn, "daemon", "%s: CRIU saves the driver's own copy: %s", process(pid).c_str(),
+        r.error().message().c_str());
+  }
   auto written = write_image(pid, &held, took);
+  if (written) written = empty_copy(pid, &held);
   if (held.image && held.room.claims.empty()) {
     held.room = claim_room(*held.image);
     make_room(held.room);
@@ -171,38 +176,6 @@ Result<ProcessImage> Session::describe(int pid, const Held& held) const {
   return image;
 }
 
-// Whoever has asked for encryption should not believe that everything is encrypted.
-void Session::log_unencrypted(int pid, const ProcessImage& image) {
-  uint64_t released = 0;
-  for (const AllocationInfo& a : image.allocations) {
-    if (a.path == MemoryPath::kReleased) released += a.size;
-  }
-  if (released == 0) {
-    log(LogLevel::kWarn, "daemon",
-        "%s: its GPU memory, which NVIDIA's driver saved, and its CPU memory are in CRIU's images, "
-        "which are not encrypted; memory that is released (phosd.conf) is kept out of them",
-        process(pid).c_str());
-    return;
-  }
-  log(LogLevel::kInfo, "daemon",
-      "%s: %s of GPU memory are encrypted; what NVIDIA's driver saved of it, and CPU memory, are "
-      "in "
-      "CRIU's images, which are not",
-      process(pid).c_str(), megabytes(released).c_str());
-}
-
-// Once, when all that is to be stored is. A page that was saved in several rounds counts each time.
-void Session::log_storage() {
-  if (!store_ || std::exchange(statistics_logged_, true)) return;
-  const PageStoreStatistics s = store_->statistics();
-  if (!s.pages) return;
-  log(LogLevel::kInfo, "daemon",
-      "of %llu pages that were saved, %llu were stored already; the others take %s, %s before they "
-      "were compressed",
-      static_cast<unsigned long long>(s.pages), static_cast<unsigned long long>(s.shared),
-      megabytes(s.bytes).c_str(), megabytes(s.stored * kImagePageSize).c_str());
-}
-
 Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_time) {
   if (!held->image) {
     auto image = describe(pid, *held);
@@ -221,6 +194,7 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   timings.validate_us = us(held->validate_time);
   timings.write_us = us(held->write_time);
   timings.release_us = us(held->release_time);
+  timings.copy_us = us(held->copy_time);
   if (held->stopped) timings.stopped_us = us(since(*held->stopped));
   if (storage_.pages.key && stage_ == DumpStage::kDump) log_unencrypted(pid, *held->image);
   log_storage();
@@ -244,6 +218,7 @@ Result<void> Session::bring_back(int pid, CudaState target, Held* held, const Pr
   auto state = driver_.state(pid);
   if (!state) return state.error();
   if (*state == CudaState::kCheckpointed && target != CudaState::kCheckpointed) {
+    if (auto r = put_copy_back(pid, held, image); !r) return r;
     const auto needs = held ? needs_of(pid, held) : needs_of(*image);
     if (auto r = restore_by_driver(pid, needs, held, room); !r) return r;
     state = CudaState::kLocked;
@@ -414,6 +389,9 @@ Result<void> Session::finish(bool success) {
     log(LogLevel::kInfo, "daemon",
         "%s of GPU images are in the page cache; phosd makes them durable from now on",
         megabytes(unsynced_->bytes()).c_str());
+  }
+  if (success && copies_unsynced_) {
+    if (auto r = copies_unsynced_->sync(); !r) return r;
   }
   if (dumping_ && !success && !needs_images()) return remove_images(image_dir_.get(), dump_id_);
   return {};

@@ -184,8 +184,12 @@ class Session {
     std::optional<ProcessImage> image;        // written before anything was released
     std::unique_ptr<PageChain> chain;         // what brings it back
     std::unique_ptr<MemoryLoader> loader;
-    Room room;  // from when its memory is away until it is back
+    Room room;                              // from when its memory is away until it is back
+    std::vector<AddressRange> copies;       // the driver's own copy, if it is saved in `image`
+    std::unique_ptr<PageChain> copy_chain;  // what has it, once it may be gone from the process
+    bool copy_is_back = false;
     std::chrono::microseconds gate_time{0}, validate_time{0}, write_time{0}, release_time{0};
+    std::chrono::microseconds copy_time{0};
     bool noted = false;          // for another phosd, should this one die
     bool taken_over = false;     // from a phosd that died
     bool release_known = false;  // of one taken over: whether its memory is away (`release`)
@@ -238,6 +242,11 @@ class Session {
   Result<std::unique_ptr<MemoryRelease>> find_release(int pid, int restore_tid) const;
   Result<void> bring_memory_back(int pid, Held* held);
   Result<void> load_memory(int pid, Held* held, bool all_of_image);
+  UnsyncedFiles* files_of_copies();  // null: see errno
+  Result<void> save_copy(int pid, Held* held);
+  Result<void> empty_copy(int pid, Held* held);
+  Result<void> find_copy(int pid, Held* held);
+  Result<void> put_copy_back(int pid, Held* held, const ProcessImage* image);
   Result<void> remove_left_probes_of_tree(int root);
   Result<void> open_pages(const ProcessImage& image);
   Room claim_room(const ProcessImage& image);
@@ -299,10 +308,11 @@ class Session {
   UniqueFd image_dir_;
   std::optional<PinnedPool::Peak> pool_peak_;  // of a dump
   std::unique_ptr<UnsyncedFiles> unsynced_;    // null: files are durable when they have their names
-  std::shared_ptr<PageStore> store_;           // of the dump's pages; null: none was needed so far
-  std::string noted_dir_;                      // not opened yet
-  std::string left_dump_;  // of a phosd that died; nothing of it is restored by it
-  bool failed_ = false;    // as finish() was told
+  std::unique_ptr<UnsyncedFiles> copies_unsynced_;  // of the driver's copies; finish() syncs them
+  std::shared_ptr<PageStore> store_;  // of the dump's pages; null: none was needed so far
+  std::string noted_dir_;             // not opened yet
+  std::string left_dump_;             // of a phosd that died; nothing of it is restored by it
+  bool failed_ = false;               // as finish() was told
   bool statistics_logged_ = false;
   bool went_on_ = false;  // a process that was taken over runs again
   DeviceRoom own_room_;   // without engines

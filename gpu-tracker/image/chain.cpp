@@ -140,9 +140,8 @@ class PageChain::Builder {
       run.file = e.source == PageSource::kZero ? PageRun::kZero : PageRun::kDropped;
       return run;
     }
-    run.file = file_number(e.source == PageSource::kOther
-                               ? image.other_files[e.file]
-                               : PagesFileRef{image.dump_id, image.pid, a.gpu, image.layout});
+    run.file = file_number(e.source == PageSource::kOther ? image.other_files[e.file]
+                                                          : own_pages_file(image, a));
     File& file = chain_.files_[run.file];
     if (!is_packed(image, e)) {
       run.place = e.slot + skip;
@@ -172,7 +171,7 @@ class PageChain::Builder {
     for (const AllocationInfo& a : image.allocations) {
       for (const PageExtent& e : a.extents) {
         if (e.source != PageSource::kHere) continue;
-        File& file = chain_.files_[file_number({image.dump_id, image.pid, a.gpu, image.layout})];
+        File& file = chain_.files_[file_number(own_pages_file(image, a))];
         if (!image.layout.packed) file.slots = std::max(file.slots, uint64_t{e.slot} + e.pages);
       }
     }
@@ -281,8 +280,7 @@ class PageChain::Builder {
       auto is_open = [](const PageRun& run) { return run.file == kUnresolved; };
       if (std::none_of(runs.begin(), runs.end(), is_open)) continue;
       const AllocationInfo& a = image.allocations[i];
-      const AllocationInfo* from =
-          index.find(image.gpus[static_cast<size_t>(a.gpu)].uuid, a.address, a.size);
+      const AllocationInfo* from = index.find(gpu_uuid_of(image, a), a.address, a.size);
       if (!from) {
         return broken(describe(a) + " has pages in its parent, but " + where +
                       " has none of that memory");

@@ -27,6 +27,7 @@ static_assert(static_cast<int>(MemoryKind::kHost) == PHOS__IMAGE__MEMORY_KIND__H
 static_assert(static_cast<int>(MemoryPath::kDriver) == PHOS__IMAGE__MEMORY_PATH__DRIVER);
 static_assert(static_cast<int>(MemoryPath::kReleased) == PHOS__IMAGE__MEMORY_PATH__RELEASED);
 static_assert(static_cast<int>(MemoryPath::kShared) == PHOS__IMAGE__MEMORY_PATH__SHARED);
+static_assert(static_cast<int>(MemoryPath::kCopy) == PHOS__IMAGE__MEMORY_PATH__COPY);
 static_assert(static_cast<int>(PageSource::kHere) == PHOS__IMAGE__PAGE_SOURCE__HERE);
 static_assert(static_cast<int>(PageSource::kParent) == PHOS__IMAGE__PAGE_SOURCE__PARENT);
 static_assert(static_cast<int>(PageSource::kZero) == PHOS__IMAGE__PAGE_SOURCE__ZERO);
@@ -318,6 +319,7 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   timings.validate_us = image.timings.validate_us;
   timings.write_us = image.timings.write_us;
   timings.release_us = image.timings.release_us;
+  timings.copy_us = image.timings.copy_us;
   timings.stopped_us = image.timings.stopped_us;
   timings.has_scan_us = timings.scan_us != 0;
   timings.has_lock_us = timings.lock_us != 0;
@@ -326,6 +328,7 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   timings.has_validate_us = timings.validate_us != 0;
   timings.has_write_us = timings.write_us != 0;
   timings.has_release_us = timings.release_us != 0;
+  timings.has_copy_us = timings.copy_us != 0;
   timings.has_stopped_us = timings.stopped_us != 0;
 
   auto gpu_pointers = pointers(gpus);
@@ -438,8 +441,7 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
     const Phos__Image__PagesFile& file = *m->other_files[i];
     auto id = to_16_bytes(file.dump_id, "a pages file's dump_id");
     if (!id) return id.error();
-    if (file.gpu >= kMaxGpus)
-      return bad_field("a pages file is of GPU " + std::to_string(file.gpu));
+    if (file.gpu > kMaxGpus) return bad_field("a pages file is of GPU " + std::to_string(file.gpu));
     image.other_files.push_back({*id,
                                  file.pid,
                                  static_cast<int>(file.gpu),
@@ -455,6 +457,7 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
     if (t->has_validate_us) image.timings.validate_us = t->validate_us;
     if (t->has_write_us) image.timings.write_us = t->write_us;
     if (t->has_release_us) image.timings.release_us = t->release_us;
+    if (t->has_copy_us) image.timings.copy_us = t->copy_us;
     if (t->has_stopped_us) image.timings.stopped_us = t->stopped_us;
   }
   if (auto ok = check(image); !ok) return ok.error();

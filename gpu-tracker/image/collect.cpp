@@ -134,8 +134,7 @@ class Collector {
   static const std::vector<bool>* marks_of(const std::optional<Above>& above,
                                            const ProcessImage& image, const AllocationInfo& a) {
     if (!above || a.hashes.empty()) return nullptr;
-    const auto* there =
-        above->index.find(image.gpus[static_cast<size_t>(a.gpu)].uuid, a.address, a.size);
+    const auto* there = above->index.find(gpu_uuid_of(image, a), a.address, a.size);
     if (!there) return nullptr;
     return &(*above->marks)[static_cast<size_t>(there - above->image->allocations.data())];
   }

@@ -156,7 +156,7 @@ const char* to_string(MemoryKind kind) {
 }
 
 const char* to_string(MemoryPath path) {
-  static const char* const kNames[] = {"driver", "released", "shared"};
+  static const char* const kNames[] = {"driver", "released", "shared", "copy"};
   size_t i = static_cast<size_t>(path);
   return i < std::size(kNames) ? kNames[i] : "unknown";
 }

@@ -61,8 +61,9 @@ inline constexpr uint32_t kPageUnit = 4096;
 enum class MemoryKind { kUnknown = 0, kDevice, kVirtual, kPool, kManaged, kHost };
 const char* to_string(MemoryKind kind);
 
-// Who saved the bytes.
-enum class MemoryPath { kDriver = 0, kReleased, kShared };
+// Who saved the bytes. kCopy: phos, of host memory in which the driver keeps its own copy of what
+// it saved while the process is checkpointed; it has to be there before the driver restores it.
+enum class MemoryPath { kDriver = 0, kReleased, kShared, kCopy };
 const char* to_string(MemoryPath path);
 
 // Where a saved page is; see abi/image.proto.
@@ -145,6 +146,7 @@ struct Timings {
   uint64_t write_us = 0;
   uint64_t release_us = 0;
   uint64_t stopped_us = 0;  // all of it
+  uint64_t copy_us = 0;
 };
 
 // One pass over a process's memory; see abi/image.proto.
@@ -182,6 +184,18 @@ struct ProcessImage {
   // Of the key that the file was encrypted with, or is to be; all zeros: it is not encrypted.
   KeyId key_id{};
 };
+
+// All zeros: it is on no GPU.
+inline GpuUuid gpu_uuid_of(const ProcessImage& image, const AllocationInfo& a) {
+  return a.gpu < 0 ? GpuUuid{} : image.gpus[static_cast<size_t>(a.gpu)].uuid;
+}
+// The number in the name of the file that has its pages: of the GPU, or the first that is no GPU's.
+inline int pages_file_number(const ProcessImage& image, const AllocationInfo& a) {
+  return a.gpu < 0 ? static_cast<int>(image.gpus.size()) : a.gpu;
+}
+inline PagesFileRef own_pages_file(const ProcessImage& image, const AllocationInfo& a) {
+  return {image.dump_id, image.pid, pages_file_number(image, a), image.layout};
+}
 
 // Is the run in a packed file? (One whose `file` is a file.)
 inline bool is_packed(const ProcessImage& image, const PageExtent& extent) {

@@ -8,8 +8,7 @@ namespace phos {
 void PageAppender::add(const SavedHash& hash, const PagePlace& place) {
   PageExtent page;
   page.slot = place.slot;
-  const PagesFileRef own{image_.dump_id, image_.pid, allocation_.gpu, image_.layout};
-  if (place.file != own) {
+  if (place.file != own_pages_file(image_, allocation_)) {
     auto& files = image_.other_files;
     auto it = std::find(files.begin(), files.end(), place.file);
     if (it == files.end()) it = files.insert(files.end(), place.file);
@@ -50,7 +49,7 @@ void for_each_page(
   for (const PageExtent& e : a.extents) {
     const bool has_place = e.source == PageSource::kHere || e.source == PageSource::kOther;
     PagePlace place;
-    if (e.source == PageSource::kHere) place.file = {image.dump_id, image.pid, a.gpu, image.layout};
+    if (e.source == PageSource::kHere) place.file = own_pages_file(image, a);
     if (e.source == PageSource::kOther) place.file = image.other_files[e.file];
     place.slot = e.slot;
     for (uint32_t i = 0; i < e.pages; i++) {

@@ -81,8 +81,7 @@ Result<ShownRuns> page_runs(int dir_fd, const ImageSet& set) {
         ShownRun shown{run.first_page, run.pages, run.is_zero() ? From::kZero : From::kDropped};
         if (run.is_stored()) {
           const PagePlace place = chain->place(run);
-          const bool own =
-              place.file.pid == image.pid && place.file.gpu == image.allocations[i].gpu;
+          const bool own = place.file == own_pages_file(image, image.allocations[i]);
           shown.level = chain->level(run);
           shown.from = shown.level ? From::kParent : own ? From::kThisFile : From::kOtherFile;
           shown.file = page_file_name(place.file.pid, place.file.gpu);

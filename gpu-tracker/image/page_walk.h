@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// Goes through saved pages with several threads, a few pages at a time. Internal to this room.
+// Goes through pages with several threads, a few pages at a time.
 #pragma once
 
 #include <cstddef>

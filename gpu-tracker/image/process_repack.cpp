@@ -27,8 +27,7 @@ ProcessRepack::ProcessRepack(From from, const To& to)
     Item& item = items_.emplace_back();
     item.allocation = i;
     const AllocationInfo* there = nullptr;
-    if (index)
-      there = index->find(old_image().gpus[static_cast<size_t>(a.gpu)].uuid, a.address, a.size);
+    if (index) there = index->find(gpu_uuid_of(old_image(), a), a.address, a.size);
     if (there) {
       item.in_parent = static_cast<size_t>(there - from_.parent->image().allocations.data());
     }
@@ -79,8 +78,8 @@ Result<void> ProcessRepack::plan() {
 Result<void> ProcessRepack::plan_page(const PageRun& one, bool joins, Item* item) {
   Piece piece{fate_of(one, *item), one};
   if (piece.fate == Fate::kStored) {
-    const int gpu = old_image().allocations[item->allocation].gpu;
-    if (auto ok = claim(hash_of(*item, one.first_page), gpu, &piece); !ok) return ok;
+    const int number = pages_file_number(old_image(), old_image().allocations[item->allocation]);
+    if (auto ok = claim(hash_of(*item, one.first_page), number, &piece); !ok) return ok;
   }
   if (piece.fate != Fate::kStored && piece.fate != Fate::kParent) settled_++;
   if (joins) {

@@ -105,11 +105,16 @@ Result<void> check_packed(const AllocationInfo& a, const PageExtent& e, uint64_t
 // What is saved of one allocation.
 Result<void> check_pages(const AllocationInfo& a, const ProcessImage& image,
                          const std::string& name) {
-  if (a.path == MemoryPath::kReleased && a.hashes.empty()) {
-    return bad_field(name + " was released, but no page of it is saved");
+  const bool copy = a.path == MemoryPath::kCopy;
+  if ((copy || a.path == MemoryPath::kReleased) && a.hashes.empty()) {
+    return bad_field(name + " was " + (copy ? "copied" : "released") +
+                     ", but no page of it is saved");
+  }
+  if (copy && (a.gpu >= 0 || a.kind != MemoryKind::kHost || image.stage != DumpStage::kDump)) {
+    return bad_field(name + " is no host memory of a dump, but a copy of the driver's");
   }
   if (a.hashes.empty() && a.extents.empty()) return {};
-  if (a.gpu < 0) return bad_field(name + " has pages, but is not on a GPU");
+  if (a.gpu < 0 && !copy) return bad_field(name + " has pages, but is not on a GPU");
   if (image.hash_key.empty()) return bad_field(name + " has pages, but there is no hash_key");
   const uint64_t pages = page_count(a);
   if (pages > UINT32_MAX) return bad_field(name + " has more than 2^32 - 1 pages");
@@ -186,7 +191,7 @@ Result<void> check_allocations(const ProcessImage& image) {
     if (!between(a.kind, MemoryKind::kUnknown, MemoryKind::kHost)) {
       return bad_field(name + " has unknown kind " + std::to_string(static_cast<int>(a.kind)));
     }
-    if (!between(a.path, MemoryPath::kDriver, MemoryPath::kShared)) {
+    if (!between(a.path, MemoryPath::kDriver, MemoryPath::kCopy)) {
       return bad_field(name + " has unknown path " + std::to_string(static_cast<int>(a.path)));
     }
     if (auto ok = check_pages(a, image, name); !ok) return ok;

@@ -29,7 +29,7 @@ class SavedIndex {
                                [](const auto* a, uint64_t at) { return a->address < at; });
     if (it == by_address_.end() || (*it)->address != address) return nullptr;
     const AllocationInfo& a = **it;
-    bool same = a.size == size && image_.gpus[static_cast<size_t>(a.gpu)].uuid == gpu;
+    bool same = a.size == size && gpu_uuid_of(image_, a) == gpu;
     return same ? &a : nullptr;
   }
 

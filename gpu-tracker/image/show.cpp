@@ -166,6 +166,7 @@ void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<Ch
   timing("validate_us", p.timings.validate_us);
   timing("write_us", p.timings.write_us);
   timing("release_us", p.timings.release_us);
+  timing("copy_us", p.timings.copy_us);
   timing("stopped_us", p.timings.stopped_us);
   json.end_object();
   if (!p.hash_key.empty()) write_saved(json, p, chain);
@@ -212,7 +213,8 @@ std::string runs_table(const ProcessImage& p, const std::vector<std::vector<Show
   for (size_t i = 0; i < runs.size(); i++) {
     const AllocationInfo& a = p.allocations[i];
     if (runs[i].empty()) continue;
-    out += format("\n  process %d, GPU %d, allocation at %s (%s)\n", p.pid, a.gpu,
+    out += format("\n  process %d, %s, allocation at %s (%s)\n", p.pid,
+                  a.gpu < 0 ? "host" : ("GPU " + std::to_string(a.gpu)).c_str(),
                   hex(a.address).c_str(), human_bytes(a.size).c_str());
     out += "    first page       pages  from\n";
     for (const ShownRun& run : runs[i]) {
@@ -250,7 +252,7 @@ std::string stop_text(const Timings& t) {
   std::string out = "  stopped  " + human_time(t.stopped_us);
   const std::pair<const char*, uint64_t> parts[] = {
       {"gate", t.gate_us},       {"validate", t.validate_us},     {"write", t.write_us},
-      {"release", t.release_us}, {"checkpoint", t.checkpoint_us},
+      {"release", t.release_us}, {"checkpoint", t.checkpoint_us}, {"copy", t.copy_us},
   };
   const char* before = ": ";
   for (const auto& [name, us] : parts) {
@@ -284,6 +286,7 @@ std::string process_table(const ProcessImage& p, const std::vector<ChainLevel>& 
   Sum total;
   for (const AllocationInfo& a : p.allocations) {
     for (Sum* sum : {&sums[{a.path, a.kind}], &total}) {
+      if (sum == &total && a.path == MemoryPath::kCopy) continue;  // of what is listed
       sum->count++;
       sum->bytes += a.size;
     }

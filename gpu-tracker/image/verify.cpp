@@ -138,7 +138,7 @@ PageDamage damage_of(const PageChain& chain, size_t allocation, const PageRun& r
   const ProcessImage& image = chain.image();
   const AllocationInfo& a = image.allocations[allocation];
   return {image.pid,
-          image.gpus[static_cast<size_t>(a.gpu)].uuid,
+          gpu_uuid_of(image, a),
           a.address,
           a.size,
           uint64_t{run.first_page} * kImagePageSize,
@@ -155,7 +155,8 @@ std::string describe(const PageDamage& damage) {
   const char* const what = damage.unreadable   ? " cannot be read ("
                            : damage.pages == 1 ? " is not what was saved ("
                                                : " are not what was saved (";
-  return "process " + std::to_string(damage.pid) + ", " + format_gpu_uuid(damage.gpu) + text +
+  return "process " + std::to_string(damage.pid) + ", " +
+         (damage.gpu == GpuUuid{} ? "host" : format_gpu_uuid(damage.gpu)) + text +
          (damage.pages == 1 ? " page" : " pages") + what + damage.where + ")";
 }
 

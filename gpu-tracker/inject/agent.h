@@ -204,6 +204,21 @@ class Agent {
   // The contents are where they were: the application may go on. Returns what is still recorded.
   Result<std::vector<ReleasedMemory>> contents_loaded();
 
+  // Where in the process the driver keeps its own copy of it: what it has mapped for that since
+  // release(), page-aligned, some of which may be gone. To be asked once the driver's checkpoint is
+  // done.
+  std::vector<AddressRange> driver_copies() const;
+  // Drops the contents of such ranges, which stay mapped. They must be there again, all of them,
+  // when the driver restores the process. Afterwards, or after wait_idle(), it has been done or
+  // will not be.
+  Result<void> empty_driver_copies(std::span<const AddressRange> ranges);
+  // Has that been begun, and no note_copies_used() been made since, nor a release()?
+  bool copies_are_empty() const;
+  // The driver has restored the process: they are not needed any more.
+  void note_copies_used();
+  // Waits for a command that has not been answered in time. ETIMEDOUT: the same again.
+  Result<void> wait_idle() { return settle(); }
+
   // The gate (gpu-tracker/gate), which is who calls these. install_gate() sets the handler of a
   // signal that the application does not use, or keeps the one that an earlier phosd has set;
   // avoids those in `blocked_signals` (bit: number - 1) if it can, and returns its number.

@@ -130,6 +130,34 @@ Result<std::vector<ReleasedMemory>> Agent::map_back(const MapBackOptions& option
   return released;
 }
 
+std::vector<AddressRange> Agent::driver_copies() const {
+  const phos_mailbox& m = mailbox_->payload();
+  const uint32_t count = std::min(m.driver_copy_count, PHOS_MAX_DRIVER_COPIES);
+  std::vector<AddressRange> copies;
+  for (uint32_t i = 0; i < count; i++) {
+    phos_address_range range;
+    memcpy(&range, &m.driver_copies[i], sizeof range);
+    copies.push_back({range.begin, range.end});
+  }
+  return copies;
+}
+
+Result<void> Agent::empty_driver_copies(std::span<const AddressRange> ranges) {
+  if (auto r = settle(); !r) return r;
+  for (size_t i = 0; i < ranges.size(); i++) {
+    mailbox_->payload().ranges[i] = {ranges[i].begin, ranges[i].end};
+  }
+  return run(PHOS_COMMAND_EMPTY_COPIES, static_cast<uint32_t>(ranges.size()));
+}
+
+bool Agent::copies_are_empty() const {
+  return mailbox_->payload().driver_copies_empty;
+}
+
+void Agent::note_copies_used() {
+  mailbox_->payload().driver_copies_empty = 0;
+}
+
 void Agent::note_released_by(const std::array<uint8_t, 16>& dump_id) {
   memcpy(mailbox_->payload().released_by, dump_id.data(), dump_id.size());
 }

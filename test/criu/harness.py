@@ -21,6 +21,7 @@ BUILD = os.path.abspath(os.environ.get('PHOS_BUILD', os.path.join(REPO, 'build')
 REAL_GPU = os.environ.get('PHOS_GPU', 'sim') == 'real'
 PLUGIN_DIR = os.path.join(BUILD, 'lib', 'criu')
 TICK = re.compile(r'^tick (\d+) .*\bok$')
+PAGE = 64 << 10  # of phos's images
 LIMIT = 30  # seconds; only ever reached by a failure
 
 
@@ -156,6 +157,43 @@ class Worker(Target):
 
     def alloc(self, size):
         return self.ask('alloc', size).split()[1]
+
+
+class Block:
+    """GPU memory of a worker, and what ought to be in it."""
+
+    def __init__(self, worker, size, rng):
+        self.worker, self.size, self.rng = worker, size, rng
+        self.file = f'{worker.output}-block'
+        self.address = int(worker.alloc(size), 16)
+        self.bytes = bytearray(size)
+        self.write(0, size)
+
+    def tell(self, *words):
+        answer = self.worker.ask(*words)
+        if answer != 'ok':
+            raise AssertionError(f'{words}: {answer}')
+
+    def put(self, at, data):
+        self.bytes[at:at + len(data)] = data
+        with open(self.file, 'wb') as f:
+            f.write(data)
+        self.tell('upload', f'{self.address + at:x}', self.file)
+
+    def write(self, at, size):
+        """New random bytes."""
+        self.put(at, self.rng.randbytes(size))
+
+    def free(self):
+        self.tell('free', f'{self.address:x}')
+
+    def read(self):
+        self.tell('download', f'{self.address:x}', self.size, self.file)
+        with open(self.file, 'rb') as f:
+            return f.read()
+
+    def pages(self):
+        return [bytes(self.bytes[at:at + PAGE]) for at in range(0, self.size, PAGE)]
 
 
 def threads_of(pid):

@@ -46,8 +46,8 @@ class StorageTest(Steps):
         return self.counter('--even-kib', '48')
 
     def stored(self, images=None):
-        """Bytes of pages."""
-        files = glob.glob(os.path.join(images or self.images, 'phos-pages-*'))
+        """Bytes of pages of the first GPU."""
+        files = glob.glob(os.path.join(images or self.images, 'phos-pages-*-0.img'))
         return sum(os.path.getsize(path) - 65536 for path in files)
 
     def pieces(self, images, size=512):
@@ -180,7 +180,7 @@ class Encrypted(StorageTest):
     def test_altered(self):
         target = self.counter()
         self.dump_by_phos(target, '--encrypt')
-        pages, = glob.glob(os.path.join(self.images, 'phos-pages-*'))
+        pages, = glob.glob(os.path.join(self.images, 'phos-pages-*-0.img'))
         with open(pages, 'r+b') as f:
             f.seek(65536 + 5 * 65536 + 17)
             byte = f.read(1)

@@ -83,9 +83,7 @@ std::string check_process(int dir_fd, const ProcessImage& image) {
   if (!previous && chain->levels().size() < kMaxChainLevels) return "a chain that ends here";
   if (!previous || !*previous) return "";
   for (const AllocationInfo& a : image.allocations) {
-    if (a.gpu < 0) continue;
-    const GpuUuid& gpu = image.gpus[static_cast<size_t>(a.gpu)].uuid;
-    const AllocationInfo* found = (*previous)->find(gpu, a.address, a.size);
+    const AllocationInfo* found = (*previous)->find(gpu_uuid_of(image, a), a.address, a.size);
     if (a.hashes.empty() ? found != nullptr : !found || found->hashes != a.hashes) {
       return "other hashes for the next dump";
     }

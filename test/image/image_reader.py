@@ -171,7 +171,9 @@ class Image:
             return None
         for count, source in zip(numbers(fields, 8), numbers(fields, 9)):
             at = next(slots) if source in (HERE, OTHER) else 0
-            file = File(self.dump_id, self.pid, gpu, *layout)
+            # Host memory's are in the file after the last GPU's.
+            number = gpu if gpu >= 0 else len(self.uuids)
+            file = File(self.dump_id, self.pid, number, *layout)
             if source == OTHER:
                 file = self.other_files[next(files)]
             for _ in range(count):
@@ -179,7 +181,8 @@ class Image:
                 pages.append((source, file, at, length, next(seals, None) if length else None))
                 at += -(-length // UNIT) if length else 1
         need(len(pages) * 16 == len(hashes) and len(pages) == -(-size // PAGE), 'pages')
-        return {'place': (self.uuids[gpu], address, size), 'gpu': gpu, 'pages': pages,
+        uuid = self.uuids[gpu] if gpu >= 0 else None
+        return {'place': (uuid, address, size), 'gpu': gpu, 'pages': pages,
                 'hashes': [hashes[i:i + 16] for i in range(0, len(hashes), 16)]}
 
     def page(self, place, number):

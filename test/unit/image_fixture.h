@@ -257,6 +257,7 @@ inline void expect_equal(const ProcessImage& a, const ProcessImage& b) {
   EXPECT_EQ(a.timings.validate_us, b.timings.validate_us);
   EXPECT_EQ(a.timings.write_us, b.timings.write_us);
   EXPECT_EQ(a.timings.release_us, b.timings.release_us);
+  EXPECT_EQ(a.timings.copy_us, b.timings.copy_us);
   EXPECT_EQ(a.timings.stopped_us, b.timings.stopped_us);
   EXPECT_EQ(a.device_bytes, b.device_bytes);
   EXPECT_EQ(a.gpu_bytes, b.gpu_bytes);

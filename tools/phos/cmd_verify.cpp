@@ -113,7 +113,9 @@ void print_json(const std::string& dir, const Verified& done,
   for (const PageDamage& d : r.damage) {
     char address[24];
     snprintf(address, sizeof address, "0x%llx", static_cast<unsigned long long>(d.address));
-    w.begin_object().member("pid", d.pid).member("gpu", format_gpu_uuid(d.gpu));
+    w.begin_object()
+        .member("pid", d.pid)
+        .member("gpu", d.gpu == phos::GpuUuid{} ? "host" : format_gpu_uuid(d.gpu));
     w.member("address", address).member("size", d.size).member("offset", d.offset);
     w.member("pages", d.pages).member("unreadable", d.unreadable).member("where", d.where);
     w.end_object();
