@@ -290,12 +290,14 @@ void Session::log_unencrypted(int pid, const ProcessImage& image) {
         process(pid).c_str());
     return;
   }
-  const bool all = has_driver_copy(image);
   log(LogLevel::kInfo, "daemon",
-      "%s: %s of GPU memory%s are encrypted; %sCPU memory is in CRIU's images, which are not",
-      process(pid).c_str(), megabytes(released).c_str(),
-      all ? " and what NVIDIA's driver saved" : "",
-      all ? "" : "what NVIDIA's driver saved of it and ");
+      has_driver_copy(image)
+          ? "%s: %s of GPU memory are encrypted, and so is what NVIDIA's driver saved; CPU memory "
+            "is "
+            "in CRIU's images, which are not"
+          : "%s: %s of GPU memory are encrypted; what NVIDIA's driver saved of it, and CPU memory, "
+            "are in CRIU's images, which are not",
+      process(pid).c_str(), megabytes(released).c_str());
 }
 
 // Once, when all that is to be stored is. A page that was saved in several rounds counts each time.
