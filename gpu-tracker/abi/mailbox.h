@@ -197,6 +197,12 @@ struct phos_address_event {
 #define PHOS_MAX_ADDRESS_EVENTS 64u
 #define PHOS_MAX_DRIVER_COPIES 32u
 
+enum phos_copies_state {
+  PHOS_COPIES_KEPT = 0,  /* or not needed any more */
+  PHOS_COPIES_EMPTY = 1, /* or about to be */
+  PHOS_COPIES_BACK = 2,  /* written back; the driver may have restored the process */
+};
+
 #define PHOS_MAILBOX_MAX_RANGES 65536u /* above the kernel's default vm.max_map_count */
 #define PHOS_MAILBOX_MAX_ALLOCATIONS 65536u
 #define PHOS_MAILBOX_MAX_EXPORTS 1024u
@@ -257,8 +263,8 @@ struct phos_mailbox {
    * copy of the process (agent/steer.h), the first of it. It may have been unmapped since.
    */
   uint32_t driver_copy_count;
-  /* EMPTY_COPIES has begun; phosd sets it back once the driver has restored the process. */
-  uint32_t driver_copies_empty;
+  /* phos_copies_state; written by EMPTY_COPIES and by phosd. */
+  uint32_t driver_copies_state;
   struct phos_address_range driver_copies[PHOS_MAX_DRIVER_COPIES];
   uint8_t reserved[1320];
   struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */

@@ -308,7 +308,7 @@ void steer_place_copy(bool on) {
 void steer_note_copies(struct phos_mailbox* mailbox) {
   g_mailbox = mailbox;
   mailbox->driver_copy_count = 0;
-  mailbox->driver_copies_empty = 0;
+  mailbox->driver_copies_state = PHOS_COPIES_KEPT;
 }
 
 static bool is_noted(const struct phos_mailbox* m, const struct phos_address_range* range) {
@@ -325,7 +325,7 @@ int run_empty_copies(struct phos_mailbox* mailbox) {
   for (uint32_t i = 0; i < count; i++) {
     const struct phos_address_range range = mailbox->ranges[i];
     if (range.begin >= range.end || !is_noted(mailbox, &range)) return PHOS_RESULT_BAD_COMMAND;
-    __atomic_store_n(&mailbox->driver_copies_empty, 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&mailbox->driver_copies_state, PHOS_COPIES_EMPTY, __ATOMIC_RELEASE);
     if (sys3(SYS_madvise, (long)range.begin, (long)(range.end - range.begin), MADV_DONTNEED)) {
       return PHOS_RESULT_NO_MEMORY;
     }

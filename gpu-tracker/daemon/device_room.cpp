@@ -12,6 +12,9 @@ namespace {
 
 // For loads that are under way.
 constexpr std::chrono::seconds kPatience{30};
+// A share of a GPU's memory that is not staged in: programs that phosd knows nothing of may be
+// about to allocate some, and find none for seconds.
+constexpr uint64_t kLeftToOthers = 8;
 
 }  // namespace
 
@@ -92,7 +95,8 @@ uint64_t DeviceRoom::allocate(GpuContext& context, const GpuUuid& gpu, uint64_t 
   if (!memory) return 0;
   const auto it = claimed_.find(gpu);
   const uint64_t claimed = it == claimed_.end() ? 0 : it->second;
-  if (memory->free < claimed || memory->free - claimed < bytes) return 0;
+  const uint64_t left = claimed + memory->total / kLeftToOthers;
+  if (memory->free < left || memory->free - left < bytes) return 0;
   auto at = context.allocate(bytes);
   if (!at) return 0;
   in_use_[gpu] += bytes;

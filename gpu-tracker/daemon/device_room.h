@@ -78,7 +78,8 @@ class DeviceRoom {
                                 Admission* admission);
 
   // Device memory of `context`, which is on that GPU, if with it there is still as much free as is
-  // claimed. 0: there is not, or the driver has none.
+  // claimed, and a share of all that the GPU has, for others. 0: there is not, or the driver has
+  // none.
   uint64_t allocate(GpuContext& context, const GpuUuid& gpu, uint64_t bytes);
   void free(GpuContext& context, const GpuUuid& gpu, uint64_t address, uint64_t bytes);
 

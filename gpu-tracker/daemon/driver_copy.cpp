@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
+#include <string_view>
 #include <utility>
 
 #include "gpu-tracker/copy/page_hash.h"
@@ -158,6 +159,31 @@ class Saving {
 
 bool has_driver_copy(const ProcessImage& image) {
   return std::any_of(image.allocations.begin(), image.allocations.end(), is_driver_copy);
+}
+
+Result<std::vector<AddressRange>> usable_copies(const std::vector<ProcMapping>& maps,
+                                                const std::vector<AddressRange>& noted,
+                                                uint64_t most) {
+  constexpr uint64_t kPage = 4096;
+  std::vector<AddressRange> usable;
+  uint64_t bytes = 0;
+  for (const AddressRange& range : noted) {
+    const bool is_plain = std::any_of(maps.begin(), maps.end(), [&](const ProcMapping& m) {
+      return m.start <= range.begin && m.end >= range.end && m.path.empty() &&
+             std::string_view(m.perms) == "rw-p";
+    });
+    if (range.begin >= range.end || range.begin % kPage || range.end % kPage || !is_plain) continue;
+    const bool again = std::any_of(usable.begin(), usable.end(), [&](const AddressRange& other) {
+      return range.begin < other.end && other.begin < range.end;
+    });
+    bytes += range.end - range.begin;
+    if (again || bytes > most) {
+      return Error(Domain::kFormat, EPROTO,
+                   "what its agent says of the driver's copy makes no sense");
+    }
+    usable.push_back(range);
+  }
+  return usable;
 }
 
 Result<uint64_t> save_driver_copy(int pid, std::span<const AddressRange> ranges, PageStore* store,

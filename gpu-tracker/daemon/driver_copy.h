@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/image/chain.h"
 #include "gpu-tracker/image/image.h"
@@ -19,6 +20,13 @@ namespace phos {
 
 // Is it saved in this image?
 bool has_driver_copy(const ProcessImage& image);
+
+// Of what the agent, in a process that is not trusted, says of where the copy is: those that are
+// plain memory of the process's own by `maps`, its mappings. What is no longer mapped the driver
+// has not needed. An error: they overlap, or have more than `most` bytes.
+Result<std::vector<AddressRange>> usable_copies(const std::vector<ProcMapping>& maps,
+                                                const std::vector<AddressRange>& noted,
+                                                uint64_t most);
 
 // Process `pid` stands still. Saves what it has in `ranges`, by several threads, to the pages file
 // of the image's host memory in `store`, which it completes, and adds it to `image`, which has a

@@ -9,7 +9,6 @@
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
-#include "gpu-tracker/daemon/driver_copy.h"
 #include "gpu-tracker/daemon/live_copy.h"
 #include "gpu-tracker/daemon/messages.h"
 #include "gpu-tracker/daemon/session.h"
@@ -278,7 +277,7 @@ Result<void> Session::finish_pre_dump() {
 }
 
 // Whoever has asked for encryption should not believe that everything is encrypted.
-void Session::log_unencrypted(int pid, const ProcessImage& image) {
+void Session::log_unencrypted(int pid, const ProcessImage& image, uint64_t copy) {
   uint64_t released = 0;
   for (const AllocationInfo& a : image.allocations) {
     if (a.path == MemoryPath::kReleased) released += a.size;
@@ -291,13 +290,9 @@ void Session::log_unencrypted(int pid, const ProcessImage& image) {
     return;
   }
   log(LogLevel::kInfo, "daemon",
-      has_driver_copy(image)
-          ? "%s: %s of GPU memory are encrypted, and so is what NVIDIA's driver saved; CPU memory "
-            "is "
-            "in CRIU's images, which are not"
-          : "%s: %s of GPU memory are encrypted; what NVIDIA's driver saved of it, and CPU memory, "
-            "are in CRIU's images, which are not",
-      process(pid).c_str(), megabytes(released).c_str());
+      "%s: %s of GPU memory are encrypted, and %s that NVIDIA's driver saved; what else it saved, "
+      "and CPU memory, are in CRIU's images, which are not",
+      process(pid).c_str(), megabytes(released).c_str(), megabytes(copy).c_str());
 }
 
 // Once, when all that is to be stored is. A page that was saved in several rounds counts each time.

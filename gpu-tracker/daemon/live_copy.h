@@ -88,6 +88,8 @@ class LiveCopy {
   // Or, of a dump: the process is locked and its GPUs are idle. Forgets what it has freed, makes
   // what is saved equal to what the memory holds, and leaves the process.
   Result<RoundReport> last_round();
+  // What the image builds on; null: nothing.
+  const PreviousPages* previous() const { return images_.previous ? &*images_.previous : nullptr; }
   // Whoever has it last makes it leave the process (let_agent_leave). Null after last_round().
   std::shared_ptr<Agent> agent() const { return agent_; }
   // After last_round(): what is saved, and the agent may release (Agent::release).

@@ -386,7 +386,10 @@ Result<void> Session::bring_memory_back(int pid, Held* held) {
     held->release = std::move(*found);
     held->release_known = true;
   }
-  if (!held->release || !held->release->is_away()) return {};
+  if (!held->release || !held->release->is_away()) {
+    forget_copy(*held);
+    return {};
+  }
   if (!held->loader) {
     auto status = read_proc_status(pid);
     if (!status) return status.error();
@@ -418,7 +421,7 @@ Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
       },
       [](const Error& e) { return e.domain() == Domain::kCuda || e.domain() == Domain::kUsage; });
   if (!done) return done;
-  held->release->agent()->note_copies_used();
+  forget_copy(*held);
   log(LogLevel::kInfo, "daemon",
       "%s: %llu allocations mapped back in %.1f ms (%llu of them adopted), %s loaded and verified "
       "in %.1f ms (%s read ahead, %s of it into GPU memory, until %.1f ms; memory mapped in %.1f "
@@ -470,6 +473,7 @@ Result<void> Session::restore_memory(int pid, const ProcessImage& image) {
                      "is not in it; restore with the phos that dumped it (" +
                      image.phos_version + ")");
   }
+  (*release)->agent()->note_copies(DriverCopies::kBack);
   if (auto r = lock->note(image.state, image_dir_.get()); !r) return r;
   // Held from here on: whatever fails, recover() sees to it that the process does not stay.
   auto [it, added] = held_.emplace(pid, Held(*tid, image.state, *start_time, std::move(*lock)));

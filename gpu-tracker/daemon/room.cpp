@@ -48,8 +48,9 @@ Session::Room Session::claim_room(const ProcessImage& image) {
   std::vector<uint64_t> needed(image.gpus.size());
   uint64_t listed = 0;
   for (const AllocationInfo& a : image.allocations) {
+    if (a.gpu < 0) continue;
     listed += a.size;
-    if (a.gpu >= 0) needed[static_cast<size_t>(a.gpu)] += a.size;
+    needed[static_cast<size_t>(a.gpu)] += a.size;
   }
   // Contexts, code, and all of what is not listed: on which of its GPUs it is, is not known. Nor,
   // where nothing is listed, which those are.

@@ -137,7 +137,9 @@ Result<void> Session::checkpoint(int pid) {
         r.error().message().c_str());
   }
   auto written = write_image(pid, &held, took);
-  if (written) written = empty_copy(pid, &held);
+  auto emptied = written ? empty_copy(pid, &held) : Result<uint64_t>(uint64_t{0});
+  if (!emptied) return emptied.error();
+  if (storage_.pages.key) log_unencrypted(pid, *held.image, *emptied);
   if (held.image && held.room.claims.empty()) {
     held.room = claim_room(*held.image);
     make_room(held.room);
@@ -196,7 +198,6 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
   timings.release_us = us(held->release_time);
   timings.copy_us = us(held->copy_time);
   if (held->stopped) timings.stopped_us = us(since(*held->stopped));
-  if (storage_.pages.key && stage_ == DumpStage::kDump) log_unencrypted(pid, *held->image);
   log_storage();
   return write_process_image(image_dir_.get(), *held->image, unsynced_.get());
 }
@@ -217,8 +218,10 @@ Result<void> Session::bring_back(int pid, CudaState target, Held* held, const Pr
                                  Room* room) {
   auto state = driver_.state(pid);
   if (!state) return state.error();
+  if (target != CudaState::kCheckpointed) {
+    if (auto r = put_copy_back(pid, *state, held, image); !r) return r;
+  }
   if (*state == CudaState::kCheckpointed && target != CudaState::kCheckpointed) {
-    if (auto r = put_copy_back(pid, held, image); !r) return r;
     const auto needs = held ? needs_of(pid, held) : needs_of(*image);
     if (auto r = restore_by_driver(pid, needs, held, room); !r) return r;
     state = CudaState::kLocked;
@@ -389,9 +392,6 @@ Result<void> Session::finish(bool success) {
     log(LogLevel::kInfo, "daemon",
         "%s of GPU images are in the page cache; phosd makes them durable from now on",
         megabytes(unsynced_->bytes()).c_str());
-  }
-  if (success && copies_unsynced_) {
-    if (auto r = copies_unsynced_->sync(); !r) return r;
   }
   if (dumping_ && !success && !needs_images()) return remove_images(image_dir_.get(), dump_id_);
   return {};

@@ -187,7 +187,6 @@ class Session {
     Room room;                              // from when its memory is away until it is back
     std::vector<AddressRange> copies;       // the driver's own copy, if it is saved in `image`
     std::unique_ptr<PageChain> copy_chain;  // what has it, once it may be gone from the process
-    bool copy_is_back = false;
     std::chrono::microseconds gate_time{0}, validate_time{0}, write_time{0}, release_time{0};
     std::chrono::microseconds copy_time{0};
     bool noted = false;          // for another phosd, should this one die
@@ -242,11 +241,11 @@ class Session {
   Result<std::unique_ptr<MemoryRelease>> find_release(int pid, int restore_tid) const;
   Result<void> bring_memory_back(int pid, Held* held);
   Result<void> load_memory(int pid, Held* held, bool all_of_image);
-  UnsyncedFiles* files_of_copies();  // null: see errno
   Result<void> save_copy(int pid, Held* held);
-  Result<void> empty_copy(int pid, Held* held);
-  Result<void> find_copy(int pid, Held* held);
-  Result<void> put_copy_back(int pid, Held* held, const ProcessImage* image);
+  Result<uint64_t> empty_copy(int pid, Held* held);
+  Result<void> open_copy(int pid, const DumpId& dump, Held* held);
+  Result<void> put_copy_back(int pid, CudaState state, Held* held, const ProcessImage* image);
+  static void forget_copy(const Held& held);
   Result<void> remove_left_probes_of_tree(int root);
   Result<void> open_pages(const ProcessImage& image);
   Room claim_room(const ProcessImage& image);
@@ -283,7 +282,7 @@ class Session {
 
   Result<ProcessImage> describe(int pid, const Held& held) const;
   void log_storage();
-  static void log_unencrypted(int pid, const ProcessImage& image);
+  static void log_unencrypted(int pid, const ProcessImage& image, uint64_t copy);
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);
   static void stop_passing(int pid, Held* held);
   // `image`: of a process that is restored, `held` of another.
@@ -308,11 +307,10 @@ class Session {
   UniqueFd image_dir_;
   std::optional<PinnedPool::Peak> pool_peak_;  // of a dump
   std::unique_ptr<UnsyncedFiles> unsynced_;    // null: files are durable when they have their names
-  std::unique_ptr<UnsyncedFiles> copies_unsynced_;  // of the driver's copies; finish() syncs them
-  std::shared_ptr<PageStore> store_;  // of the dump's pages; null: none was needed so far
-  std::string noted_dir_;             // not opened yet
-  std::string left_dump_;             // of a phosd that died; nothing of it is restored by it
-  bool failed_ = false;               // as finish() was told
+  std::shared_ptr<PageStore> store_;           // of the dump's pages; null: none was needed so far
+  std::string noted_dir_;                      // not opened yet
+  std::string left_dump_;  // of a phosd that died; nothing of it is restored by it
+  bool failed_ = false;    // as finish() was told
   bool statistics_logged_ = false;
   bool went_on_ = false;  // a process that was taken over runs again
   DeviceRoom own_room_;   // without engines

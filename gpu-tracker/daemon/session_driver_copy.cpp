@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Session: the driver's own copy of a process (driver_copy.h), on the released path.
-#include <fcntl.h>
-
 #include <algorithm>
 #include <thread>
 
@@ -23,82 +21,46 @@ constexpr std::chrono::milliseconds kEmptyTimeout{10000};
 // For a phosd that was killed to be gone.
 constexpr std::chrono::milliseconds kEndOfPhosd{10000}, kPoll{5};
 
-bool is_plain_memory(const std::vector<ProcMapping>& maps, const AddressRange& range) {
-  return std::any_of(maps.begin(), maps.end(), [&](const ProcMapping& m) {
-    return m.start <= range.begin && m.end >= range.end && m.path.empty() &&
-           std::string(m.perms) == "rw-p";
-  });
-}
-
 double ms(std::chrono::microseconds t) {
   return static_cast<double>(t.count()) / 1000;
 }
 
-// What the agent, in a process that is not trusted, says of where it is; what is no longer mapped
-// the driver has not needed.
-Result<std::vector<AddressRange>> find_copies(int pid, const Agent& agent, uint64_t most) {
-  auto maps = read_proc_maps(pid);
-  if (!maps) return maps.error();
-  std::vector<AddressRange> found;
-  uint64_t bytes = 0;
-  for (const AddressRange& range : agent.driver_copies()) {
-    if (range.begin >= range.end || range.begin % 4096 || range.end % 4096) continue;
-    const bool again = std::any_of(found.begin(), found.end(), [&](const AddressRange& other) {
-      return range.begin < other.end && other.begin < range.end;
-    });
-    if (again || !is_plain_memory(*maps, range)) continue;
-    found.push_back(range);
-    bytes += range.end - range.begin;
-  }
-  if (bytes > most) return process_error(pid, EFBIG, "it claims more than it had on its GPUs");
-  return found;
-}
-
-// The dump that has emptied the driver's copy in process `pid`; nothing: none has, or it is back.
-// What a phosd that died has told the agent to do is done afterwards, or will not be.
-Result<std::optional<DumpId>> is_emptied(int pid, int restore_tid) {
+// The agent in a process that a phosd which died has left; nothing: there is none.
+Result<std::optional<Agent>> find_agent(int pid, int restore_tid) {
   const auto deadline = steady_clock::now() + kEndOfPhosd;
   for (;;) {
     auto agent = Agent::find(pid, restore_tid);
-    if (agent && *agent && (*agent)->copies_are_empty()) {
-      return std::optional<DumpId>((*agent)->released_by());
-    }
-    if (agent) return std::optional<DumpId>();
-    if (agent.error().code() != EBUSY || steady_clock::now() > deadline) return agent.error();
+    if (agent || agent.error().code() != EBUSY || steady_clock::now() > deadline) return agent;
     std::this_thread::sleep_for(kPoll);
   }
 }
 
-}  // namespace
-
-UnsyncedFiles* Session::files_of_copies() {
-  if (unsynced_) return unsynced_.get();
-  if (!copies_unsynced_) {
-    UniqueFd directory(fcntl(image_dir_.get(), F_DUPFD_CLOEXEC, 0));
-    if (!directory) return nullptr;
-    copies_unsynced_ = std::make_unique<UnsyncedFiles>(std::move(directory));
-  }
-  return copies_unsynced_.get();
+Result<void> load(int pid, const PageChain& chain) {
+  const auto start = steady_clock::now();
+  auto loaded = load_driver_copy(pid, chain);
+  if (!loaded) return loaded.error();
+  log(LogLevel::kInfo, "daemon", "%s: the driver's own copy, %s, put back in %.1f ms",
+      process(pid).c_str(), megabytes(*loaded).c_str(), ms(since(start)));
+  return {};
 }
+
+}  // namespace
 
 // The process is checkpointed and frozen. Whatever cannot be done CRIU does.
 Result<void> Session::save_copy(int pid, Held* held) {
   if (!held->release || !held->release->is_away() || !held->image) return {};
   const auto start = steady_clock::now();
-  auto ranges = find_copies(pid, *held->release->agent(), held->memory.own + kRounding);
-  if (!ranges) return ranges.error();
+  auto maps = read_proc_maps(pid);
+  if (!maps) return maps.error();
+  auto ranges =
+      usable_copies(*maps, held->release->agent()->driver_copies(), held->memory.own + kRounding);
+  if (!ranges) return ranges.error().wrap(process(pid));
   if (ranges->empty()) return {};
-  PageStoreOptions options = storage_.pages;
-  // CRIU's images are not durable yet either; finish() sees to it.
-  options.later = files_of_copies();
-  if (!options.later) return Error::from_errno(errno, "cannot use the image directory");
-  auto store = PageStore::create(image_dir_.get(), dump_id_, options);
+  auto store = PageStore::create(image_dir_.get(), dump_id_, storage_.pages);
   if (!store) return store.error();
-  std::optional<PreviousPages> previous;
-  if (held->image->parent_dump_id != DumpId{}) previous = open_previous(held->image->pid);
   ProcessImage image = *held->image;
-  auto saved =
-      save_driver_copy(pid, *ranges, store->get(), previous ? &*previous : nullptr, &image);
+  const PreviousPages* previous = held->copy ? held->copy->previous() : nullptr;
+  auto saved = save_driver_copy(pid, *ranges, store->get(), previous, &image);
   if (!saved) return saved.error();
   held->image = std::move(image);
   held->copies = std::move(*ranges);
@@ -110,43 +72,46 @@ Result<void> Session::save_copy(int pid, Held* held) {
   return {};
 }
 
-// The image is written, and says where it is. An error: it may be gone at any time.
-Result<void> Session::empty_copy(int pid, Held* held) {
-  if (held->copies.empty()) return {};
-  // Whatever becomes of the directory.
-  auto chain = PageChain::open(image_dir_.get(), *held->image, PageIo::kCached);
-  if (!chain) {
-    log(LogLevel::kWarn, "daemon", "%s: CRIU saves the driver's own copy as well: %s",
-        process(pid).c_str(), chain.error().message().c_str());
-    return {};
-  }
-  held->copy_chain = std::make_unique<PageChain>(std::move(*chain));
+// The image is written, and says where the copy is saved. How many bytes CRIU will not find. An
+// error: whether it will is not known.
+Result<uint64_t> Session::empty_copy(int pid, Held* held) {
+  if (held->copies.empty()) return uint64_t{0};
   Agent* agent = held->release->agent();
-  agent->set_command_timeout(kEmptyTimeout);
-  auto emptied = agent->empty_driver_copies(held->copies);
-  if (emptied) return {};
-  if (auto idle = agent->wait_idle(); !idle) {
-    return emptied.error().wrap(idle.error().message());
+  // Kept open, whatever becomes of the directory.
+  auto chain = PageChain::open(image_dir_.get(), *held->image, PageIo::kCached);
+  auto emptied = chain ? Result<void>() : Result<void>(chain.error());
+  if (emptied) {
+    held->copy_chain = std::make_unique<PageChain>(std::move(*chain));
+    agent->set_command_timeout(kEmptyTimeout);
+    emptied = agent->empty_driver_copies(held->copies);
   }
+  if (emptied) {
+    uint64_t bytes = 0;
+    for (const AddressRange& r : held->copies) bytes += r.end - r.begin;
+    return bytes;
+  }
+  if (auto idle = agent->wait_idle(); !idle) return idle.error();
   log(LogLevel::kWarn, "daemon", "%s: CRIU saves the driver's own copy as well: %s",
       process(pid).c_str(), emptied.error().message().c_str());
-  return {};
+  if (agent->copies_state() != DriverCopies::kKept) return uint64_t{0};
+  std::erase_if(held->image->allocations,
+                [](const AllocationInfo& a) { return a.path == MemoryPath::kCopy; });
+  auto written = write_process_image(image_dir_.get(), *held->image, unsynced_.get());
+  if (!written) return written.error();
+  return uint64_t{0};
 }
 
 // Of a process that phosd did not dump itself.
-Result<void> Session::find_copy(int pid, Held* held) {
-  auto emptied = is_emptied(pid, held->restore_tid);
-  if (!emptied) return emptied.error();
-  if (!*emptied) return {};
+Result<void> Session::open_copy(int pid, const DumpId& dump, Held* held) {
   const std::string what = "the driver's own copy of " + process(pid) + " is in its images alone";
   auto status = read_proc_status(pid);
   if (!status) return status.error();
   if (auto r = open_noted_dir(); !r) return r.error().wrap(what);
   auto image = read_process_image(image_dir_.get(), status->vpid);
   if (!image) return image.error().wrap(what);
-  if (image->dump_id != **emptied || !has_driver_copy(*image)) {
+  if (image->dump_id != dump || !has_driver_copy(*image)) {
     return Error(Domain::kFormat, static_cast<int>(ImageError::kMixedDumps),
-                 what + ", dump " + format_dump_id(**emptied) + ", and these are of dump " +
+                 what + ", dump " + format_dump_id(dump) + ", and these are of dump " +
                      format_dump_id(image->dump_id));
   }
   auto chain = PageChain::open(image_dir_.get(), std::move(*image), PageIo::kCached);
@@ -155,28 +120,46 @@ Result<void> Session::find_copy(int pid, Held* held) {
   return {};
 }
 
-// The process is checkpointed, and the driver is about to restore it. `held`: null in a restore.
-Result<void> Session::put_copy_back(int pid, Held* held, const ProcessImage* image) {
-  const PageChain* chain = nullptr;
-  if (held) {
-    if (held->copy_is_back) return {};
-    if (held->taken_over && !held->copy_chain) {
-      if (auto r = find_copy(pid, held); !r) return r;
-    } else if (held->release) {
-      if (auto r = held->release->agent()->wait_idle(); !r) return r;
-    }
-    chain = held->copy_chain.get();
-  } else if (has_driver_copy(*image)) {
-    chain = saved_.at(image->pid).chain.get();
+// Before the driver restores the process. `held`: null in a restore. The agent's note tells whether
+// it is to be done, whoever has emptied it.
+Result<void> Session::put_copy_back(int pid, CudaState state, Held* held,
+                                    const ProcessImage* image) {
+  if (!held) {
+    const bool wanted = state == CudaState::kCheckpointed && has_driver_copy(*image);
+    return wanted ? load(pid, *saved_.at(image->pid).chain) : Result<void>();
   }
-  if (!chain) return {};
-  const auto start = steady_clock::now();
-  auto loaded = load_driver_copy(pid, *chain);
-  if (!loaded) return loaded.error();
-  log(LogLevel::kInfo, "daemon", "%s: the driver's own copy, %s, put back in %.1f ms",
-      process(pid).c_str(), megabytes(*loaded).c_str(), ms(since(start)));
-  if (held) held->copy_is_back = true;
+  std::optional<Agent> found;
+  Agent* agent = held->release ? held->release->agent() : nullptr;
+  if (!held->release && held->taken_over) {
+    auto left = find_agent(pid, held->restore_tid);
+    if (!left) return left.error();
+    if (*left) agent = &found.emplace(std::move(**left));
+  }
+  if (!agent) return {};
+  // What it was told, by a phosd that died perhaps, is done then, or will not be.
+  if (auto r = agent->wait_idle(); !r) return r;
+  if (agent->copies_state() != DriverCopies::kEmpty) return {};
+  if (state != CudaState::kCheckpointed) {
+    held->lost = Error(Domain::kCuda, kCudaErrorIllegalState,
+                       process(pid) +
+                           " was restored by NVIDIA's driver without its own copy, which "
+                           "is in phos's images: by whoever called it, cuda-checkpoint "
+                           "perhaps; end it (kill -KILL " +
+                           std::to_string(pid) + "), and restore it from its last complete dump");
+    return *held->lost;
+  }
+  if (!held->copy_chain) {
+    if (auto r = open_copy(pid, agent->released_by(), held); !r) return r;
+  }
+  if (auto r = load(pid, *held->copy_chain); !r) return r;
+  agent->note_copies(DriverCopies::kBack);
   return {};
+}
+
+// The driver has restored the process.
+void Session::forget_copy(const Held& held) {
+  Agent* agent = held.release ? held.release->agent() : nullptr;
+  if (agent) agent->note_copies(DriverCopies::kKept);
 }
 
 }  // namespace phos

@@ -17,6 +17,8 @@ using std::chrono::steady_clock;
 
 // Between two closings that showed nothing: time for calls to end.
 constexpr auto kPause = milliseconds(5);
+// What the process changes meanwhile is copied when it stands still.
+constexpr auto kTracePatience = milliseconds(500);
 constexpr size_t kChunk = PHOS_EXPORT_MAX_FDS;
 
 microseconds since(steady_clock::time_point start) {
@@ -171,7 +173,7 @@ Result<void> MemoryGuard::finish() {
     log(LogLevel::kWarn, "gate", "%s", opened.error().message().c_str());
     return {};
   }
-  if (auto r = gate_->leave_no_trace(); !r) {
+  if (auto r = gate_->leave_no_trace(kTracePatience); !r) {
     log(LogLevel::kDebug, "gate", "%s; phos's agent stays in it until the next dump",
         r.error().message().c_str());
   }

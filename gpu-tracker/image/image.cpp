@@ -163,11 +163,12 @@ const char* to_string(MemoryPath path) {
 
 // Would a reader of version 1 misunderstand it?
 static uint32_t version_of(const ProcessImage& image) {
-  const bool dropped =
-      std::any_of(image.allocations.begin(), image.allocations.end(),
-                  [](const AllocationInfo& a) { return count_pages(a).dropped != 0; });
+  const bool newer =
+      std::any_of(image.allocations.begin(), image.allocations.end(), [](const AllocationInfo& a) {
+        return a.path == MemoryPath::kCopy || count_pages(a).dropped != 0;
+      });
   const bool sealed = image.key_id != KeyId{};
-  return image.layout.packed || !image.other_files.empty() || dropped || sealed ? 2 : 1;
+  return image.layout.packed || !image.other_files.empty() || newer || sealed ? 2 : 1;
 }
 
 Result<void> write_process_image(int dir_fd, const ProcessImage& image, UnsyncedFiles* later) {

@@ -196,6 +196,13 @@ Result<void> check_allocations(const ProcessImage& image) {
     }
     if (auto ok = check_pages(a, image, name); !ok) return ok;
   }
+  const auto has = [&](MemoryPath path) {
+    return std::any_of(allocations.begin(), allocations.end(),
+                       [&](const AllocationInfo& a) { return a.path == path; });
+  };
+  if (has(MemoryPath::kCopy) && !has(MemoryPath::kReleased)) {
+    return bad_field("it has a copy of the driver's, though nothing was released");
+  }
   std::vector<const AllocationInfo*> sorted;
   sorted.reserve(allocations.size());
   for (const AllocationInfo& a : allocations) sorted.push_back(&a);

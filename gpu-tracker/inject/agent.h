@@ -124,6 +124,12 @@ struct ScanCost {
   uint64_t probed_bytes = 0;         // of address space
 };
 
+enum class DriverCopies {
+  kKept = PHOS_COPIES_KEPT,    // never emptied, or not needed any more
+  kEmpty = PHOS_COPIES_EMPTY,  // or about to be
+  kBack = PHOS_COPIES_BACK,    // the contents are there again, for the driver to restore from
+};
+
 // One thread at a time. Errors name the process; ESRCH: it has ended.
 class Agent {
  public:
@@ -212,10 +218,10 @@ class Agent {
   // when the driver restores the process. Afterwards, or after wait_idle(), it has been done or
   // will not be.
   Result<void> empty_driver_copies(std::span<const AddressRange> ranges);
-  // Has that been begun, and no note_copies_used() been made since, nor a release()?
-  bool copies_are_empty() const;
-  // The driver has restored the process: they are not needed any more.
-  void note_copies_used();
+  // Where they are in that: kEmpty from when empty_driver_copies() has begun until
+  // note_copies(), and for another phosd, too. Back to kKept with release().
+  DriverCopies copies_state() const;
+  void note_copies(DriverCopies state);
   // Waits for a command that has not been answered in time. ETIMEDOUT: the same again.
   Result<void> wait_idle() { return settle(); }
 

@@ -132,7 +132,8 @@ Result<std::vector<ReleasedMemory>> Agent::map_back(const MapBackOptions& option
 
 std::vector<AddressRange> Agent::driver_copies() const {
   const phos_mailbox& m = mailbox_->payload();
-  const uint32_t count = std::min(m.driver_copy_count, PHOS_MAX_DRIVER_COPIES);
+  const uint32_t noted = __atomic_load_n(&m.driver_copy_count, __ATOMIC_ACQUIRE);
+  const uint32_t count = std::min(noted, PHOS_MAX_DRIVER_COPIES);
   std::vector<AddressRange> copies;
   for (uint32_t i = 0; i < count; i++) {
     phos_address_range range;
@@ -150,12 +151,20 @@ Result<void> Agent::empty_driver_copies(std::span<const AddressRange> ranges) {
   return run(PHOS_COMMAND_EMPTY_COPIES, static_cast<uint32_t>(ranges.size()));
 }
 
-bool Agent::copies_are_empty() const {
-  return mailbox_->payload().driver_copies_empty;
+DriverCopies Agent::copies_state() const {
+  switch (__atomic_load_n(&mailbox_->payload().driver_copies_state, __ATOMIC_ACQUIRE)) {
+    case PHOS_COPIES_KEPT:
+      return DriverCopies::kKept;
+    case PHOS_COPIES_BACK:
+      return DriverCopies::kBack;
+    default:
+      return DriverCopies::kEmpty;
+  }
 }
 
-void Agent::note_copies_used() {
-  mailbox_->payload().driver_copies_empty = 0;
+void Agent::note_copies(DriverCopies state) {
+  const auto value = static_cast<uint32_t>(state);
+  __atomic_store_n(&mailbox_->payload().driver_copies_state, value, __ATOMIC_RELEASE);
 }
 
 void Agent::note_released_by(const std::array<uint8_t, 16>& dump_id) {

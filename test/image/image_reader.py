@@ -164,6 +164,7 @@ class Image:
     def allocation(self, fields, layout):
         """None if no page is saved. A page: source, file, slot or unit, bytes stored, seal."""
         address, size, gpu = (one(fields, i) for i in (1, 2, 3))
+        gpu -= gpu >> 63 << 64  # a negative int32
         hashes, pages = one(fields, 7, b''), []
         slots, files, stored = (iter(numbers(fields, i)) for i in (10, 11, 12))
         seals = iter(re.findall(b'(?s).{28}', one(fields, 13, b'')))
