@@ -57,7 +57,10 @@ static int check_layout(const struct phos_kmod_layout *l)
 	for (i = 0; i < ARRAY_SIZE(longs); i++)
 		if (longs[i] % 8 || longs[i] >= MAX_OFFSET)
 			return -EINVAL;
-	return l->range_type % 4 || l->range_type >= MAX_OFFSET || l->padding ? -EINVAL : 0;
+	if (l->range_type % 4 || l->range_type >= MAX_OFFSET)
+		return -EINVAL;
+	/* This module was built for the kernel that nvidia-uvm was built for. */
+	return l->mutex_bytes && l->mutex_bytes != sizeof(struct mutex) ? -EOPNOTSUPP : 0;
 }
 
 static void free_tracker(struct phos_tracker *t)

@@ -99,7 +99,7 @@ TEST_P(Kmod, RefusesWhatItDoesNotKnow) {
   good.slots = 1024;
   good.space_count = 1;
   good.spaces[0] = other.get();
-  good.layout = *layout;
+  good.layout = layout->offsets;
   const auto answer = [&](const phos_kmod_track& want) {
     return ioctl(device.get(), PHOS_KMOD_TRACK, &want) == 0 ? 0 : errno;
   };
