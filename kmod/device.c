@@ -15,6 +15,7 @@
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/version.h>
 #include <linux/vmalloc.h>
 
 #include "phos.h"
@@ -206,8 +207,14 @@ static int phos_mmap(struct file *file, struct vm_area_struct *vma)
 
 	if (!t)
 		return -ENXIO;
+	/* Nor may mprotect() make it writable later. */
 	if (vma->vm_flags & VM_WRITE)
 		return -EPERM;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+	vma->vm_flags &= ~VM_MAYWRITE;
+#else
+	vm_flags_clear(vma, VM_MAYWRITE);
+#endif
 	return remap_vmalloc_range(vma, t->memory, vma->vm_pgoff);
 }
 

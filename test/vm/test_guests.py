@@ -94,8 +94,10 @@ class Guests(unittest.TestCase):
         except vm.Missing as e:
             self.skipTest(str(e))
         self.has_managed_memory('/Kmod|/LayoutTable', 'WatchedMemory', 'OtherProcess',
-                                'RandomWrites', 'Driver', 'Kmod', 'KmodProof', *must_pass,
-                                suite=suite, before=f'\ninsmod {module} || exit')
+                                'RandomWrites', 'Driver', 'Kmod', 'KmodProof', 'KmodFuzz',
+                                *must_pass, suite=suite,
+                                before=f'\nexport PHOS_KMOD_MODULE={module}\n'
+                                       f'insmod {module} || exit')
 
     @LONG
     def test_kernel_module(self):
