@@ -32,7 +32,8 @@ class UvmRehearsal {
     kUnmap = 'u',
   };
 
-  // Forks; nothing that this process has open stays open there.
+  // Forks; nothing that this process has open stays open there, and its pinned memory is not there
+  // (copy/pinned_pool.cpp).
   static Result<UvmRehearsal> begin();
   ~UvmRehearsal();
   UvmRehearsal(UvmRehearsal&& other) noexcept;
