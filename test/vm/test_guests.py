@@ -88,24 +88,36 @@ class Guests(unittest.TestCase):
         self.has_managed_memory('/Bpf|ManagedTest', 'ManagedTest', 'WatchedMemory', 'OtherProcess',
                                 'RandomWrites', 'Driver')
 
-    def has_kernel_module(self, *must_pass, suite=uvm.SUITE):
+    def has_kernel_module(self, filter_, *must_pass, suite=uvm.SUITE):
         try:
             module = uvm.build_phos(os.path.join(BUILD, 'vm'), suite)
         except vm.Missing as e:
             self.skipTest(str(e))
-        self.has_managed_memory('/Kmod|/LayoutTable', 'WatchedMemory', 'OtherProcess',
-                                'RandomWrites', 'Driver', 'Kmod', 'KmodProof', 'KmodFuzz',
-                                *must_pass, suite=suite,
+        self.has_managed_memory(filter_, *must_pass, suite=suite,
                                 before=f'\nexport PHOS_KMOD_MODULE={module}\n'
                                        f'insmod {module} || exit')
 
+    def tracks_by_kernel_module(self, *must_pass, suite=uvm.SUITE):
+        self.has_kernel_module('^uvm/(?!Kmod(Proof|Fuzz)).*/Kmod|/LayoutTable', 'WatchedMemory',
+                               'OtherProcess', 'RandomWrites', 'Driver', 'Kmod', *must_pass,
+                               suite=suite)
+
     @LONG
     def test_kernel_module(self):
-        self.has_kernel_module('LayoutTable.IsWhatBtfSays')
+        self.tracks_by_kernel_module('LayoutTable.IsWhatBtfSays')
 
     @LONG
     def test_kernel_module_without_btf(self):
-        self.has_kernel_module('LayoutTable.IsUsedWithoutBtf', suite=uvm.NO_BTF_SUITE)
+        self.tracks_by_kernel_module('LayoutTable.IsUsedWithoutBtf', suite=uvm.NO_BTF_SUITE)
+
+    @LONG
+    def test_kernel_module_told_nonsense(self):
+        self.has_kernel_module('/Kmod(Proof|Fuzz)', 'KmodProof', 'KmodFuzz')
+
+    @LONG
+    def test_kernel_module_told_nonsense_without_btf(self):
+        self.has_kernel_module('/Kmod(Proof|Fuzz)', 'KmodProof', 'KmodFuzz',
+                               suite=uvm.NO_BTF_SUITE)
 
     @LONG
     def test_event_queue(self):
