@@ -67,7 +67,7 @@ class Guests(unittest.TestCase):
                     'test_kernels.MemoryThatChanges.test_that_is_released')
 
     def test_gate_and_tracker(self):
-        suites = 'GateTest|FreesTest|GatedRelease|WatchTest|WatchedCopyTest|ReleasingSession'
+        suites = 'GateTest|FreesTest|GatedRelease|WatchTest|WriteTest|WatchedCopyTest|ReleasingSession'
         self.passes('trixie', rf'/({suites})\.(?!{TOO_SLOW})', *suites.split('|'))
 
     @LONG
