@@ -15,6 +15,7 @@
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/version.h>
 #include <linux/vmalloc.h>
 
 #include "phos.h"
@@ -57,7 +58,10 @@ static int check_layout(const struct phos_kmod_layout *l)
 	for (i = 0; i < ARRAY_SIZE(longs); i++)
 		if (longs[i] % 8 || longs[i] >= MAX_OFFSET)
 			return -EINVAL;
-	return l->range_type % 4 || l->range_type >= MAX_OFFSET || l->padding ? -EINVAL : 0;
+	if (l->range_type % 4 || l->range_type >= MAX_OFFSET)
+		return -EINVAL;
+	/* This module was built for the kernel that nvidia-uvm was built for. */
+	return l->mutex_bytes && l->mutex_bytes != sizeof(struct mutex) ? -EOPNOTSUPP : 0;
 }
 
 static void free_tracker(struct phos_tracker *t)
@@ -203,8 +207,14 @@ static int phos_mmap(struct file *file, struct vm_area_struct *vma)
 
 	if (!t)
 		return -ENXIO;
+	/* Nor may mprotect() make it writable later. */
 	if (vma->vm_flags & VM_WRITE)
 		return -EPERM;
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+	vma->vm_flags &= ~VM_MAYWRITE;
+#else
+	vm_flags_clear(vma, VM_MAYWRITE);
+#endif
 	return remap_vmalloc_range(vma, t->memory, vma->vm_pgoff);
 }
 

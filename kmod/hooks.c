@@ -13,6 +13,7 @@
 #include <linux/mutex.h>
 #include <linux/rculist.h>
 #include <linux/sched.h>
+#include <linux/uaccess.h>
 
 #include "phos.h"
 
@@ -28,8 +29,6 @@ static LIST_HEAD(trackers);
 static DEFINE_MUTEX(lock);
 static bool hooked;
 
-#define FIELD(type, object, offset) (*(type *)((unsigned long)(object) + (offset)))
-
 static bool has_space(const struct phos_tracker *t, const void *space)
 {
 	u32 i;
@@ -39,6 +38,20 @@ static bool has_space(const struct phos_tracker *t, const void *space)
 			return true;
 	return false;
 }
+
+/*
+ * All of nvidia-uvm's memory is read by this, so that offsets that are wrong make doubts, not
+ * crashes. To be used at a hook, for the tracker's running table.
+ */
+static bool read_field(const struct phos_tracker *t, void *value, const void *object, u32 offset,
+		       size_t size)
+{
+	if (!copy_from_kernel_nofault(value, (const char *)object + offset, size))
+		return true;
+	atomic64_inc(&rcu_dereference_raw(t->running)->unread);
+	return false;
+}
+#define READ_FIELD(t, value, object, offset) read_field(t, value, object, offset, sizeof(*(value)))
 
 /* The slot with this key, taken if need be; NULL, counted, without room. */
 static struct phos_kmod_slot *get_slot(const struct phos_tracker *t, struct phos_table *table,
@@ -67,8 +80,11 @@ static void record_pages(const struct phos_tracker *t, u64 start, u32 first, u32
 {
 	struct phos_table *table = rcu_dereference_raw(t->running);
 	struct phos_kmod_slot *slot;
+	u64 words[MASK_WORDS];
 	u32 i;
 
+	if (mask && !READ_FIELD(t, &words, mask, 0))
+		return;
 	if (!start || !PAGE_ALIGNED(start) || first >= outer || outer > MASK_WORDS * 64) {
 		atomic64_inc(&table->unread);
 		return;
@@ -77,7 +93,7 @@ static void record_pages(const struct phos_tracker *t, u64 start, u32 first, u32
 	if (!slot)
 		return;
 	for (i = first / 64; i <= (outer - 1) / 64; i++) {
-		u64 word = mask ? mask[i] : ~0ULL;
+		u64 word = mask ? words[i] : ~0ULL;
 
 		if (i == first / 64)
 			word &= ~0ULL << (first % 64);
@@ -100,9 +116,10 @@ static void record_range(const struct phos_tracker *t, u64 start, u64 end)
 /* Is the block one of the tracker's? A block without a range is not of managed memory (HMM). */
 static bool has_block(const struct phos_tracker *t, const void *block)
 {
-	const void *range = FIELD(void *, block, t->layout.block_range);
+	const void *range, *space;
 
-	return range && has_space(t, FIELD(void *, range, t->layout.range_space));
+	return READ_FIELD(t, &range, block, t->layout.block_range) && range &&
+	       READ_FIELD(t, &space, range, t->layout.range_space) && has_space(t, space);
 }
 
 #ifndef ftrace_regs_get_argument /* Linux 6.1 */
@@ -118,12 +135,16 @@ static void on_map(unsigned long ip, unsigned long parent_ip, struct ftrace_ops 
 	const u32 region = argument(3);
 	const u64 *mask = (u64 *)argument(4);
 	const struct phos_tracker *t;
+	u64 start;
 
 	if ((u32)argument(5) < UVM_PROT_READ_WRITE)
 		return;
 	rcu_read_lock();
-	list_for_each_entry_rcu(t, &trackers, list) if (has_block(t, block)) record_pages(
-		t, FIELD(u64, block, t->layout.block_start), region & 0xffff, region >> 16, mask);
+	list_for_each_entry_rcu(t, &trackers, list)
+	{
+		if (has_block(t, block) && READ_FIELD(t, &start, block, t->layout.block_start))
+			record_pages(t, start, region & 0xffff, region >> 16, mask);
+	}
 	rcu_read_unlock();
 }
 
@@ -142,9 +163,8 @@ static void on_write(unsigned long ip, unsigned long parent_ip, struct ftrace_op
 	{
 		u64 start;
 
-		if (!has_block(t, block))
+		if (!has_block(t, block) || !READ_FIELD(t, &start, block, t->layout.block_start))
 			continue;
-		start = FIELD(u64, block, t->layout.block_start);
 		record_pages(t, start, (address - start) >> PAGE_SHIFT,
 			     ((address + size - 1 - start) >> PAGE_SHIFT) + 1, NULL);
 	}
@@ -161,11 +181,13 @@ static void on_range_made(unsigned long ip, unsigned long parent_ip, struct ftra
 	list_for_each_entry_rcu(t, &trackers, list)
 	{
 		const struct vm_area_struct *vma;
+		unsigned long start, end;
 
-		if (!has_space(t, (void *)argument(0)))
-			continue;
-		vma = FIELD(struct vm_area_struct *, argument(2), t->layout.wrapper_vma);
-		record_range(t, vma->vm_start, vma->vm_end);
+		if (has_space(t, (void *)argument(0)) &&
+		    READ_FIELD(t, &vma, (void *)argument(2), t->layout.wrapper_vma) &&
+		    READ_FIELD(t, &start, &vma->vm_start, 0) &&
+		    READ_FIELD(t, &end, &vma->vm_end, 0))
+			record_range(t, start, end);
 	}
 	rcu_read_unlock();
 }
@@ -180,12 +202,20 @@ static void on_range_gone(unsigned long ip, unsigned long parent_ip, struct ftra
 	if (!range)
 		return;
 	rcu_read_lock();
-	list_for_each_entry_rcu(
-		t, &trackers,
-		list) if (has_space(t, FIELD(void *, range, t->layout.range_space)) &&
-			  FIELD(u32, range, t->layout.range_type) == UVM_VA_RANGE_TYPE_MANAGED)
-		record_range(t, FIELD(u64, range, t->layout.range_start),
-			     FIELD(u64, range, t->layout.range_end) + 1);
+	list_for_each_entry_rcu(t, &trackers, list)
+	{
+		const struct phos_kmod_layout *l = &t->layout;
+		const void *space;
+		u32 type;
+		u64 start, end;
+
+		if (READ_FIELD(t, &space, range, l->range_space) && has_space(t, space) &&
+		    READ_FIELD(t, &type, range, l->range_type) &&
+		    type == UVM_VA_RANGE_TYPE_MANAGED &&
+		    READ_FIELD(t, &start, range, l->range_start) &&
+		    READ_FIELD(t, &end, range, l->range_end))
+			record_range(t, start, end + 1);
+	}
 	rcu_read_unlock();
 }
 

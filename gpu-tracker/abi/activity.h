@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What bpf/activity.bpf.c and gpu-tracker/track share: the counters, and the records of the
- * allocation ledger. C, read by clang -target bpf as well.
+ * What bpf/activity.bpf.c and gpu-tracker/track share: the counters, the records of the allocation
+ * ledger, and where copies go. C, read by clang -target bpf as well.
  */
 #ifndef PHOS_ABI_ACTIVITY_H
 #define PHOS_ABI_ACTIVITY_H
@@ -23,6 +23,20 @@ enum phos_activity_shape {
   PHOS_SHAPE_OUT = 3,       /* (CUdeviceptr *out) */
   PHOS_SHAPE_AT_SIZE = 4,   /* (CUdeviceptr, size) */
   PHOS_SHAPE_AT = 5,        /* (CUdeviceptr) */
+
+  /* From here on: what it writes to is noted, or that it cannot be told. */
+  PHOS_SHAPE_WRITES = 16,
+  PHOS_SHAPE_SIZE_3 = 16, /* (address, source, size) */
+  PHOS_SHAPE_SIZE_4 = 17, /* (address, array, offset, size) */
+  PHOS_SHAPE_SIZE_5 = 18, /* (address, context, source, context, size) */
+  PHOS_SHAPE_SET_1 = 20,  /* (address, value, count), of elements of one byte */
+  PHOS_SHAPE_SET_2 = 21,
+  PHOS_SHAPE_SET_4 = 22,
+  PHOS_SHAPE_ROWS_1 = 24, /* (address, pitch, value, count, rows) */
+  PHOS_SHAPE_ROWS_2 = 25,
+  PHOS_SHAPE_ROWS_4 = 26,
+  PHOS_SHAPE_2D = 28, /* (const CUDA_MEMCPY2D *) */
+  PHOS_SHAPE_3D = 29, /* (const CUDA_MEMCPY3D * or CUDA_MEMCPY3D_PEER *) */
 };
 
 enum phos_activity_kind {
@@ -41,10 +55,20 @@ struct phos_activity_record {
   __u32 shape;
 };
 
+/* Where the destination begins in cuda.h's descriptors of copies. */
+#define PHOS_MEMCPY2D_DESTINATION 56
+#define PHOS_MEMCPY3D_DESTINATION 88
+
+/* A key of the map "writes": some call has been told to write within [start, end). */
+struct phos_activity_write {
+  __u64 start, end;
+};
+
 /* The one value of the map "state", mapped by phosd. Counters only grow. */
 struct phos_activity_state {
-  __u64 calls; /* that wanted a record */
-  __u64 lost;  /* records that found no room in the ring */
+  __u64 calls;    /* that wanted a record */
+  __u64 lost;     /* records that found no room in the ring */
+  __u64 anywhere; /* calls with PHOS_SHAPE_WRITES whose destination could not be told or noted */
   __u64 counts[PHOS_ACTIVITY_MAX_PROBES];
 };
 
@@ -55,7 +79,7 @@ struct phos_activity_state {
 #define PHOS_ACTIVITY_ASSERT _Static_assert
 #endif
 PHOS_ACTIVITY_ASSERT(sizeof(struct phos_activity_record) == 40, "shared with BPF");
-PHOS_ACTIVITY_ASSERT(sizeof(struct phos_activity_state) == 16 + 8 * PHOS_ACTIVITY_MAX_PROBES,
+PHOS_ACTIVITY_ASSERT(sizeof(struct phos_activity_state) == 24 + 8 * PHOS_ACTIVITY_MAX_PROBES,
                      "shared with BPF");
 #undef PHOS_ACTIVITY_ASSERT
 #endif

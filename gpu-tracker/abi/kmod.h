@@ -12,11 +12,11 @@
 #include "gpu-tracker/abi/uvm.h"
 
 /* Both sides refuse any other. */
-#define PHOS_KMOD_ABI 1
+#define PHOS_KMOD_ABI 2
 #define PHOS_KMOD_DEVICE "/dev/phos"
 #define PHOS_KMOD_MAX_SPACES 8
 
-/* Where the fields of nvidia-uvm's structures lie, in bytes; from its BTF. */
+/* Where the fields of nvidia-uvm's structures lie, in bytes. */
 struct phos_kmod_layout {
   __u32 block_range; /* uvm_va_block_t: the range that it is part of */
   __u32 block_start;
@@ -25,7 +25,8 @@ struct phos_kmod_layout {
   __u32 range_end; /* inclusive */
   __u32 range_type;
   __u32 wrapper_vma; /* uvm_vma_wrapper_t */
-  __u32 padding;
+  __u32 mutex_bytes; /* 0: from the BTF of the nvidia-uvm that runs. Else for kernels whose struct
+                        mutex has this size; EOPNOTSUPP in others */
 };
 
 struct phos_kmod_track {
@@ -46,7 +47,7 @@ struct phos_kmod_epoch {
   __u32 table;  /* out: the table with the record, 0 or 1 */
   __u32 doubts; /* out: PHOS_KMOD_* */
   __u64 full;   /* out: grants without room in it */
-  __u64 unread; /* out: whose arguments make no sense */
+  __u64 unread; /* out: whose arguments or fields make no sense or cannot be read */
 };
 
 /* A table is an open hash. A key of 0 is a free slot. */

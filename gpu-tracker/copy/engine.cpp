@@ -33,6 +33,7 @@ Result<uint8_t*> map_pinned(GpuContext& context, uint64_t bytes) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE,
                  -1, 0);
   if (p == MAP_FAILED) return Error::from_errno(errno, "mapping host memory for page tables");
+  madvise(p, bytes, MADV_DONTFORK);  // as the pool's
   if (auto r = context.register_host(p, bytes); !r) {
     (void)context.unregister_host(p);  // in case that only the reply was lost
     munmap(p, bytes);

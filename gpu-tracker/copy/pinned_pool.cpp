@@ -42,6 +42,12 @@ void* map_aligned(uint64_t bytes) {
   return reinterpret_cast<void*>(aligned);
 }
 
+// A forked process (track/uvm_rehearsal.cpp) must not get it: the copy would take long, and devices
+// would go on writing to pages that may become the other process's.
+void keep_from_forks(void* p, uint64_t bytes) {
+  madvise(p, bytes, MADV_DONTFORK);
+}
+
 // Makes the kernel provide [at, at + bytes). 0 or an errno.
 int touch(uint8_t* at, uint64_t bytes) {
   if (madvise(at, bytes, MADV_POPULATE_WRITE) == 0) return 0;
@@ -301,12 +307,14 @@ Result<PinnedPool::Region> PinnedPool::make_region(uint64_t bytes) {
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
     if (p != MAP_FAILED) {
       auto* start = static_cast<uint8_t*>(p);
+      keep_from_forks(p, bytes);
       if (touch_in_parallel(start, bytes, options_.threads) == 0) return Region{start, bytes, true};
       munmap(p, bytes);
     }
   }
   void* p = map_aligned(bytes);
   if (p == MAP_FAILED) return Error::from_errno(errno, "mapping host memory");
+  keep_from_forks(p, bytes);
   madvise(p, bytes, MADV_HUGEPAGE);  // where it is off, small pages do as well
   auto* start = static_cast<uint8_t*>(p);
   if (int e = touch_in_parallel(start, bytes, options_.threads)) {

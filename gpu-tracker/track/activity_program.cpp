@@ -20,7 +20,8 @@ size_t state_bytes() {
 
 }  // namespace
 
-Result<std::unique_ptr<ActivityProgram>> ActivityProgram::load(uint32_t ring_bytes) {
+Result<std::unique_ptr<ActivityProgram>> ActivityProgram::load(uint32_t ring_bytes,
+                                                               uint32_t writes_count) {
   use_libbpf_log();
   const auto code = activity_bpf_object();
   std::unique_ptr<ActivityProgram> p(new ActivityProgram);
@@ -34,17 +35,22 @@ Result<std::unique_ptr<ActivityProgram>> ActivityProgram::load(uint32_t ring_byt
   bpf_program* program = bpf_object__find_program_by_name(p->object_, "activity");
   bpf_map* records = bpf_object__find_map_by_name(p->object_, "records");
   bpf_map* state = bpf_object__find_map_by_name(p->object_, "state");
-  if (!program || !records || !state) {
+  bpf_map* writes = bpf_object__find_map_by_name(p->object_, "writes");
+  if (!program || !records || !state || !writes) {
     return Error(Domain::kFormat, EINVAL, "the BPF object of the activity counters is incomplete");
   }
   bpf_program__set_expected_attach_type(program, static_cast<bpf_attach_type>(kTraceUprobeMulti));
   if (int r = bpf_map__set_max_entries(records, ring_bytes); r < 0) {
     return bpf_error(-r, "sizing the ring of the activity counters");
   }
+  if (int r = bpf_map__set_max_entries(writes, writes_count); r < 0) {
+    return bpf_error(-r, "sizing the destinations of the activity counters");
+  }
   if (int r = bpf_object__load(p->object_); r < 0) {
     return bpf_error(-r, "loading the BPF program of the activity counters");
   }
   p->program_fd_ = bpf_program__fd(program);
+  p->writes_fd_ = bpf_map__fd(writes);
   void* shared = mmap(nullptr, state_bytes(), PROT_READ, MAP_SHARED, bpf_map__fd(state), 0);
   if (shared == MAP_FAILED) return bpf_error(errno, "mapping the activity counters");
   p->state_ = static_cast<const phos_activity_state*>(shared);
@@ -81,6 +87,24 @@ Result<void> ActivityProgram::consume(
   handler_ = nullptr;
   if (r < 0) return bpf_error(-r, "reading the ring of the activity counters");
   return {};
+}
+
+Result<void> ActivityProgram::take_writes(std::vector<phos_activity_write>* to) {
+  constexpr uint32_t kBatch = 4096;
+  std::vector<phos_activity_write> keys(kBatch);
+  std::vector<uint32_t> values(kBatch);
+  uint64_t position = 0;
+  void* from = nullptr;
+  while (true) {
+    uint32_t count = kBatch;
+    const int r = bpf_map_lookup_and_delete_batch(writes_fd_, from, &position, keys.data(),
+                                                  values.data(), &count, nullptr);
+    const int code = r < 0 ? errno : 0;
+    if (code != 0 && code != ENOENT) return bpf_error(code, "reading where copies have gone");
+    to->insert(to->end(), keys.begin(), keys.begin() + count);
+    if (code == ENOENT) return {};  // that was the last batch
+    from = &position;
+  }
 }
 
 Result<uint64_t> ActivityProgram::missed_runs() const {

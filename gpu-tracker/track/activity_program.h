@@ -25,8 +25,9 @@ namespace phos {
 class ActivityProgram {
  public:
   // `ring_bytes`: room for records, a power of two and a multiple of the page size. Needs CAP_BPF,
-  // CAP_PERFMON and, for CAP_SYS_ADMIN's part in uprobes, root; EPERM says so.
-  static Result<std::unique_ptr<ActivityProgram>> load(uint32_t ring_bytes);
+  // CAP_PERFMON and, for CAP_SYS_ADMIN's part in uprobes, root; EPERM says so. `writes`: of so many
+  // different ones between two take_writes().
+  static Result<std::unique_ptr<ActivityProgram>> load(uint32_t ring_bytes, uint32_t writes);
   ~ActivityProgram();
   ActivityProgram(const ActivityProgram&) = delete;
   ActivityProgram& operator=(const ActivityProgram&) = delete;
@@ -41,6 +42,9 @@ class ActivityProgram {
   // Hands over every record that is complete, oldest first.
   Result<void> consume(const std::function<void(const phos_activity_record&)>& handler);
 
+  // Appends where calls have been told to write to since the last time; in no order.
+  Result<void> take_writes(std::vector<phos_activity_write>* to);
+
   // Runs that the kernel had to leave out since load().
   Result<uint64_t> missed_runs() const;
 
@@ -49,7 +53,7 @@ class ActivityProgram {
 
   bpf_object* object_ = nullptr;
   ring_buffer* ring_ = nullptr;
-  int program_fd_ = -1;  // object_'s
+  int program_fd_ = -1, writes_fd_ = -1;  // object_'s
   const phos_activity_state* state_ = nullptr;
   std::function<void(const phos_activity_record&)> handler_;
 };

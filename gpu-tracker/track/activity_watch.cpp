@@ -15,8 +15,38 @@
 namespace phos {
 namespace {
 
-uint32_t record_shape(CallShape shape) {
+uint32_t write_shape(WriteShape shape) {
   switch (shape) {
+    case WriteShape::kSize3:
+      return PHOS_SHAPE_SIZE_3;
+    case WriteShape::kSize4:
+      return PHOS_SHAPE_SIZE_4;
+    case WriteShape::kSize5:
+      return PHOS_SHAPE_SIZE_5;
+    case WriteShape::kSet1:
+      return PHOS_SHAPE_SET_1;
+    case WriteShape::kSet2:
+      return PHOS_SHAPE_SET_2;
+    case WriteShape::kSet4:
+      return PHOS_SHAPE_SET_4;
+    case WriteShape::kRows1:
+      return PHOS_SHAPE_ROWS_1;
+    case WriteShape::kRows2:
+      return PHOS_SHAPE_ROWS_2;
+    case WriteShape::kRows4:
+      return PHOS_SHAPE_ROWS_4;
+    case WriteShape::k2D:
+      return PHOS_SHAPE_2D;
+    case WriteShape::k3D:
+      return PHOS_SHAPE_3D;
+    case WriteShape::kAnywhere:
+      break;
+  }
+  return PHOS_SHAPE_NONE;
+}
+
+uint32_t record_shape(const EntryPoint& entry) {
+  switch (entry.shape) {
     case CallShape::kOutSize:
       return PHOS_SHAPE_OUT_SIZE;
     case CallShape::kOutPitch:
@@ -32,7 +62,7 @@ uint32_t record_shape(CallShape shape) {
     case CallShape::kNothing:
       break;
   }
-  return PHOS_SHAPE_NONE;
+  return write_shape(entry.writes);
 }
 
 std::string process(int pid) {
@@ -76,14 +106,16 @@ void ActivityWatch::add_probe(const ExportedFunction& function) {
   const uint64_t offset = function.offset + *at;
   auto same = std::find_if(probes_.begin(), probes_.end(),
                            [&](const Probe& p) { return p.offset == offset; });
-  uint32_t shape = record_shape(entry.shape);
+  uint32_t shape = record_shape(entry);
   if (same == probes_.end()) {
     probes_.push_back({});
     cookies_.push_back(0);
     same = probes_.end() - 1;
     same->function = function.name;
     same->described = entry.shape != CallShape::kUnknown;
-    same->recorded = shape != PHOS_SHAPE_NONE;
+    same->exact = shape >= PHOS_SHAPE_WRITES;
+    same->recorded = shape != PHOS_SHAPE_NONE && !same->exact;
+    same->work = entry.work;
     same->offset = offset;
   } else {
     // Two names, one function: which was called cannot be told.
@@ -92,6 +124,7 @@ void ActivityWatch::add_probe(const ExportedFunction& function) {
     if (before != shape || entry.shape == CallShape::kUnknown) {
       same->described = false;
       same->recorded = false;
+      same->exact = false;
       shape = PHOS_SHAPE_NONE;
     }
   }
@@ -113,7 +146,7 @@ Result<void> ActivityWatch::choose_probes(const std::vector<ExportedFunction>& f
 }
 
 Result<void> ActivityWatch::attach(const Options& options) {
-  auto program = ActivityProgram::load(options.ring_bytes);
+  auto program = ActivityProgram::load(options.ring_bytes, options.writes);
   if (!program) return program.error();
   program_ = std::move(*program);
   std::vector<UprobeTarget> targets;
@@ -192,9 +225,16 @@ Result<ActivitySnapshot> ActivityWatch::read() {
     if (p.effects & kFree) snapshot.counts.free += n;
     if ((p.effects & (kAllocate | kFree)) && !p.described) snapshot.counts.undescribed += n;
     if (p.recorded) wanted += n;
+    if ((p.effects & kSubmit) && !p.exact) snapshot.counts.anywhere += n;
+    if (p.work == Work::kCopy) snapshot.counts.copy += n;
+    if (p.work == Work::kLaunch) snapshot.counts.launch += n;
+    if (p.work == Work::kGraphLaunch) snapshot.counts.graph_launch += n;
   }
+  snapshot.counts.anywhere += read_counter(state.anywhere);
   const uint64_t lost = read_counter(state.lost);
   if (auto r = collect_events(&snapshot); !r) return r.error();
+  // A call that has been counted and has no range yet has not begun: its range comes next time.
+  if (auto r = program_->take_writes(&snapshot.writes); !r) return r.error();
   snapshot.ledger_complete = lost == lost_ && received_ + lost >= wanted;
   lost_ = lost;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-// ActivityWatch: counts what one process calls in libcuda, and notes what it allocates and frees.
+// ActivityWatch: counts what one process calls in libcuda, and notes what it allocates and frees,
+// and where its copies and memsets go.
 //
 // It sees calls at their entry, in the process itself. It does not see: work that was submitted
 // before start() or that a call in progress is about to submit; kernels that run on; what other
@@ -14,8 +15,10 @@
 #include <string>
 #include <vector>
 
+#include "gpu-tracker/abi/activity.h"
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/base/unique_fd.h"
+#include "gpu-tracker/track/entry_points.h"
 #include "gpu-tracker/track/library_exports.h"
 #include "gpu-tracker/track/library_text.h"
 
@@ -26,6 +29,8 @@ class ActivityProgram;
 // Calls since start(), by what they may do; a call with several effects counts for each.
 struct ActivityCounts {
   uint64_t submit = 0, allocate = 0, free = 0;
+  // Of `submit`: by kind, and those that may write anywhere; all others have their ranges noted.
+  uint64_t copy = 0, launch = 0, graph_launch = 0, anywhere = 0;
   // Of `allocate` and `free` together: calls that have no LedgerEvent, because their arguments do
   // not tell what they do. Where it grows, only a new scan finds what has changed.
   uint64_t undescribed = 0;
@@ -50,6 +55,8 @@ struct LedgerEvent {
 struct ActivitySnapshot {
   ActivityCounts counts;
   std::vector<LedgerEvent> events;  // since the last read(), in the order of the calls
+  // Where calls have been told to write to since the last read(): each range once, in no order.
+  std::vector<phos_activity_write> writes;
   // The events since the last read() are all that was counted: none lost, none still being written.
   bool ledger_complete = true;
   // Why the counts may be too small; one line each. Empty: every call was counted. Doubts stay.
@@ -62,6 +69,7 @@ class ActivityWatch {
  public:
   struct Options {
     uint32_t ring_bytes = 256 * 1024;  // room for about 5,000 events between two read()s
+    uint32_t writes = 16384;  // different ones between two read()s; further ones may be anywhere
   };
 
   // Probes libcuda in process `pid` (thread group leader, which must have it mapped; containers are
@@ -91,6 +99,8 @@ class ActivityWatch {
     unsigned effects = 0;
     bool described = false;  // has a record, or needs none
     bool recorded = false;
+    bool exact = false;  // it is noted where it writes to, or counted in the program's `anywhere`
+    Work work = Work::kOther;
     uint64_t offset = 0;  // of the probed instruction, in the file
   };
   explicit ActivityWatch(int pid);

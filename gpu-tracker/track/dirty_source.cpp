@@ -19,6 +19,7 @@ void ActivitySource::mark() {
   // to a call in progress, and turns up among the events as one too many.
   base_ = last_.counts;
   events_.clear();
+  written_.clear();
   ledger_complete_ = true;
 }
 
@@ -34,6 +35,8 @@ void ActivitySource::update() {
   events_.insert(events_.end(), std::make_move_iterator(last_.events.begin()),
                  std::make_move_iterator(last_.events.end()));
   last_.events.clear();
+  for (const phos_activity_write& w : last_.writes) written_.add(w.start, w.end);
+  last_.writes.clear();
 }
 
 std::string ActivitySource::obstacle() const {
@@ -43,14 +46,24 @@ std::string ActivitySource::obstacle() const {
   return "";
 }
 
-DirtyAnswer ActivitySource::ask(uint64_t /*address*/, uint64_t /*size*/) {
+DirtyAnswer ActivitySource::ask(uint64_t address, uint64_t size) {
   update();
   std::string reason = obstacle();
   if (reason.empty() && !proof_.gpu_idle) reason = "work from before the mark may still run";
   if (reason.empty() && !proof_.no_outside_writer) {
     reason = "other processes or devices may write to it";
   }
-  if (reason.empty() && last_.counts != base_) reason = "the process has called the driver";
+  const ActivityCounts &now = last_.counts, &then = base_;
+  if (reason.empty() && (now.allocate != then.allocate || now.free != then.free)) {
+    reason = "the process has allocated or freed memory";
+  }
+  if (reason.empty() && now.anywhere != then.anywhere) {
+    reason = "the process has made a call that may write anywhere";
+  }
+  if (reason.empty() && now.submit != then.submit && !proof_.no_aliases) {
+    reason = "the process has copied to memory that may have another address";
+  }
+  if (reason.empty() && written_.overlap(address, size)) reason = "the process has copied to it";
   if (!reason.empty()) return {DirtyAnswer::Verdict::kMaybeDirty, reason};
   return {DirtyAnswer::Verdict::kCertainlyClean, ""};
 }

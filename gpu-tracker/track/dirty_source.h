@@ -26,6 +26,7 @@
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/track/activity_watch.h"
+#include "gpu-tracker/track/written_ranges.h"
 
 namespace phos {
 
@@ -44,6 +45,9 @@ struct IdleProof {
   // Of managed memory: all permission to write to it, the process's and the GPUs', was revoked
   // after the mark, and the GPUs have taken note (docs/trackers.md).
   bool writes_revoked = false;
+  // No physical memory is mapped at two addresses, or imported under a second one: cuMemMap can do
+  // that. Without it, a copy to one address may change what is at another.
+  bool no_aliases = false;
 };
 
 struct DirtyAnswer {
@@ -92,7 +96,9 @@ struct LedgerAnswer {
   std::string reason;  // of kScan, for the log
 };
 
-// Counts calls into libcuda. Speaks for the whole process, whatever range is asked about.
+// Counts calls into libcuda, and notes where copies and memsets go. Without calls, or with calls
+// that write elsewhere alone (which takes no_aliases), memory is certainly clean; all other calls
+// may write anywhere.
 class ActivitySource : public DirtySource {
  public:
   explicit ActivitySource(std::unique_ptr<ActivityWatch> watch) : watch_(std::move(watch)) {}
@@ -123,6 +129,7 @@ class ActivitySource : public DirtySource {
   ActivityCounts base_;
   ActivitySnapshot last_;
   std::vector<LedgerEvent> events_;  // since the mark
+  WrittenRanges written_;            // since the mark
   bool ledger_complete_ = false;
 };
 

@@ -241,6 +241,49 @@ cuGraphExecUpdate cuGraphExecUpdate_v2 cuGraphInstantiate cuGraphInstantiateWith
 cuGraphInstantiateWithParams cuGraphInstantiateWithParams_ptsz cuGraphInstantiate_v2 cuGraphLaunch
 cuGraphLaunch_ptsz cuGraphUpload cuGraphUpload_ptsz)";
 
+// Copies and memsets with 64-bit addresses; not those to arrays, nor batches.
+struct WriteRow {
+  WriteShape shape;
+  std::string_view names;
+};
+constexpr WriteRow kWriteRows[] = {
+    {WriteShape::kSize3, R"(
+cuMemcpy cuMemcpy_ptds cuMemcpyAsync cuMemcpyAsync_ptsz cuMemcpyHtoD_v2 cuMemcpyHtoD_v2_ptds
+cuMemcpyHtoDAsync_v2 cuMemcpyHtoDAsync_v2_ptsz cuMemcpyDtoH_v2 cuMemcpyDtoH_v2_ptds
+cuMemcpyDtoHAsync_v2 cuMemcpyDtoHAsync_v2_ptsz cuMemcpyDtoD_v2 cuMemcpyDtoD_v2_ptds
+cuMemcpyDtoDAsync_v2 cuMemcpyDtoDAsync_v2_ptsz)"},
+    {WriteShape::kSize4, R"(
+cuMemcpyAtoD_v2 cuMemcpyAtoD_v2_ptds cuMemcpyAtoH_v2 cuMemcpyAtoH_v2_ptds cuMemcpyAtoHAsync_v2
+cuMemcpyAtoHAsync_v2_ptsz)"},
+    {WriteShape::kSize5, R"(
+cuMemcpyPeer cuMemcpyPeer_ptds cuMemcpyPeerAsync cuMemcpyPeerAsync_ptsz)"},
+    {WriteShape::kSet1, R"(
+cuMemsetD8_v2 cuMemsetD8_v2_ptds cuMemsetD8Async cuMemsetD8Async_ptsz)"},
+    {WriteShape::kSet2, R"(
+cuMemsetD16_v2 cuMemsetD16_v2_ptds cuMemsetD16Async cuMemsetD16Async_ptsz)"},
+    {WriteShape::kSet4, R"(
+cuMemsetD32_v2 cuMemsetD32_v2_ptds cuMemsetD32Async cuMemsetD32Async_ptsz)"},
+    {WriteShape::kRows1, R"(
+cuMemsetD2D8_v2 cuMemsetD2D8_v2_ptds cuMemsetD2D8Async cuMemsetD2D8Async_ptsz)"},
+    {WriteShape::kRows2, R"(
+cuMemsetD2D16_v2 cuMemsetD2D16_v2_ptds cuMemsetD2D16Async cuMemsetD2D16Async_ptsz)"},
+    {WriteShape::kRows4, R"(
+cuMemsetD2D32_v2 cuMemsetD2D32_v2_ptds cuMemsetD2D32Async cuMemsetD2D32Async_ptsz)"},
+    {WriteShape::k2D, R"(
+cuMemcpy2D_v2 cuMemcpy2D_v2_ptds cuMemcpy2DUnaligned_v2 cuMemcpy2DUnaligned_v2_ptds
+cuMemcpy2DAsync_v2 cuMemcpy2DAsync_v2_ptsz)"},
+    {WriteShape::k3D, R"(
+cuMemcpy3D_v2 cuMemcpy3D_v2_ptds cuMemcpy3DAsync_v2 cuMemcpy3DAsync_v2_ptsz cuMemcpy3DPeer
+cuMemcpy3DPeer_ptds cuMemcpy3DPeerAsync cuMemcpy3DPeerAsync_ptsz)"},
+};
+
+Work work_of(std::string_view name) {
+  if (name.starts_with("cuMemcpy") || name.starts_with("cuMemset")) return Work::kCopy;
+  if (name.starts_with("cuGraphLaunch")) return Work::kGraphLaunch;
+  if (name.starts_with("cuLaunchHostFunc")) return Work::kOther;
+  return name.starts_with("cuLaunch") ? Work::kLaunch : Work::kOther;
+}
+
 struct Row {
   unsigned effects;
   CallShape shape;
@@ -285,8 +328,14 @@ Table make_table() {
   Table t;
   for (const Row& row : kRows) {
     for_each_name(row.names, [&](std::string_view name) {
-      t.by_name[name] = {row.effects, row.shape, true};
+      t.by_name[name] = {row.effects, row.shape, true, WriteShape::kAnywhere, work_of(name)};
       t.rows++;
+    });
+  }
+  for (const WriteRow& row : kWriteRows) {
+    for_each_name(row.names, [&](std::string_view name) {
+      // A name that is wrong stays unknown, so that a test finds it.
+      t.by_name[name].writes = row.shape;
     });
   }
   for_each_name(kGraphWorkNames, [&](std::string_view name) { t.graph_work.insert(name); });

@@ -37,10 +37,32 @@ enum class CallShape {
   kAt,        // (CUdeviceptr address, ...)
 };
 
+// Where a call with kSubmit writes to, by its arguments. Of copies in a stream that is captured:
+// where the graph will write to when it is launched, which is a call that may write anywhere.
+enum class WriteShape {
+  kAnywhere,  // the arguments do not tell
+  kSize3,     // (address, source, size_t size, ...)
+  kSize4,     // (address, array, offset, size_t size, ...)
+  kSize5,     // (address, context, source, context, size_t size, ...)
+  kSet1,      // (address, value, size_t count, ...) of elements of one byte; of two, of four
+  kSet2,
+  kSet4,
+  kRows1,  // (address, pitch, value, size_t count, size_t rows, ...)
+  kRows2,
+  kRows4,
+  k2D,  // (const CUDA_MEMCPY2D*, ...)
+  k3D,  // (const CUDA_MEMCPY3D* or CUDA_MEMCPY3D_PEER*, ...)
+};
+
+// What kind of work a call with kSubmit is, to be counted.
+enum class Work { kOther, kCopy, kLaunch, kGraphLaunch };
+
 struct EntryPoint {
   unsigned effects = kAnyEffect;
   CallShape shape = CallShape::kUnknown;
   bool known = false;
+  WriteShape writes = WriteShape::kAnywhere;
+  Work work = Work::kOther;
 };
 
 // `name` as exported, with version and _ptsz/_ptds suffix. Unknown names get every effect.

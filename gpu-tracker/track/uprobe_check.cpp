@@ -36,7 +36,7 @@ Result<void> try_on_this_process() {
     if (address < m.start || address >= m.end) continue;
     char file[64];
     snprintf(file, sizeof file, "/proc/self/map_files/%" PRIx64 "-%" PRIx64, m.start, m.end);
-    auto program = ActivityProgram::load(kRingBytes);
+    auto program = ActivityProgram::load(kRingBytes, 16);
     if (!program) return program.error();
     auto link = (*program)->attach(
         getpid(), file, {{address - m.start + m.offset, PHOS_ACTIVITY_COOKIE(0, PHOS_SHAPE_NONE)}});

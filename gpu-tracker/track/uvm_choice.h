@@ -5,6 +5,7 @@
 #include <sys/types.h>
 
 #include <memory>
+#include <string>
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/track/uvm_tracker.h"
@@ -16,7 +17,9 @@ Result<std::unique_ptr<UvmTracker>> start_uvm_tracker(pid_t pid);
 
 // Could each be had here? Tried as far as it can be without a process that uses nvidia-uvm.
 struct UvmTrackers {
-  Result<void> bpf, kmod, tools;
+  Result<void> bpf;
+  Result<std::string> kmod = std::string();  // by what it knows nvidia-uvm
+  Result<void> tools;
 };
 UvmTrackers check_uvm_trackers();
 

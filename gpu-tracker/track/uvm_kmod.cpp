@@ -16,6 +16,7 @@
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/track/uvm_files.h"
 #include "gpu-tracker/track/uvm_layout.h"
+#include "gpu-tracker/track/uvm_proof.h"
 
 namespace phos {
 namespace {
@@ -30,37 +31,51 @@ Result<UniqueFd> open_module() {
   return Error::from_errno(errno, std::string("opening ") + PHOS_KMOD_DEVICE);
 }
 
+// That of the nvidia-uvm that is loaded; what is from the table has been proved.
+Result<UvmLayout> usable_layout() {
+  auto layout = uvm_layout();
+  if (!layout || layout->version.empty()) return layout;
+  if (auto r = prove_uvm_layout_once(*layout); !r) return r.error();
+  return layout;
+}
+
 }  // namespace
 
 Result<std::unique_ptr<UvmKmod>> UvmKmod::start(pid_t pid, uint32_t chunks) {
+  if (auto device = open_module(); !device) return device.error();
+  auto layout = usable_layout();
+  if (!layout) return layout.error();
+  return start(pid, chunks, layout->offsets);
+}
+
+Result<std::unique_ptr<UvmKmod>> UvmKmod::start(pid_t pid, uint32_t chunks,
+                                                const phos_kmod_layout& layout) {
   std::unique_ptr<UvmKmod> tracker(new UvmKmod(pid));
   tracker->slots_ = std::bit_ceil(2 * chunks);
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   tracker->table_bytes_ = (tracker->slots_ * sizeof(phos_kmod_slot) + page - 1) / page * page;
-  if (auto r = tracker->track(); !r) return r.error();
+  if (auto r = tracker->track(layout); !r) return r.error();
   return tracker;
 }
 
-Result<void> UvmKmod::check() {
-  auto device = open_module();
-  if (!device) return device.error();
-  auto layout = uvm_layout();
+Result<std::string> UvmKmod::check() {
+  if (auto device = open_module(); !device) return device.error();
+  auto layout = usable_layout();
   if (!layout) return layout.error();
-  return {};
+  if (layout->version.empty()) return std::string("the BTF of nvidia-uvm");
+  return "phos's table of nvidia-uvm " + layout->version + ", proved";
 }
 
-Result<void> UvmKmod::track() {
+Result<void> UvmKmod::track(const phos_kmod_layout& layout) {
   const std::string what = "tracking managed memory of process " + std::to_string(pid_);
   auto device = open_module();
   if (!device) return device.error();
   device_ = std::move(*device);
-  auto layout = uvm_layout();
-  if (!layout) return layout.error();
   phos_kmod_track want = {};
   want.abi = PHOS_KMOD_ABI;
   want.pid = pid_;
   want.slots = slots_;
-  want.layout = *layout;
+  want.layout = layout;
   auto files = UvmFiles::of(pid_);
   if (!files) return files.error().wrap(what);
   if (files->copies.size() > PHOS_KMOD_MAX_SPACES) {
@@ -68,6 +83,12 @@ Result<void> UvmKmod::track() {
   }
   for (const UniqueFd& copy : files->copies) want.spaces[want.space_count++] = copy.get();
   if (ioctl(device_.get(), PHOS_KMOD_TRACK, &want) != 0) {
+    if (errno == EOPNOTSUPP) {
+      return Error(
+          Domain::kErrno, ENOTSUP,
+          what + ": this kernel's struct mutex has not the size that phos's table of " +
+              "nvidia-uvm is for (lock debugging, PREEMPT_RT?); build nvidia-uvm with BTF");
+    }
     if (errno != EPROTO && errno != ENOTTY) return Error::from_errno(errno, what);
     return Error(Domain::kErrno, ENOTSUP,
                  what + ": phos.ko is of another version; load this one's");

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "gpu-tracker/abi/kmod.h"
 #include "gpu-tracker/base/result.h"
@@ -20,9 +21,13 @@ class UvmKmod : public UvmTracker {
   // Tracks process `pid` (its thread group leader), which must have opened nvidia-uvm, from now on.
   // ENOTSUP: phos.ko is not loaded or another version, or nvidia-uvm is one it does not know.
   static Result<std::unique_ptr<UvmKmod>> start(pid_t pid, uint32_t chunks = kUvmChunks);
+  // The same by this layout, whether or not it is nvidia-uvm's: if it is not, the record is wrong.
+  static Result<std::unique_ptr<UvmKmod>> start(pid_t pid, uint32_t chunks,
+                                                const phos_kmod_layout& layout);
   ~UvmKmod() override;
-  // Is there a phos.ko, and an nvidia-uvm that it knows? ENOTSUP: no.
-  static Result<void> check();
+  // Is there a phos.ko, and an nvidia-uvm that it knows? By what: "the BTF of nvidia-uvm", "phos's
+  // table of nvidia-uvm VERSION, proved". ENOTSUP: no.
+  static Result<std::string> check();
 
   const char* name() const override { return "uvm-kmod"; }
   UvmEpoch next_epoch() override;
@@ -30,7 +35,7 @@ class UvmKmod : public UvmTracker {
 
  private:
   explicit UvmKmod(pid_t pid) : pid_(pid) {}
-  Result<void> track();
+  Result<void> track(const phos_kmod_layout& layout);
   UvmEpoch read(unsigned long command);
 
   const pid_t pid_;

@@ -8,16 +8,21 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "gpu-tracker/track/uprobe_multi.h"
+#include "gpu-tracker/track/uvm_layout_table.h"
 
 namespace phos {
 namespace {
 
 constexpr char kBtf[] = "/sys/kernel/btf/nvidia_uvm";
+constexpr char kModule[] = "/sys/module/nvidia_uvm";
+constexpr char kRemedy[] =
+    "build it where pahole and the kernel's vmlinux are (DKMS then makes BTF)";
 
 struct Prototype {
   const char* function;
@@ -77,6 +82,15 @@ Result<void> check_prototype(const btf* types, const Prototype& wanted) {
   return {};
 }
 
+Result<void> check_loaded() {
+  if (access(kModule, F_OK) == 0) return {};
+  return Error(Domain::kErrno, ENOTSUP, "nvidia-uvm is not loaded");
+}
+
+bool has_btf() {
+  return access(kBtf, R_OK) == 0;
+}
+
 struct Types {
   std::unique_ptr<btf, decltype(&btf__free)> kernel{nullptr, btf__free};
   std::unique_ptr<btf, decltype(&btf__free)> uvm{nullptr, btf__free};  // builds on kernel
@@ -85,10 +99,10 @@ struct Types {
 // nvidia-uvm's, checked.
 Result<Types> known_types() {
   use_libbpf_log();
-  if (access(kBtf, R_OK) != 0) {
+  if (auto r = check_loaded(); !r) return r.error();
+  if (!has_btf()) {
     return Error(Domain::kErrno, ENOTSUP,
-                 std::string("no ") + kBtf + ": nvidia-uvm is not loaded, or was built without " +
-                     "BTF (build it where pahole and the kernel's vmlinux are)");
+                 std::string("nvidia-uvm was built without BTF: ") + kRemedy);
   }
   Types types;
   btf* kernel = btf__load_vmlinux_btf();
@@ -129,7 +143,7 @@ Result<void> check_uvm_layout() {
   return {};
 }
 
-Result<phos_kmod_layout> uvm_layout() {
+Result<phos_kmod_layout> uvm_layout_by_btf() {
   auto types = known_types();
   if (!types) return types.error();
   const btf* t = types->uvm.get();
@@ -149,7 +163,7 @@ Result<phos_kmod_layout> uvm_layout() {
                             node < 0 || node_end < 0 ? -1 : node + node_end,
                             offset_of(t, "uvm_va_range_t", "type"),
                             offset_of(t, "uvm_vma_wrapper_t", "vma")};
-  phos_kmod_layout layout = {};
+  phos_kmod_layout layout = {};  // mutex_bytes stays 0
   static_assert(sizeof fields / 8 + 1 == sizeof layout / 4);
   auto* to = reinterpret_cast<uint32_t*>(&layout);  // all are __u32, in this order
   for (const int64_t field : fields) {
@@ -157,6 +171,26 @@ Result<phos_kmod_layout> uvm_layout() {
     *to++ = static_cast<uint32_t>(field);
   }
   return layout;
+}
+
+Result<UvmLayout> uvm_layout() {
+  if (auto r = check_loaded(); !r) return r.error();
+  UvmLayout layout;
+  if (has_btf()) {
+    auto offsets = uvm_layout_by_btf();
+    if (!offsets) return offsets.error();
+    layout.offsets = *offsets;
+    return layout;
+  }
+  std::ifstream(std::string(kModule) + "/version") >> layout.version;
+  if (const phos_kmod_layout* known = find_uvm_layout(layout.version)) {
+    layout.offsets = *known;
+    return layout;
+  }
+  return Error(
+      Domain::kErrno, ENOTSUP,
+      "nvidia-uvm " + (layout.version.empty() ? "without a version" : layout.version) +
+          " was built without BTF, and phos has no table of this version's structures: " + kRemedy);
 }
 
 }  // namespace phos

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // UvmTracker: records which managed memory of one process nvidia-uvm lets be written to, page by
-// page, in epochs. uvm_watch.h and uvm_kmod.h are the two that there are.
+// page, in epochs. uvm_watch.h, uvm_kmod.h and uvm_tools.h are those that there
+// are.
 //
 // What a record means needs permission to write to be revoked: memory that could be written to when
 // an epoch began can be written to in it without a record. docs/trackers.md has the whole protocol,

@@ -56,6 +56,20 @@
   X(cuMemsetD32, 3020)                             \
   X(cuMemsetD8Async, 3020)                         \
   X(cuMemsetD32Async, 3020)                        \
+  X(cuMemsetD16, 3020)                             \
+  X(cuMemsetD16Async, 3020)                        \
+  X(cuMemsetD2D8, 3020)                            \
+  X(cuMemsetD2D16, 3020)                           \
+  X(cuMemsetD2D32, 3020)                           \
+  X(cuMemsetD2D32Async, 3020)                      \
+  X(cuMemcpy2D, 3020)                              \
+  X(cuMemcpy2DUnaligned, 3020)                     \
+  X(cuMemcpy2DAsync, 3020)                         \
+  X(cuMemcpy3D, 3020)                              \
+  X(cuMemcpy3DAsync, 3020)                         \
+  X(cuMemcpy3DPeer, 4000)                          \
+  X(cuMemcpyPeer, 4000)                            \
+  X(cuMemcpyPeerAsync, 4000)                       \
   X(cuStreamCreate, 2000)                          \
   X(cuStreamCreateWithPriority, 5050)              \
   X(cuStreamDestroy, 4000)                         \

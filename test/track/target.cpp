@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "test/track/target_writes.h"
+
 namespace track_test {
 namespace {
 
@@ -171,6 +173,11 @@ const std::map<std::string, CUresult (*)(Arguments&, Reply&)> kCommands = {
     {"spin", spin},
     {"fork", fork_child},
     {"exec", exec},
+    {"clear", clear_writes},
+    {"write", write_by},
+    {"changed", changed},
+    {"memset-each", memset_each},
+    {"bounds", write_bounds},
 };
 
 CUresult start() {

@@ -191,6 +191,8 @@ TEST(EntryPoints, TreatsStreamVariantsAlike) {
     ASSERT_TRUE(plain.known) << name;
     EXPECT_EQ(variant.effects, plain.effects) << name;
     EXPECT_EQ(variant.shape, plain.shape) << name;
+    EXPECT_EQ(variant.writes, plain.writes) << name;
+    EXPECT_EQ(variant.work, plain.work) << name;
     variants++;
   }
   EXPECT_EQ(variants, 99u);
@@ -221,6 +223,39 @@ TEST(EntryPoints, ClassifiesByEffect) {
       EXPECT_EQ(effects, unsigned{kHarmless}) << name;
     }
   }
+}
+
+// By the rules of the names: what goes to an array, a batch, and the interfaces with 32-bit
+// addresses, which have a _v2, may be anywhere.
+TEST(EntryPoints, KnowsWhereCopiesGo) {
+  const auto functions = exported();
+  size_t exact = 0;
+  for (const auto& [name, code] : functions) {
+    const EntryPoint e = find_entry_point(name);
+    const bool copies = name.starts_with("cuMemcpy") || name.starts_with("cuMemset");
+    EXPECT_EQ(e.work == Work::kCopy, copies) << name;
+    std::string plain = name;
+    for (const char* suffix : {"_ptsz", "_ptds"}) {
+      if (plain.ends_with(suffix)) plain.resize(plain.size() - 5);
+    }
+    const bool to_array = plain.find("toA") != plain.npos;
+    const bool batch = plain.find("Batch") != plain.npos;
+    const bool old = functions.contains(plain + "_v2") && !plain.ends_with("_v2");
+    EXPECT_EQ(e.writes != WriteShape::kAnywhere, copies && !to_array && !batch && !old) << name;
+    exact += e.writes != WriteShape::kAnywhere;
+  }
+  EXPECT_EQ(exact, 64u);
+  EXPECT_EQ(find_entry_point("cuMemcpyHtoD_v2").writes, WriteShape::kSize3);
+  EXPECT_EQ(find_entry_point("cuMemcpyAtoD_v2").writes, WriteShape::kSize4);
+  EXPECT_EQ(find_entry_point("cuMemcpyPeerAsync_ptsz").writes, WriteShape::kSize5);
+  EXPECT_EQ(find_entry_point("cuMemsetD16Async").writes, WriteShape::kSet2);
+  EXPECT_EQ(find_entry_point("cuMemsetD2D32_v2").writes, WriteShape::kRows4);
+  EXPECT_EQ(find_entry_point("cuMemcpy2DUnaligned_v2_ptds").writes, WriteShape::k2D);
+  EXPECT_EQ(find_entry_point("cuMemcpy3DPeer").writes, WriteShape::k3D);
+  EXPECT_EQ(find_entry_point("cuMemTeleport_v7").writes, WriteShape::kAnywhere);
+  EXPECT_EQ(find_entry_point("cuLaunchKernelEx_ptsz").work, Work::kLaunch);
+  EXPECT_EQ(find_entry_point("cuGraphLaunch_ptsz").work, Work::kGraphLaunch);
+  EXPECT_EQ(find_entry_point("cuLaunchHostFunc").work, Work::kOther);
 }
 
 TEST(EntryPoints, DescribesOnlyWhatHasAnEffect) {

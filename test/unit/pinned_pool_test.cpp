@@ -3,6 +3,9 @@
 #include "gpu-tracker/copy/pinned_pool.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
@@ -52,6 +55,22 @@ TEST(PinnedPool, MakesBuffersInStepsUpToItsSize) {
   EXPECT_EQ(pool.statistics().in_use, 0u);
   EXPECT_EQ(pool.statistics().peak_in_use, 5u);
   EXPECT_TRUE(pool.try_acquire());
+}
+
+TEST(PinnedPool, IsNotThereInForkedProcesses) {
+  PinnedPool pool(small(2));
+  auto buffer = pool.acquire({});
+  ASSERT_TRUE(buffer);
+  const auto is_there = [&] {
+    unsigned char resident = 0;
+    return mincore(buffer->data(), 4096, &resident) == 0;
+  };
+  EXPECT_TRUE(is_there());
+  const pid_t child = fork();
+  if (child == 0) _exit(is_there() ? 1 : 0);
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
 }
 
 TEST(PinnedPool, PeaksAreOfTheirOwnTime) {

@@ -60,10 +60,14 @@ int unload_uvm() {
   return unload_at_once("nvidia_uvm");
 }
 
+int load_module(const char* path) {
+  phos::UniqueFd fd(open(path, O_RDONLY | O_CLOEXEC));
+  return syscall(SYS_finit_module, fd.get(), "", 0) == 0 ? 0 : errno;
+}
+
 int load_uvm() {
-  phos::UniqueFd fd(open(uvm_module(), O_RDONLY | O_CLOEXEC));
-  if (syscall(SYS_finit_module, fd.get(), "", 0) != 0) return errno;
-  return make_nodes();
+  const int r = load_module(uvm_module());
+  return r != 0 ? r : make_nodes();
 }
 
 }  // namespace uvm_test

@@ -9,6 +9,7 @@ const char* uvm_module();
 
 // All return 0 or an errno value. unload() waits for what the kernel still frees in the background.
 int unload_at_once(const char* module);
+int load_module(const char* path);
 int unload_uvm();
 // And makes its device node.
 int load_uvm();

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 
 #include <cerrno>
+#include <cstdlib>
 
 #include "gpu-tracker/track/uvm_layout.h"
 #include "test/uvm/fixture.h"
@@ -85,23 +86,32 @@ TEST_P(OneSpace, ThatIsNotTheOnlyOneMakesADoubt) {
   EXPECT_NE(watch_->next_epoch().doubt(), "");
 }
 
+// A tracker of this process, told by hand.
+struct UniqueTracker {
+  explicit UniqueTracker(int space) {
+    if (auto known = phos::uvm_layout()) want.layout = known->offsets;
+    want.abi = PHOS_KMOD_ABI;
+    want.pid = getpid();
+    want.slots = 1024;
+    want.space_count = 1;
+    want.spaces[0] = space;
+  }
+  int track() const { return ioctl(device.get(), PHOS_KMOD_TRACK, &want) == 0 ? 0 : errno; }
+
+  phos::UniqueFd device{open(PHOS_KMOD_DEVICE, O_RDWR | O_CLOEXEC)};
+  phos_kmod_track want = {};
+};
+
 class Kmod : public Watched {};
 INSTANTIATE_TEST_SUITE_P(, Kmod, testing::Values(Backend::kKmod), backend_name);
 
 TEST_P(Kmod, RefusesWhatItDoesNotKnow) {
-  phos::UniqueFd device(open(PHOS_KMOD_DEVICE, O_RDWR | O_CLOEXEC));
   phos::UniqueFd other(open("/dev/null", O_RDWR | O_CLOEXEC));
-  auto layout = phos::uvm_layout();
-  ASSERT_TRUE(layout) << layout.error().message();
-  phos_kmod_track good = {};
-  good.abi = PHOS_KMOD_ABI;
-  good.pid = getpid();
-  good.slots = 1024;
-  good.space_count = 1;
-  good.spaces[0] = other.get();
-  good.layout = *layout;
+  UniqueTracker raw(other.get());
+  const phos_kmod_track good = raw.want;
   const auto answer = [&](const phos_kmod_track& want) {
-    return ioctl(device.get(), PHOS_KMOD_TRACK, &want) == 0 ? 0 : errno;
+    raw.want = want;
+    return raw.track();
   };
   EXPECT_EQ(answer(good), EBADF);
   phos_kmod_track bad = good;
@@ -118,12 +128,62 @@ TEST_P(Kmod, RefusesWhatItDoesNotKnow) {
   bad = good;
   bad.layout.block_start = 49;
   EXPECT_EQ(answer(bad), EINVAL);
+  bad = good;
+  bad.layout.mutex_bytes = 7;
+  EXPECT_EQ(answer(bad), EOPNOTSUPP);
   phos_kmod_epoch epoch = {};
-  EXPECT_EQ(ioctl(device.get(), PHOS_KMOD_NEXT_EPOCH, &epoch), -1);
+  EXPECT_EQ(ioctl(raw.device.get(), PHOS_KMOD_NEXT_EPOCH, &epoch), -1);
   EXPECT_EQ(errno, ENXIO);
-  EXPECT_EQ(ioctl(device.get(), 0, 0), -1);
+  EXPECT_EQ(ioctl(raw.device.get(), 0, 0), -1);
   EXPECT_EQ(errno, ENOTTY);
-  EXPECT_EQ(mmap(nullptr, kPage, PROT_READ, MAP_SHARED, device.get(), 0), MAP_FAILED);
+  EXPECT_EQ(mmap(nullptr, kPage, PROT_READ, MAP_SHARED, raw.device.get(), 0), MAP_FAILED);
+}
+
+TEST_P(Kmod, TracksOnceAFile) {
+  UniqueTracker raw(space_.fd());
+  ASSERT_EQ(raw.track(), 0);
+  EXPECT_EQ(raw.track(), EBUSY);
+  // The first one goes on.
+  phos_kmod_epoch epoch = {};
+  EXPECT_EQ(ioctl(raw.device.get(), PHOS_KMOD_NEXT_EPOCH, &epoch), 0);
+  EXPECT_EQ(epoch.doubts, 0u);
+}
+
+TEST_P(Kmod, ShowsARecordThatCannotBeWritten) {
+  UniqueTracker raw(space_.fd());
+  ASSERT_EQ(raw.track(), 0);
+  EXPECT_EQ(mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_SHARED, raw.device.get(), 0),
+            MAP_FAILED);
+  void* p = mmap(nullptr, kPage, PROT_READ, MAP_SHARED, raw.device.get(), 0);
+  ASSERT_NE(p, MAP_FAILED);
+  EXPECT_EQ(mprotect(p, kPage, PROT_READ | PROT_WRITE), -1);
+  EXPECT_EQ(errno, EACCES);
+  munmap(p, kPage);
+}
+
+// Not while a file is open, nor while its record is mapped alone; then it is, and comes back.
+TEST_P(Kmod, StaysLoadedWhileItIsInUse) {
+  const char* module = getenv("PHOS_KMOD_MODULE");
+  if (!module) GTEST_SKIP() << "PHOS_KMOD_MODULE does not name phos.ko";
+  watch_.reset();
+  UniqueTracker raw(space_.fd());
+  EXPECT_EQ(unload_at_once("phos"), EWOULDBLOCK);
+  ASSERT_EQ(raw.track(), 0);
+  EXPECT_EQ(unload_at_once("phos"), EWOULDBLOCK);
+  void* p = mmap(nullptr, kPage, PROT_READ, MAP_SHARED, raw.device.get(), 0);
+  ASSERT_NE(p, MAP_FAILED);
+  raw.device.reset();
+  EXPECT_EQ(unload_at_once("phos"), EWOULDBLOCK);
+  memory_[5 * kPage] = 7;  // through its hooks
+  munmap(p, kPage);
+  ASSERT_EQ(unload_at_once("phos"), 0);
+  memory_[6 * kPage] = 7;
+  EXPECT_FALSE(start(GetParam(), getpid()));
+  ASSERT_EQ(load_module(module), 0);
+  watch(phos::kUvmChunks);
+  begin();
+  byte(8) = 1;
+  EXPECT_EQ(dirty(watch_->next_epoch()), recorded({8}));
 }
 
 TEST_P(Kmod, IsForRootOnly) {

@@ -33,6 +33,9 @@ class Space {
   // Writes as a debugger does.
   phos::Result<void> write_as_debugger(void* address, const void* data, size_t size) const;
 
+  // What nvidia-uvm knows it by.
+  int fd() const { return fd_.get(); }
+
  private:
   phos::Result<void> call(unsigned long command, void* parameters, const int32_t* status,
                           const char* what) const;

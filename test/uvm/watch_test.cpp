@@ -258,7 +258,8 @@ class OtherProcess : public testing::TestWithParam<Backend> {
     for (const int fd : {commands_[0], commands_[1], answers_[0], answers_[1]}) close(fd);
   }
 
-  // r: revoke writes; w: write to page 7; x: execute another program that waits; q: end.
+  // r: revoke writes; w: write to page 7; l: both, for ever; x: execute another program that waits;
+  // q: end.
   void tell(char command) {
     ASSERT_EQ(write(commands_[1], &command, 1), 1);
     answer();
@@ -266,6 +267,8 @@ class OtherProcess : public testing::TestWithParam<Backend> {
 
   std::unique_ptr<phos::UvmTracker> watch_;
   pid_t pid_ = -1;
+
+  int commands_[2] = {-1, -1};
 
  private:
   void answer() {
@@ -285,6 +288,7 @@ class OtherProcess : public testing::TestWithParam<Backend> {
       bool done = true;
       if (command == 'r') done = space->revoke_writes(*memory, kChunk).ok();
       if (command == 'w') ++(*memory)[7 * kPage];
+      while (command == 'l' && space->revoke_writes(*memory, kChunk)) memset(*memory, 2, kChunk);
       if (command == 'x') {
         dup2(answers_[1], 1);
         execl("/bin/sh", "sh", "-c", "printf +; exec sleep 1000", nullptr);
@@ -296,7 +300,7 @@ class OtherProcess : public testing::TestWithParam<Backend> {
     _exit(0);
   }
 
-  int commands_[2] = {-1, -1}, answers_[2] = {-1, -1};
+  int answers_[2] = {-1, -1};
 };
 PHOS_UVM_BACKENDS(OtherProcess);
 
@@ -329,6 +333,20 @@ TEST_P(OtherProcess, MayAllBeDirtyWhenItHasEnded) {
   watch_->next_epoch();
   tell('w');
   tell('q');
+  waitpid(pid_, nullptr, 0);
+  pid_ = -1;
+  EXPECT_NE(watch_->next_epoch().doubt(), "");
+  EXPECT_NE(watch_->next_epoch().doubt(), "");
+}
+
+TEST_P(OtherProcess, MayAllBeDirtyWhenItIsKilledAsItWrites) {
+  tell('r');
+  watch_->next_epoch();
+  ASSERT_EQ(write(commands_[1], "l", 1), 1);  // no answer
+  usleep(20000);
+  kill(pid_, SIGKILL);
+  // Its memory goes, with the tracker in the middle of an epoch.
+  watch_->so_far();
   waitpid(pid_, nullptr, 0);
   pid_ = -1;
   EXPECT_NE(watch_->next_epoch().doubt(), "");

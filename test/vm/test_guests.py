@@ -67,7 +67,7 @@ class Guests(unittest.TestCase):
                     'test_kernels.MemoryThatChanges.test_that_is_released')
 
     def test_gate_and_tracker(self):
-        suites = 'GateTest|FreesTest|GatedRelease|WatchTest|WatchedCopyTest|ReleasingSession'
+        suites = 'GateTest|FreesTest|GatedRelease|WatchTest|WriteTest|WatchedCopyTest|ReleasingSession'
         self.passes('trixie', rf'/({suites})\.(?!{TOO_SLOW})', *suites.split('|'))
 
     @LONG
@@ -75,12 +75,12 @@ class Guests(unittest.TestCase):
         self.passes('trixie', 'FileSystems.*nfs', 'FileSystems.WhatIsWrittenIsRead/nfs',
                     tiers=('unit',), modules=('nfsd', 'nfsv4'))
 
-    def has_managed_memory(self, filter_, *must_pass, before='', options=''):
+    def has_managed_memory(self, filter_, *must_pass, suite=uvm.SUITE, before='', options=''):
         try:
-            modules = uvm.modules(os.path.join(BUILD, 'vm'))
+            modules = uvm.modules(os.path.join(BUILD, 'vm'), suite)
         except vm.Missing as e:
             self.skipTest(str(e))
-        self.passes(uvm.SUITE, filter_, *must_pass, tiers=('uvm',),
+        self.passes(suite, filter_, *must_pass, tiers=('uvm',),
                     before=LOAD_UVM.format(modules=modules) + before, options=options)
 
     @LONG
@@ -88,14 +88,36 @@ class Guests(unittest.TestCase):
         self.has_managed_memory('/Bpf|ManagedTest', 'ManagedTest', 'WatchedMemory', 'OtherProcess',
                                 'RandomWrites', 'Driver')
 
-    @LONG
-    def test_kernel_module(self):
+    def has_kernel_module(self, filter_, *must_pass, suite=uvm.SUITE):
         try:
-            module = uvm.build_phos(os.path.join(BUILD, 'vm'), uvm.SUITE)
+            module = uvm.build_phos(os.path.join(BUILD, 'vm'), suite)
         except vm.Missing as e:
             self.skipTest(str(e))
-        self.has_managed_memory('/Kmod', 'WatchedMemory', 'OtherProcess', 'RandomWrites', 'Driver',
-                                'Kmod', before=f'\ninsmod {module} || exit')
+        self.has_managed_memory(filter_, *must_pass, suite=suite,
+                                before=f'\nexport PHOS_KMOD_MODULE={module}\n'
+                                       f'insmod {module} || exit')
+
+    def tracks_by_kernel_module(self, *must_pass, suite=uvm.SUITE):
+        self.has_kernel_module('^uvm/(?!Kmod(Proof|Fuzz)).*/Kmod|/LayoutTable', 'WatchedMemory',
+                               'OtherProcess', 'RandomWrites', 'Driver', 'Kmod', *must_pass,
+                               suite=suite)
+
+    @LONG
+    def test_kernel_module(self):
+        self.tracks_by_kernel_module('LayoutTable.IsWhatBtfSays')
+
+    @LONG
+    def test_kernel_module_without_btf(self):
+        self.tracks_by_kernel_module('LayoutTable.IsUsedWithoutBtf', suite=uvm.NO_BTF_SUITE)
+
+    @LONG
+    def test_kernel_module_told_nonsense(self):
+        self.has_kernel_module('/Kmod(Proof|Fuzz)', 'KmodProof', 'KmodFuzz')
+
+    @LONG
+    def test_kernel_module_told_nonsense_without_btf(self):
+        self.has_kernel_module('/Kmod(Proof|Fuzz)', 'KmodProof', 'KmodFuzz',
+                               suite=uvm.NO_BTF_SUITE)
 
     @LONG
     def test_event_queue(self):
@@ -107,13 +129,6 @@ class Guests(unittest.TestCase):
         # There a BPF program may be left out, which must be noticed.
         self.has_managed_memory('RandomWrites.*/Bpf', 'RandomWrites', options='preempt=full',
                                 before='\nexport PHOS_UVM_LOSSES=1')
-
-    @LONG
-    def test_kernel_module_builds_for_an_older_kernel(self):
-        try:
-            uvm.build_phos(os.path.join(BUILD, 'vm'), 'bookworm')
-        except vm.Missing as e:
-            self.skipTest(str(e))
 
 
 if __name__ == '__main__':

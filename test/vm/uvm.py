@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The real nvidia-uvm.ko for guests without a GPU: Debian's source of NVIDIA's open modules, built for
-the kernel of bookworm-backports, over a stub of nvidia.ko (stub_rm/). Kept below the build
-directory; building takes two to five minutes, once.
+the kernels of bookworm-backports and, without BTF, of bookworm, over a stub of nvidia.ko
+(stub_rm/). Kept below the build directory; building takes two to five minutes each, once.
 
     python3 test/vm/uvm.py BUILD/vm
 
@@ -23,6 +23,8 @@ from kernels import Missing
 
 # What builds for bookworm-backports' kernel run with: its headers' compiler, and BTF for modules.
 SUITE = 'bookworm-backports'
+# Its headers have no vmlinux, so modules are built without BTF.
+NO_BTF_SUITE = 'bookworm'
 PROGRAMS = {'gcc-12': 'gcc-12', 'x86_64-linux-gnu-gcc-12': 'gcc-12', 'make': 'make',
             'pahole': 'dwarves', 'strip': 'binutils', 'xz': 'xz-utils'}
 # The session is a success; the rest needs a GPU.
@@ -104,11 +106,11 @@ def build_phos(directory, suite, patience=60):
     return f'{work}/phos.ko'
 
 
-def modules(directory, patience=60):
-    """The directory with stub_rm.ko and nvidia-uvm.ko, built the first time; raises Missing where the
-    parts cannot be had, RuntimeError where they do not build."""
+def modules(directory, suite=SUITE, patience=60):
+    """The directory with stub_rm.ko and nvidia-uvm.ko for the suite's kernel, built the first time;
+    raises Missing where the parts cannot be had, RuntimeError where they do not build."""
     check_programs()
-    headers = kernels.headers(directory, SUITE, patience)
+    headers = kernels.headers(directory, suite, patience)
     nvidia = nvidia_source(directory, patience)
     release = os.path.basename(headers[1])
     with open(f'{nvidia}/common/inc/nv_uvm_interface.h', 'rb') as f:
@@ -125,7 +127,7 @@ def modules(directory, patience=60):
     shutil.copytree(nvidia, f'{work}/nvidia', ignore=shutil.ignore_patterns('*.o_binary'))
     build_uvm(f'{work}/nvidia', headers, f'{work}/stub/Module.symvers')
     for module in ('stub/stub_rm.ko', 'nvidia/nvidia-uvm.ko'):
-        # Its BTF stays.
+        # Its BTF stays, if it has any.
         subprocess.run(['strip', '--strip-debug', '-o', f'{work}/{os.path.basename(module)}',
                         f'{work}/{module}'], check=True)
     shutil.rmtree(f'{work}/nvidia')
@@ -136,7 +138,8 @@ def modules(directory, patience=60):
 
 def main():
     try:
-        modules(sys.argv[1], None)
+        for suite in (SUITE, NO_BTF_SUITE):
+            modules(sys.argv[1], suite, None)
     except (Missing, RuntimeError) as e:
         return str(e)
     return 0

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/track/activity_program.h"
@@ -108,28 +109,41 @@ Check check_tracker() {
   return c;
 }
 
-// Of managed memory; tried on this process.
+// Of managed memory; tried on this process, and on one that is made for it (track/uvm_proof.h).
 Check check_uvm_tracker() {
   Check c{"managed memory", Verdict::kOk, "", ""};
-  const UvmTrackers trackers = check_uvm_trackers();
-  if (trackers.bpf) {
-    c.detail = "writes can be tracked by uvm-bpf: BPF programs attach to nvidia-uvm";
-  } else if (trackers.kmod) {
-    c.detail = "writes can be tracked by uvm-kmod (phos.ko); not by uvm-bpf: " +
-               trackers.bpf.error().message();
-  } else if (trackers.tools) {
-    c.detail = "writes can be tracked by uvm-tools, in units of 2 MiB; not by uvm-bpf: " +
-               trackers.bpf.error().message() +
-               "; nor by uvm-kmod: " + trackers.kmod.error().message();
-  } else {
+  const UvmTrackers can = check_uvm_trackers();
+  const struct {
+    const char* name;
+    bool works;
+    std::string how;
+  } trackers[] = {
+      {"uvm-bpf", can.bpf.ok(),
+       can.bpf ? "BPF programs attach to nvidia-uvm" : can.bpf.error().message()},
+      {"uvm-kmod", can.kmod.ok(),
+       can.kmod ? "phos.ko, by " + *can.kmod : can.kmod.error().message()},
+      {"uvm-tools", can.tools.ok(),
+       can.tools ? "nvidia-uvm's queue of events, in units of 2 MiB" : can.tools.error().message()},
+  };
+  bool tracked = false;  // the first that works is used
+  std::string not_used;
+  for (const auto& t : trackers) {
+    const std::string text = std::string(t.name) + " (" + t.how + ")";
+    if (t.works && !tracked) {
+      c.detail = "writes can be tracked by " + text;
+      tracked = true;
+    } else {
+      not_used += std::string(t.works ? "; also by " : "; not by ") + text;
+    }
+  }
+  if (!tracked) {
     c.verdict = Verdict::kWarn;
-    c.detail = "writes cannot be tracked; uvm-bpf: " + trackers.bpf.error().message() +
-               "; uvm-kmod: " + trackers.kmod.error().message() +
-               "; uvm-tools: " + trackers.tools.error().message();
+    c.detail = "writes cannot be tracked";
     c.remedy =
         "use Linux 6.6 or newer and an nvidia-uvm with BTF; or load phos.ko; or make "
         "/dev/nvidia-uvm-tools (nvidia-modprobe -c 0 -u)";
   }
+  c.detail += not_used;
   return c;
 }
 
