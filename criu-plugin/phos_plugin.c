@@ -207,7 +207,7 @@ CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__PAUSE_DEVICES, phos_plugin_pause_devices
 
 int phos_plugin_checkpoint_devices(int pid)
 {
-	struct restore_thread thread;
+	struct service_threads threads;
 	struct paused *p;
 	int ret;
 
@@ -227,10 +227,11 @@ int phos_plugin_checkpoint_devices(int pid)
 			return -1;
 		return -ENOTSUP;
 	}
-	if (restore_thread_resume(&thread, p->restore_tid))
+	/* The agent's too: managed memory goes only now that all else stands still. */
+	if (service_threads_resume(&threads, pid, p->restore_tid))
 		return -1;
 	ret = phosd_checkpoint(pid);
-	if (restore_thread_stop(&thread))
+	if (service_threads_stop(&threads))
 		ret = -1;
 	/* Not before there is an image of ours: CRIU writes the inventory at the end. */
 	return ret || claim_inventory() ? -1 : 0;

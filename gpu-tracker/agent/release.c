@@ -3,14 +3,15 @@
  * Frees memory and keeps its addresses, one allocation at a time: the driver honours the hint of a
  * reservation for what has just been freed (regain.c; test/contract/release_test.cpp), and so soon
  * nobody else has taken it. Released is what begins and ends with its own 2 MiB blocks: cuMemAlloc
- * memory above 2 MiB, and what was adopted before. Not VMM memory of the application's: with a
- * handle to it, of which the driver does not tell, it would keep the old memory alive, and map that
- * elsewhere.
+ * memory above 2 MiB, and what was adopted before; and managed memory that has been read. Not VMM
+ * memory of the application's: with a handle to it, of which the driver does not tell, it would
+ * keep the old memory alive, and map that elsewhere.
  */
 #include "gpu-tracker/agent/release.h"
 
 #include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
+#include "gpu-tracker/agent/policy.h"
 #include "gpu-tracker/agent/steer.h"
 #include "gpu-tracker/agent/trace.h"
 
@@ -20,13 +21,17 @@
 /* cuda.h: CUdevice_attribute */
 #define RDMA_WITH_VMM_SUPPORTED \
   110 /* CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED */
+#define CONCURRENT_MANAGED_ACCESS 89 /* CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS */
+#define ATTACH_GLOBAL 1              /* CU_MEM_ATTACH_GLOBAL */
 #define MAX_DEVICES 64
 
-int alloc_in_context(const struct driver* driver, uint64_t context, uint64_t size, uint64_t* out) {
-  void* current = (void*)context;
+int alloc_like(const struct driver* driver, const struct released* e, uint64_t size,
+               uint64_t* out) {
+  void* current = (void*)e->context;
   int result = driver->ctx_push(current);
   if (result) return result;
-  result = driver->mem_alloc(out, size);
+  result = e->managed ? driver->mem_alloc_managed(out, size, ATTACH_GLOBAL)
+                      : driver->mem_alloc(out, size);
   trace(PHOS_CALL_MEM_ALLOC, 0, size, result ? 0 : *out, result);
   driver->ctx_pop(&current);
   return result;
@@ -70,7 +75,7 @@ void reallocate_lost(const struct driver* driver, struct released* e) {
   set_entry_state(e, PHOS_RELEASED_LOST);
   while (count < MAX_MISSES) {
     uint64_t at = 0;
-    e->result = alloc_in_context(driver, e->context, e->size, &at);
+    e->result = alloc_like(driver, e, e->size, &at);
     if (e->result) break;
     if (at == e->address && steer_owns_no_more()) {
       set_entry_state(e, PHOS_RELEASED_NATIVE);
@@ -79,7 +84,7 @@ void reallocate_lost(const struct driver* driver, struct released* e) {
     if (at < e->address && at + e->reserved > e->address) {
       /* In the gap below and the wanted addresses at once: fill the gap alone. */
       free_in_context(driver, e->context, at);
-      e->result = alloc_in_context(driver, e->context, e->address - at, &at);
+      e->result = alloc_like(driver, e, e->address - at, &at);
       if (e->result) break;
     }
     misses[count++] = at;
@@ -124,6 +129,20 @@ static int find_out_access(const struct driver* driver, struct released* e) {
   return result;
 }
 
+/*
+ * To what a stream has it attached the driver does not tell, which is of no consequence where both
+ * sides may use it at once. What it holds must have been read before.
+ */
+static int check_managed(const struct driver* driver, const struct phos_allocation* a,
+                         bool* suitable) {
+  int concurrent = 0;
+  const int result =
+      driver->device_get_attribute(&concurrent, CONCURRENT_MANAGED_ACCESS, a->device);
+  *suitable = concurrent && a->context && a->address % GRANULARITY == 0 &&
+              policy_is_noted(a->address, a->size);
+  return result;
+}
+
 static bool is_suitable(const struct phos_allocation* a) {
   const uint64_t rounded = (a->size + GRANULARITY - 1) & ~(GRANULARITY - 1);
   return a->kind == PHOS_KIND_DEVICE && a->size > GRANULARITY && a->context &&
@@ -142,14 +161,16 @@ static uint32_t release_adopted(const struct driver* driver, struct released* e,
 
 static uint32_t release_native(const struct driver* driver, const struct phos_allocation* found,
                                struct withheld* withheld, struct phos_allocation* a) {
+  const bool managed = found->kind == PHOS_KIND_MANAGED;
   struct released values = {
       .address = found->address,
       .size = found->size,
-      .reserved = found->mapping_size,
+      .reserved = (found->size + GRANULARITY - 1) & ~(GRANULARITY - 1),
       .context = found->context,
       .device = found->device,
+      .managed = managed,
   };
-  a->result = find_out_access(driver, &values);
+  if (!managed) a->result = find_out_access(driver, &values);
   if (a->result) return PHOS_RELEASE_FAILED;
   /* Where it begins a region that may go back to the kernel with it. */
   const bool first = values.address % REGION == 0;
@@ -195,7 +216,10 @@ static uint32_t release_one(const struct driver* driver, struct withheld* withhe
   if (known && known->address == a->address && is_adopted(known)) {
     return release_adopted(driver, known, a);
   }
-  if (!is_suitable(&found)) return PHOS_RELEASE_UNSUITABLE;
+  bool suitable = is_suitable(&found);
+  if (found.kind == PHOS_KIND_MANAGED) a->result = check_managed(driver, &found, &suitable);
+  if (a->result) return PHOS_RELEASE_FAILED;
+  if (!suitable) return PHOS_RELEASE_UNSUITABLE;
   return release_native(driver, &found, withheld, a);
 }
 
@@ -203,7 +227,8 @@ static uint32_t release_one(const struct driver* driver, struct withheld* withhe
 static void forget_native(void) {
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    if (state_of(e) == PHOS_RELEASED_NATIVE) set_entry_state(e, STATE_NONE);
+    if (state_of(e) != PHOS_RELEASED_NATIVE) continue;
+    set_entry_state(e, STATE_NONE);
   }
   table_order();
 }

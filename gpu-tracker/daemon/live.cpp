@@ -194,7 +194,7 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
     log(LogLevel::kWarn, "daemon", "%s: its GPU memory is not copied ahead: %s",
         process(pid).c_str(), error.message().c_str());
   }
-  return {};
+  return pre_dump || release_wanted_ ? Result<void>() : refuse_managed_memory();
 }
 
 bool Session::has_copies() const {
@@ -233,6 +233,7 @@ Result<void> Session::complete_copy(int pid, Held* held) {
   const auto start = steady_clock::now();
   if (held->release) {
     if (auto r = catch_up(pid, held); !r) return r;
+    held->managed = held->copy->managed();
   }
   auto report = held->copy->last_round();
   Result<void> done;
@@ -253,7 +254,7 @@ Result<void> Session::complete_copy(int pid, Held* held) {
   log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
       process(pid).c_str(), done.error().message().c_str());
   if (held->release) give_up_release(pid, held, "it is not saved");
-  return {};
+  return check_managed(pid, *held);
 }
 
 Result<void> Session::finish_pre_dump() {

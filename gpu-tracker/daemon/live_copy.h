@@ -92,6 +92,11 @@ class LiveCopy {
   std::shared_ptr<Agent> agent() const { return agent_; }
   // After last_round(): what is saved, and the agent may release (Agent::release).
   std::vector<AgentAllocation> releasable() const;
+  // What it has of managed memory, as of the last look at it.
+  const std::vector<AgentAllocation>& managed() const { return managed_; }
+  const PageHashKey& key() const { return key_; }
+  // What the images build on; null: nothing.
+  const PreviousPages* previous() const { return images_.previous ? &*images_.previous : nullptr; }
   // Lets go of the process's memory. Before the driver's checkpoint, which would not free it.
   Result<void> release();
 
@@ -125,6 +130,7 @@ class LiveCopy {
   std::unique_ptr<MemoryGuard> guard_;  // from the first round to stop_watching()
   std::vector<std::unique_ptr<CopiedMemory>> gpus_;
   std::vector<AllocationInfo> left_to_driver_;  // as last seen
+  std::vector<AgentAllocation> managed_;        // of these
   std::vector<uint64_t> gone_;                  // addresses of what is copied and is no more
   std::set<uint64_t> refused_;                  // buffer ids that could not be mapped
   std::vector<DumpRound> rounds_;

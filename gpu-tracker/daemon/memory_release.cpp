@@ -36,9 +36,12 @@ Error cannot_come_back(int pid, const AgentAllocation& a, const std::string& why
                process(pid) + ", " + name_of(a) + " cannot be brought back: " + why);
 }
 
-const char* reason_of(ReleasedState state) {
-  return state == ReleasedState::kLost ? "its addresses are taken by other memory"
-                                       : "there is not enough GPU memory";
+const char* reason_of(const ReleasedMemory& m) {
+  if (m.state == ReleasedState::kLost) return "its addresses are taken by other memory";
+  if (m.memory.kind == AllocationKind::kManaged) {
+    return "the driver gives managed memory at other addresses only";
+  }
+  return "there is not enough GPU memory";
 }
 
 }  // namespace
@@ -160,19 +163,27 @@ Result<std::vector<AgentRelease>> MemoryRelease::release(const std::vector<Agent
                                                          const DumpId& dump) {
   agent_->set_command_timeout(kMoveTimeout);
   agent_->note_released_by(dump);
+  const bool before = away_;
   away_ = true;
   auto results = agent_->release(memory);
   if (results) {
-    away_ = std::any_of(results->begin(), results->end(), [](const AgentRelease& r) {
-      return r.status == ReleaseStatus::kReleased || r.status == ReleaseStatus::kReallocated ||
-             r.status == ReleaseStatus::kLost;
-    });
+    away_ = before || std::any_of(results->begin(), results->end(), [](const AgentRelease& r) {
+              return r.status == ReleaseStatus::kReleased ||
+                     r.status == ReleaseStatus::kReallocated || r.status == ReleaseStatus::kLost;
+            });
     return results;
   }
   // Refused before anything was touched, or not answered.
   auto released = agent_->released();
   if (released) away_ = any_away(*released);
   return results;
+}
+
+Result<DumpRound> MemoryRelease::save_managed(ManagedCopy& copy,
+                                              const std::vector<AgentAllocation>& memory) {
+  if (auto r = agent_->check_no_locks(); !r) return r.error();
+  agent_->set_command_timeout(kMoveTimeout);
+  return copy.save(*agent_, memory);
 }
 
 void MemoryRelease::log_lost() const {
@@ -191,11 +202,11 @@ Result<void> MemoryRelease::check_closed() {
 
 // What is to be loaded, by the agent's word on what it has mapped and the image's on what was
 // saved.
-Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
-                                                      const std::vector<ReleasedMemory>& back,
-                                                      bool all_of_image) const {
+Result<MemoryRelease::Plan> MemoryRelease::plan(const PageChain& chain,
+                                                const std::vector<ReleasedMemory>& back,
+                                                bool all_of_image) const {
   const std::vector<AllocationInfo>& saved = chain.image().allocations;
-  std::vector<MemoryToLoad> work;
+  Plan work;
   std::set<uint64_t> loaded;
   for (const ReleasedMemory& m : back) {
     if (m.state == ReleasedState::kInUse) continue;
@@ -203,7 +214,7 @@ Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
       const std::string code =
           m.driver_result ? " (CUDA error " + std::to_string(m.driver_result) + ")" : "";
       if (m.state == ReleasedState::kLost) log_address_events(pid_, *agent_);
-      return cannot_come_back(pid_, m.memory, reason_of(m.state) + code);
+      return cannot_come_back(pid_, m.memory, reason_of(m) + code);
     }
     auto of_image = std::find_if(saved.begin(), saved.end(), [&](const AllocationInfo& a) {
       return a.address == m.memory.address && a.path == MemoryPath::kReleased;
@@ -215,10 +226,18 @@ Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
       return cannot_come_back(pid_, m.memory,
                               "the image has " + std::to_string(of_image->size) + " bytes of it");
     }
-    MemoryToLoad load;
-    load.allocation = static_cast<size_t>(of_image - saved.begin());
-    load.target = m.memory;
-    work.push_back(std::move(load));
+    const auto index = static_cast<size_t>(of_image - saved.begin());
+    if ((of_image->kind == MemoryKind::kManaged) != (m.memory.kind == AllocationKind::kManaged)) {
+      return cannot_come_back(pid_, m.memory, "the image has another kind of memory there");
+    }
+    if (m.memory.kind == AllocationKind::kManaged) {
+      work.managed.push_back({index, m.memory});
+    } else {
+      MemoryToLoad load;
+      load.allocation = index;
+      load.target = m.memory;
+      work.device.push_back(std::move(load));
+    }
     loaded.insert(m.memory.address);
   }
   if (!all_of_image) return work;
@@ -256,29 +275,32 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
   auto work = plan(chain, *back, all_of_image);
   if (!work) return work.error();
   std::vector<AgentAllocation> memory;
-  for (const MemoryToLoad& m : *work) memory.push_back(m.target);
+  for (const MemoryToLoad& m : work->device) memory.push_back(m.target);
   // The gate is closed, and nobody but the agent has been in the driver since it was.
   auto handles = agent_->export_memory(memory, AgentGuard::kCaller);
   if (!handles) return handles.error();
-  for (size_t i = 0; i < work->size(); i++) {
+  for (size_t i = 0; i < memory.size(); i++) {
     AgentExport& handle = (*handles)[i];
     if (handle.status != ExportStatus::kExported) {
       return cannot_come_back(pid_, memory[i],
                               "the driver gives no handle to it (CUDA error " +
                                   std::to_string(handle.driver_result) + ")");
     }
-    (*work)[i].handle = std::move(handle);
+    work->device[i].handle = std::move(handle);
   }
   mapped();
   done.map_time = since(start);
   start = steady_clock::now();
-  if (!work->empty()) {
-    auto report = loader.load(std::move(*work), {});
+  if (!work->device.empty()) {
+    auto report = loader.load(std::move(work->device), {});
     if (!report) return report.error().wrap(process(pid_));
     done.load = *report;
   }
+  auto managed = load_managed(*agent_, chain, work->managed);
+  if (!managed) return managed.error().wrap(process(pid_));
+  done.managed_bytes = *managed;
   done.load_time = since(start);
-  done.allocations = memory.size();
+  done.allocations = memory.size() + work->managed.size();
   for (const ReleasedMemory& m : *back) done.adopted += m.state == ReleasedState::kAdopted;
   auto loaded = agent_->contents_loaded();
   if (!loaded) return loaded.error();

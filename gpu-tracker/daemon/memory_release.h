@@ -25,6 +25,7 @@
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/daemon/gate_pins.h"
+#include "gpu-tracker/daemon/managed_memory.h"
 #include "gpu-tracker/daemon/memory_loader.h"
 #include "gpu-tracker/gate/gate.h"
 #include "gpu-tracker/image/chain.h"
@@ -34,8 +35,9 @@ namespace phos {
 
 struct BroughtBack {
   uint64_t allocations = 0;
-  uint64_t adopted = 0;  // of those, VMM memory in place of the driver's own
-  LoadReport load;       // what was loaded, and proven to be what was saved
+  uint64_t managed_bytes = 0;  // loaded and proven, beside what `load` says
+  uint64_t adopted = 0;        // of those, VMM memory in place of the driver's own
+  LoadReport load;             // what was loaded, and proven to be what was saved
   std::chrono::microseconds map_time{0}, load_time{0};
 };
 
@@ -67,6 +69,10 @@ class MemoryRelease {
   // `dump`: whose image has the contents.
   Result<std::vector<AgentRelease>> release(const std::vector<AgentAllocation>& memory,
                                             const DumpId& dump);
+  // The same for managed memory, while all threads of the process but the agent's stand still.
+  // save_managed() comes first: what it has not saved is not released. EDEADLK: not now, since one
+  // of these threads may keep the agent from its work.
+  Result<DumpRound> save_managed(ManagedCopy& copy, const std::vector<AgentAllocation>& memory);
   // Says in the log how what release() has lost came to be so.
   void log_lost() const;
   // The process is locked in the driver again: CRIU may stop all of its threads.
@@ -97,9 +103,12 @@ class MemoryRelease {
 
   void keep_lease(const std::stop_token& stop);
   void end_lease();
-  Result<std::vector<MemoryToLoad>> plan(const PageChain& chain,
-                                         const std::vector<ReleasedMemory>& back,
-                                         bool all_of_image) const;
+  struct Plan {
+    std::vector<MemoryToLoad> device;
+    std::vector<ManagedToLoad> managed;
+  };
+  Result<Plan> plan(const PageChain& chain, const std::vector<ReleasedMemory>& back,
+                    bool all_of_image) const;
 
   const int pid_;
   uint64_t start_time_ = 0;

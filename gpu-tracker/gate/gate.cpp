@@ -324,22 +324,39 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
     if (!view) return view.error();
     std::string why;
     size_t added = 0;
-    std::vector<ThreadInfo> passing;
-    for (const ThreadInfo& t : *threads) {
-      const std::pair<int, uint64_t> key(t.tid, t.start_time);
-      if (may_pass(t) || shown.contains(key)) continue;
-      const ThreadPlace place = locate_thread(*view, t, code, agent_.gate_address());
+    std::vector<ThreadInfo> passing, running;
+    auto judge = [&](const ThreadInfo& t, ThreadPlace place) {
       const std::string name = "thread " + std::to_string(t.tid) + " (" + t.comm + ") ";
       if (place == ThreadPlace::kOutside && blocks(t, signal_) && !held_threads_.contains(t)) {
         // For good, or while it starts a thread or is being started.
         why = name + "has signal " + std::to_string(signal_) + " blocked and would pass the gate";
         passing.push_back(t);
       } else if (place == ThreadPlace::kParked || place == ThreadPlace::kOutside) {
-        shown.insert(key);
+        shown.insert({t.tid, t.start_time});
         added++;
       } else {
         why = name + "is " + describe(place);
       }
+    };
+    const auto locate = [&](const ThreadInfo& t) {
+      return locate_thread(*view, t, code, agent_.gate_address());
+    };
+    for (const ThreadInfo& t : *threads) {
+      if (may_pass(t) || shown.contains({t.tid, t.start_time})) continue;
+      const ThreadPlace place = locate(t);
+      const bool runs = place == ThreadPlace::kNotShown && !find_asleep(pid_, t.tid);
+      if (runs && looks >= kPatientLooks) {
+        running.push_back(t);
+      } else {
+        judge(t, place);
+      }
+    }
+    // One that computes, or waits for memory to change, never sleeps.
+    if (!running.empty()) {
+      std::vector<ThreadPlace> places(running.size(), ThreadPlace::kNotShown);
+      stop_each(running, std::max(deadline, steady_clock::now() + kLeastStop),
+                [&](size_t i) { places[i] = locate(running[i]); });
+      for (size_t i = 0; i < running.size(); i++) judge(running[i], places[i]);
     }
     if (++looks > kPatientLooks && hold_passing(passing, deadline)) {
       shown.clear();
