@@ -70,6 +70,9 @@ enum phos_agent_command {
    */
   PHOS_COMMAND_READ = 20, /* in: argument, a phos_read; allocations (address, size, buffer_id) */
   PHOS_COMMAND_LOAD = 21, /* to what was mapped back; ends with a piece of no bytes */
+  /* Managed memory that was mapped back, and whose contents could not be loaded; out: as RELEASED
+   */
+  PHOS_COMMAND_TAKE_AWAY = 23,
   PHOS_COMMAND_NO_LOCKS = 22, /* ends once no other thread is in the C library's allocator */
 
   PHOS_COMMAND_GATE_INSTALL = 32, /* in: gate.avoid; out: gate.signal */
@@ -91,6 +94,7 @@ enum phos_agent_result {
   PHOS_RESULT_NO_MEMORY = 19,
   PHOS_RESULT_THREAD_INSIDE = 20, /* a thread is just freeing adopted memory */
   PHOS_RESULT_STALE = 21,         /* READ, LOAD: no such managed memory; the piece says where */
+  PHOS_RESULT_UNPROTECTED = 22,   /* READ: threads cannot be kept from writing to it */
 
   PHOS_RESULT_NO_SIGNAL = 32, /* GATE_INSTALL: sigaction refused every candidate */
   PHOS_RESULT_GATE_BUSY = 33, /* GATE_REMOVE, EXIT: threads are parked, or may be about to be */
@@ -185,8 +189,10 @@ struct phos_export {
 
 /* in of READ */
 enum phos_read {
-  PHOS_READ_AGAIN = 0,      /* what was loaded, to see what it holds */
-  PHOS_READ_TO_RELEASE = 1, /* notes besides where it is, and where it is to be */
+  PHOS_READ_AGAIN = 0, /* what was loaded, to see what it holds */
+  /* Notes besides where it is, and where it is to be, and keeps threads from writing to it: until
+   * LOADED, whatever is done with it meanwhile. */
+  PHOS_READ_TO_RELEASE = 1,
 };
 
 /*

@@ -4,7 +4,7 @@
 #define PHOS_ABI_PROTOCOL_H
 
 /* Raised when a message changes meaning; both ends refuse any other. */
-#define PHOS_PROTOCOL_VERSION 2
+#define PHOS_PROTOCOL_VERSION 3
 /* The largest packet either end sends. */
 #define PHOS_MAX_PACKET 262144
 

@@ -223,5 +223,6 @@ int run_loaded(const struct driver* driver, struct phos_mailbox* m) {
   }
   table_order();
   tidy_hooks();
+  end_faults();
   return run_released(driver, m);
 }

@@ -113,6 +113,9 @@ static void execute(struct phos_mailbox* m) {
     case PHOS_COMMAND_LOAD:
       m->result = run_load(&g_driver, m);
       break;
+    case PHOS_COMMAND_TAKE_AWAY:
+      m->result = run_take_away(&g_driver, m);
+      break;
     case PHOS_COMMAND_NO_LOCKS:
       wait_for_locks();
       m->result = PHOS_RESULT_OK;

@@ -112,6 +112,7 @@ int run_release(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_map_back(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_released(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_loaded(const struct driver* driver, struct phos_mailbox* mailbox);
+int run_take_away(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_read(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_load(const struct driver* driver, struct phos_mailbox* mailbox);
 /* Does the process need the agent: for memory that it has released or adopted? */

@@ -7,6 +7,7 @@
  * Whatever becomes of phosd, a command waits for the other side only until it is told to end.
  */
 #include "gpu-tracker/agent/agent.h"
+#include "gpu-tracker/agent/faults.h"
 #include "gpu-tracker/agent/policy.h"
 #include "gpu-tracker/agent/sys.h"
 #include "gpu-tracker/agent/table.h"
@@ -139,6 +140,7 @@ static int read_one(struct pump* p, const struct phos_allocation* wanted, bool n
   /* Before anything is read, which may move it. */
   if (!result && note) result = policy_note(p->driver, found.address, found.size, found.device);
   if (result) return fail(p, result);
+  if (note && !faults_hold(found.address, found.size)) return PHOS_RESULT_UNPROTECTED;
   for (uint64_t done = 0; done < found.size; done += PHOS_WINDOW_PIECE) {
     const uint64_t left = found.size - done;
     const uint32_t bytes = left < PHOS_WINDOW_PIECE ? (uint32_t)left : PHOS_WINDOW_PIECE;

@@ -10,6 +10,7 @@
 #include "gpu-tracker/agent/release.h"
 
 #include "gpu-tracker/agent/answers.h"
+#include "gpu-tracker/agent/faults.h"
 #include "gpu-tracker/agent/hooks.h"
 #include "gpu-tracker/agent/policy.h"
 #include "gpu-tracker/agent/steer.h"
@@ -101,6 +102,13 @@ void tidy_hooks(void) {
   if (!table_count()) hooks_drop();
 }
 
+void end_faults(void) {
+  for (uint32_t i = 0; i < table_count(); i++) {
+    if (table_entry(i)->managed && state_of(table_entry(i)) != STATE_NONE) return;
+  }
+  faults_end();
+}
+
 bool holds_memory(void) {
   for (uint32_t i = 0; i < table_count(); i++) {
     if (state_of(table_entry(i)) != STATE_NONE) return true;
@@ -159,6 +167,39 @@ static uint32_t release_adopted(const struct driver* driver, struct released* e,
   return PHOS_RELEASE_DONE;
 }
 
+/* Where it begins a region that may go back to the kernel with it. */
+static bool begins_region(uint64_t address) {
+  return address % REGION == 0;
+}
+
+static bool can_be_kept(const struct driver* driver, struct withheld* withheld, uint64_t address) {
+  return (!begins_region(address) || withheld->steered) && withhold(driver, withheld, address);
+}
+
+/* The memory goes, its addresses stay. A phos_release_status. */
+static uint32_t free_and_keep(const struct driver* driver, struct withheld* withheld,
+                              struct released* e, int32_t* result) {
+  trace_restart();
+  if (begins_region(e->address)) steer_keep(e->address, region_up(e->reserved));
+  *result = free_in_context(driver, e->context, e->address);
+  if (*result) {
+    steer_let_go();
+    return PHOS_RELEASE_FAILED;
+  }
+  if (e->managed) faults_gone(e->address);
+  bool got = false;
+  *result = reserve_exactly(driver, e->address, e->reserved, &got);
+  if (!got) got = regain(driver, withheld, e->address, e->reserved);
+  if (got) {
+    steer_let_go();
+    set_entry_state(e, PHOS_RELEASED_RESERVED);
+    return PHOS_RELEASE_DONE;
+  }
+  reallocate_lost(driver, e);
+  steer_let_go();
+  return state_of(e) == PHOS_RELEASED_NATIVE ? PHOS_RELEASE_REALLOCATED : PHOS_RELEASE_LOST;
+}
+
 static uint32_t release_native(const struct driver* driver, const struct phos_allocation* found,
                                struct withheld* withheld, struct phos_allocation* a) {
   const bool managed = found->kind == PHOS_KIND_MANAGED;
@@ -172,34 +213,13 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   };
   if (!managed) a->result = find_out_access(driver, &values);
   if (a->result) return PHOS_RELEASE_FAILED;
-  /* Where it begins a region that may go back to the kernel with it. */
-  const bool first = values.address % REGION == 0;
-  if ((first && !withheld->steered) || !withhold(driver, withheld, values.address)) {
-    return PHOS_RELEASE_UNSUITABLE;
-  }
+  if (!can_be_kept(driver, withheld, values.address)) return PHOS_RELEASE_UNSUITABLE;
   struct released* e = table_add(&values, STATE_NONE);
   if (!e) {
     a->result = CU_OUT_OF_MEMORY;
     return PHOS_RELEASE_FAILED;
   }
-  trace_restart();
-  if (first) steer_keep(e->address, region_up(e->reserved));
-  a->result = free_in_context(driver, e->context, e->address);
-  if (a->result) {
-    steer_let_go();
-    return PHOS_RELEASE_FAILED;
-  }
-  bool got = false;
-  a->result = reserve_exactly(driver, e->address, e->reserved, &got);
-  if (!got) got = regain(driver, withheld, e->address, e->reserved);
-  if (got) {
-    steer_let_go();
-    set_entry_state(e, PHOS_RELEASED_RESERVED);
-    return PHOS_RELEASE_DONE;
-  }
-  reallocate_lost(driver, e);
-  steer_let_go();
-  return state_of(e) == PHOS_RELEASED_NATIVE ? PHOS_RELEASE_REALLOCATED : PHOS_RELEASE_LOST;
+  return free_and_keep(driver, withheld, e, &a->result);
 }
 
 static uint32_t release_one(const struct driver* driver, struct withheld* withheld,
@@ -262,4 +282,18 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
   table_order();
   tidy_hooks();
   return PHOS_RESULT_OK;
+}
+
+int run_take_away(const struct driver* driver, struct phos_mailbox* m) {
+  if (!table_check()) return PHOS_RESULT_BAD_TABLE;
+  trace_to(m);
+  struct withheld* withheld = begin_withholding(steer_begin());
+  for (uint32_t i = 0; i < table_count(); i++) {
+    struct released* e = table_entry(i);
+    if (!e->managed || state_of(e) != PHOS_RELEASED_NATIVE) continue;
+    if (can_be_kept(driver, withheld, e->address)) free_and_keep(driver, withheld, e, &e->result);
+  }
+  steer_end();
+  give_back_withheld(driver, withheld);
+  return run_released(driver, m);
 }

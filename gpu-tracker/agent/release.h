@@ -47,6 +47,8 @@ bool regain(const struct driver* driver, struct withheld* w, uint64_t address, u
  * (steer.h).
  */
 void reallocate_lost(const struct driver* driver, struct released* e);
+/* Lets threads go on that wait for managed memory, if none is away. */
+void end_faults(void);
 /* Takes hooks out and gives their page back, as far as nothing needs them any more. */
 void tidy_hooks(void);
 

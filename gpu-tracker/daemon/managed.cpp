@@ -54,6 +54,14 @@ Result<void> Session::check_managed(int pid, const Held& held) {
   return why ? Result<void>(refuse_managed(pid, held.managed, why)) : Result<void>();
 }
 
+std::vector<FoundProcess> Session::with_managed_memory() const {
+  std::vector<FoundProcess> found;
+  for (const auto& [pid, held] : held_) {
+    if (!held.managed.empty()) found.push_back({pid, held.restore_tid, held.found});
+  }
+  return found;
+}
+
 // Before anything is locked.
 Result<void> Session::refuse_managed_memory() const {
   for (const auto& [pid, held] : held_) {

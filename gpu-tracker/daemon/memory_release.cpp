@@ -23,6 +23,8 @@ using std::chrono::steady_clock;
 constexpr milliseconds kLease{10000}, kRenewal{2000};
 // The driver frees and maps tens of gigabytes in milliseconds, in hundreds of pieces in tens.
 constexpr milliseconds kMoveTimeout{60000};
+// For threads to be stopped where none holds a lock of the C library's.
+constexpr milliseconds kStopPatience{5000};
 
 std::string name_of(const AgentAllocation& a) {
   char text[80];
@@ -102,6 +104,7 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_
   auto released = found->agent_->released();
   if (!released) return released.error();
   found->away_ = any_away(*released);
+  found->read_only_ = true;  // or may be
   // One that is open again, but not yet shown to have been left by all threads, is taken over too.
   if (!found->away_ && !found->agent_->gate().signal && !found->agent_->gate_was_used()) {
     // Whoever brought it is dead. It stays where memory that it stands in for needs it.
@@ -182,6 +185,7 @@ Result<std::vector<AgentRelease>> MemoryRelease::release(const std::vector<Agent
 Result<DumpRound> MemoryRelease::save_managed(ManagedCopy& copy,
                                               const std::vector<AgentAllocation>& memory) {
   if (auto r = agent_->check_no_locks(); !r) return r.error();
+  read_only_ = true;
   agent_->set_command_timeout(kMoveTimeout);
   return copy.save(*agent_, memory);
 }
@@ -255,8 +259,6 @@ Result<MemoryRelease::Plan> MemoryRelease::plan(const PageChain& chain,
 Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoader& loader,
                                               bool all_of_image,
                                               const std::function<void()>& mapped) {
-  BroughtBack done;
-  auto start = steady_clock::now();
   if (agent_->released_by() != chain.image().dump_id) {
     return Error(Domain::kFormat, static_cast<int>(ImageError::kMixedDumps),
                  process(pid_) + ": its GPU memory was taken away by dump " +
@@ -264,6 +266,47 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
                      format_dump_id(chain.image().dump_id) + "; files of two dumps are mixed");
   }
   agent_->set_command_timeout(kMoveTimeout);
+  auto stopped = keep_from_managed();
+  if (!stopped) return stopped.error();
+  auto done = map_and_load(chain, loader, all_of_image, mapped);
+  if (done) {
+    away_ = read_only_ = false;
+    return done;
+  }
+  // Its threads reach it without the driver, and are about to go on.
+  if (auto r = agent_->take_away_managed(); !r) {
+    log(LogLevel::kError, "daemon", "%s", r.error().message().c_str());
+  }
+  return done;
+}
+
+// Threads that may reach managed memory while it is without its contents are stopped. Those of a
+// process that CRIU has frozen are, by CRIU.
+Result<std::unique_ptr<StoppedProcess>> MemoryRelease::keep_from_managed() {
+  auto released = agent_->released();
+  if (!released) return released.error();
+  const bool any = std::any_of(released->begin(), released->end(), [](const ReleasedMemory& m) {
+    return m.memory.kind == AllocationKind::kManaged;
+  });
+  auto status = read_proc_status(pid_);
+  if (!status) return status.error();
+  if (!any || status->tracer_pid) return std::unique_ptr<StoppedProcess>();
+  auto agent_tid = agent_->thread_id();
+  if (!agent_tid) return agent_tid.error();
+  for (const auto deadline = steady_clock::now() + kStopPatience;;) {
+    auto stopped = StoppedProcess::stop(pid_, {*agent_tid, agent_->restore_tid()}, kStopPatience);
+    if (!stopped) return stopped;
+    auto locks = agent_->check_no_locks();
+    if (locks) return stopped;
+    if (locks.error().code() != EDEADLK || steady_clock::now() > deadline) return locks.error();
+  }
+}
+
+Result<BroughtBack> MemoryRelease::map_and_load(const PageChain& chain, MemoryLoader& loader,
+                                                bool all_of_image,
+                                                const std::function<void()>& mapped) {
+  BroughtBack done;
+  auto start = steady_clock::now();
   auto back = agent_->map_back();
   if (!back) return back.error();
   if (agent_->missing_hook()) {
@@ -304,12 +347,21 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
   for (const ReleasedMemory& m : *back) done.adopted += m.state == ReleasedState::kAdopted;
   auto loaded = agent_->contents_loaded();
   if (!loaded) return loaded.error();
-  away_ = false;
   return done;
+}
+
+// Of managed memory that was to be taken away.
+Result<void> MemoryRelease::make_writable() {
+  if (!read_only_) return {};
+  auto loaded = agent_->contents_loaded();
+  if (!loaded) return loaded.error();
+  read_only_ = false;
+  return {};
 }
 
 Result<void> MemoryRelease::let_go() {
   if (away_) return process_error(pid_, EBUSY, "its memory is away");
+  if (auto r = make_writable(); !r) return r;
   end_lease();
   return gate_->release();
 }
@@ -318,6 +370,7 @@ Result<void> MemoryRelease::open() {
   if (open_) return {};
   if (away_) return process_error(pid_, EBUSY, "its memory is away");
   end_lease();
+  if (auto r = make_writable(); !r) return r;
   if (auto r = gate_->open(); !r) return r;
   if (auto left = gate_->leave_no_trace(); !left) {
     log(LogLevel::kDebug, "daemon", "%s; phos's agent sleeps on in it until the next dump",

@@ -28,6 +28,7 @@
 #include "gpu-tracker/daemon/managed_memory.h"
 #include "gpu-tracker/daemon/memory_loader.h"
 #include "gpu-tracker/gate/gate.h"
+#include "gpu-tracker/gate/stopped_process.h"
 #include "gpu-tracker/image/chain.h"
 #include "gpu-tracker/inject/agent.h"
 
@@ -101,6 +102,10 @@ class MemoryRelease {
  private:
   MemoryRelease(int pid, std::shared_ptr<Agent> agent);
 
+  Result<void> make_writable();
+  Result<std::unique_ptr<StoppedProcess>> keep_from_managed();
+  Result<BroughtBack> map_and_load(const PageChain& chain, MemoryLoader& loader, bool all_of_image,
+                                   const std::function<void()>& mapped);
   void keep_lease(const std::stop_token& stop);
   void end_lease();
   struct Plan {
@@ -115,6 +120,7 @@ class MemoryRelease {
   std::shared_ptr<Agent> agent_;
   std::unique_ptr<Gate> gate_;  // before agent_ goes
   bool away_ = false;
+  bool read_only_ = false;  // its managed memory, or perhaps
   bool open_ = false;
   bool take_out_ = true;  // the agent was brought for this, or for the dump that it was in
 

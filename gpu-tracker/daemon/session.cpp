@@ -124,7 +124,8 @@ Result<void> Session::checkpoint(int pid) {
         return refuse(
             pid,
             "NVIDIA's driver refuses it (CUDA_ERROR_NOT_SUPPORTED): it uses managed memory "
-            "(cudaMallocManaged) or another feature the driver cannot checkpoint");
+            "(cudaMallocManaged) that phos could not save, or another feature the driver cannot "
+            "checkpoint");
       }
       return refuse(pid, r.error().message());
     }

@@ -105,6 +105,9 @@ class Session {
   // where that can be. On failure they run again.
   Result<void> lock(unsigned timeout_ms);
 
+  // Of the processes that are locked: those whose managed memory checkpoint() will take away.
+  std::vector<FoundProcess> with_managed_memory() const;
+
   // Has copy() begun what complete_copies() must complete?
   bool has_copies() const;
   // Copies what the locked processes have changed since their last round, and takes what is saved

@@ -34,6 +34,8 @@ Error refusal(int pid, int result, int detail) {
                            "go on, then try again");
     case PHOS_RESULT_IN_USE:
       return process_error(pid, EBUSY, "phos's agent in it still stands in for some of its memory");
+    case PHOS_RESULT_UNPROTECTED:
+      return process_error(pid, ENOTSUP, "its managed memory cannot be made read-only");
     case PHOS_RESULT_STALE:
       return process_error(pid, ESTALE, "its managed memory is not what it was");
     case PHOS_RESULT_NO_MEMORY:

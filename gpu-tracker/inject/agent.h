@@ -221,13 +221,19 @@ class Agent {
   Result<void> check_no_locks();
   // All bytes of `memory`, as enumerate() describes it, or at least address and size, go through
   // `use`. `to_release`: only of what was read so release() takes managed memory; where it was, and
-  // should be, is noted then. A short last piece has zeros after it up to the next 64 KiB.
+  // should be, is noted then, and no thread can write to it, until contents_loaded(), which has to
+  // be called also if nothing of it was released. A short last piece has zeros after it up to the
+  // next 64 KiB.
   Result<void> read_managed(std::span<const AgentAllocation> memory, bool to_release,
                             const UseManagedPiece& use);
   // After map_back() and before contents_loaded(): `fill` writes the bytes of each piece, which go
   // to memory[piece.allocation] from piece.offset on.
   Result<void> load_managed(std::span<const AgentAllocation> memory,
                             std::span<const ManagedPiece> pieces, const UseManagedPiece& fill);
+
+  // After map_back(), where what it has brought back could not be loaded: managed memory goes
+  // again, so that no thread finds it without its contents.
+  Result<std::vector<ReleasedMemory>> take_away_managed();
 
   // What is recorded, by address. Needs no thread to be parked, only a process not locked.
   Result<std::vector<ReleasedMemory>> released();

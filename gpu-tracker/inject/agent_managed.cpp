@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <climits>
-#include <condition_variable>
+#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <string>
@@ -61,8 +61,14 @@ class Agent::Window {
     if (!*idle) return process_error(agent_.pid_, ETIMEDOUT, "phos's agent in it does not answer");
     // Why it has ended early it says itself, unless it was told to.
     auto answer = agent_.answer();
-    if (!error_ || (error_->code() == EPIPE && !answer)) return answer;
-    return *error_;
+    if (error_ && (error_->code() != EPIPE || answer)) return *error_;
+    if (answer || answer.error().domain() != Domain::kCuda) return answer;
+    char text[120];
+    snprintf(text, sizeof text, "its managed memory at %#llx could not be %s: CUDA error %d",
+             static_cast<unsigned long long>(agent_.mailbox_->shared().next_address),
+             reading_ ? "read" : "written", answer.error().code());
+    return Error(Domain::kCuda, answer.error().code(),
+                 "process " + std::to_string(agent_.pid_) + ": " + text);
   }
 
  private:

@@ -145,6 +145,10 @@ Result<std::vector<ReleasedMemory>> Agent::released() {
   return run_released(PHOS_COMMAND_RELEASED);
 }
 
+Result<std::vector<ReleasedMemory>> Agent::take_away_managed() {
+  return run_released(PHOS_COMMAND_TAKE_AWAY);
+}
+
 Result<std::vector<ReleasedMemory>> Agent::contents_loaded() {
   return run_released(PHOS_COMMAND_LOADED);
 }

@@ -8,7 +8,7 @@ import select
 import socket
 import threading
 
-PROTOCOL = 2
+PROTOCOL = 3
 LIMIT = 30  # seconds; only ever reached by a failure
 
 
