@@ -24,6 +24,8 @@
   110 /* CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED */
 #define CONCURRENT_MANAGED_ACCESS 89 /* CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS */
 #define ATTACH_GLOBAL 1              /* CU_MEM_ATTACH_GLOBAL */
+#define MEMORY_TYPE_ATTRIBUTE 2      /* CU_POINTER_ATTRIBUTE_MEMORY_TYPE */
+#define SMALLEST 512ull              /* to a multiple of which memory is allocated */
 #define MAX_DEVICES 64
 
 int alloc_like(const struct driver* driver, const struct released* e, uint64_t size,
@@ -137,6 +139,18 @@ static int find_out_access(const struct driver* driver, struct released* e) {
   return result;
 }
 
+/* Is there other memory in the block that [..., end) ends in? It would be in the way of both. */
+static bool shares_its_block(const struct driver* driver, uint64_t end) {
+  const uint64_t block_end = (end + GRANULARITY - 1) & ~(GRANULARITY - 1);
+  for (uint64_t at = (end + SMALLEST - 1) & ~(SMALLEST - 1); at < block_end; at += SMALLEST) {
+    uint64_t type = 0;
+    int attribute = MEMORY_TYPE_ATTRIBUTE;
+    void* data = &type;
+    if (driver->pointer_get_attributes(1, &attribute, &data, at) || type) return true;
+  }
+  return false;
+}
+
 /*
  * To what a stream has it attached the driver does not tell, which is of no consequence where both
  * sides may use it at once. What it holds must have been read before.
@@ -147,7 +161,8 @@ static int check_managed(const struct driver* driver, const struct phos_allocati
   const int result =
       driver->device_get_attribute(&concurrent, CONCURRENT_MANAGED_ACCESS, a->device);
   *suitable = concurrent && a->context && a->address % GRANULARITY == 0 &&
-              policy_is_noted(a->address, a->size);
+              policy_is_noted(a->address, a->size) &&
+              !shares_its_block(driver, a->address + a->size);
   return result;
 }
 
