@@ -23,6 +23,7 @@ using std::chrono::steady_clock;
 constexpr milliseconds kLease{10000}, kRenewal{2000};
 // The driver frees and maps tens of gigabytes in milliseconds, in hundreds of pieces in tens.
 constexpr milliseconds kMoveTimeout{60000};
+constexpr milliseconds kStuckTimeout{500};
 // For threads to be stopped where none holds a lock of the C library's.
 constexpr milliseconds kStopPatience{5000};
 
@@ -265,9 +266,11 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
                      format_dump_id(agent_->released_by()) + ", and the images are of dump " +
                      format_dump_id(chain.image().dump_id) + "; files of two dumps are mixed");
   }
-  agent_->set_command_timeout(kMoveTimeout);
+  // Where it waits for a thread that CRIU has frozen there is no use in waiting for it.
+  agent_->set_command_timeout(agent_->is_busy() ? kStuckTimeout : kMoveTimeout);
   auto stopped = keep_from_managed();
   if (!stopped) return stopped.error();
+  agent_->set_command_timeout(kMoveTimeout);
   auto done = map_and_load(chain, loader, all_of_image, mapped);
   if (done) {
     away_ = read_only_ = false;

@@ -31,6 +31,8 @@ constexpr int kParkedLooks = 20;
 constexpr int kLatePasses = 4;
 // So often a thread that would pass is met before it is stopped: most are starting another.
 constexpr unsigned kPatientLooks = 3;
+// What it takes to stop threads that wait for a processor, with others that have one.
+constexpr auto kLeastBusyStop = milliseconds(500);
 // What it takes to stop a thread.
 constexpr auto kLeastStop = milliseconds(5);
 
@@ -325,6 +327,7 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
     std::string why;
     size_t added = 0;
     std::vector<ThreadInfo> passing, running;
+    bool to_be_stopped = false;  // in a later look
     auto judge = [&](const ThreadInfo& t, ThreadPlace place) {
       const std::string name = "thread " + std::to_string(t.tid) + " (" + t.comm + ") ";
       if (place == ThreadPlace::kOutside && blocks(t, signal_) && !held_threads_.contains(t)) {
@@ -348,13 +351,14 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
       if (runs && looks >= kPatientLooks) {
         running.push_back(t);
       } else {
+        to_be_stopped |= runs;
         judge(t, place);
       }
     }
     // One that computes, or waits for memory to change, never sleeps.
     if (!running.empty()) {
       std::vector<ThreadPlace> places(running.size(), ThreadPlace::kNotShown);
-      stop_each(running, std::max(deadline, steady_clock::now() + kLeastStop),
+      stop_each(running, std::max(deadline, steady_clock::now() + kLeastBusyStop),
                 [&](size_t i) { places[i] = locate(running[i]); });
       for (size_t i = 0; i < running.size(); i++) judge(running[i], places[i]);
     }
@@ -366,7 +370,7 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
     Result<void> counters = check_counters();
     if (why.empty() && added == 0 && counters) return {};
     // However long the first pass has taken, the last one has to follow.
-    if (steady_clock::now() > deadline && (added == 0 || ++late == kLatePasses)) {
+    if (!to_be_stopped && steady_clock::now() > deadline && (added == 0 || ++late == kLatePasses)) {
       if (!counters) return counters;
       return process_error(pid_, EAGAIN, why.empty() ? "it keeps starting threads" : why);
     }

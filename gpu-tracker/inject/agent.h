@@ -175,6 +175,8 @@ class Agent {
   Result<std::vector<AgentExport>> export_memory(std::span<const AgentAllocation> allocations,
                                                  AgentGuard guard);
 
+  // Is a command under way, that it has not answered in time?
+  bool is_busy() const { return mailbox_ && !mailbox_->idle(); }
   void set_command_timeout(std::chrono::milliseconds timeout) {
     options_.command_timeout = timeout;
   }

@@ -3,8 +3,10 @@
 goes on writing to it in a thread of its own, which finds out any write that is lost."""
 import os
 import re
+import signal
+import subprocess
 
-from harness import alive, wait_until
+from harness import BUILD, REPO, Target, alive, children, wait_until
 from test_released import MIB, ReleasedTest
 from test_released_killed import Steps
 
@@ -79,8 +81,29 @@ class DumpAndRestore(ManagedTest):
         pages = self.managed()['pages']
         self.assertGreaterEqual(pages['zero'], 15)
         self.assertEqual(sum(pages.values()), 128)
+        reader = os.path.join(REPO, 'test', 'image', 'image_reader.py')
+        read = subprocess.run([reader, self.images], capture_output=True, text=True, timeout=60)
+        self.assertEqual(read.returncode, 0, read.stdout + read.stderr)
+        self.assertRegex(self.ok('show', self.images).stdout, r'released +managed +1 +8\.0 MiB')
         self.ok('squash', self.images)
         self.restore_and_check(target)
+
+    def test_tree_of_two_processes(self):
+        program = os.path.join(BUILD, 'test', 'counter')
+        output = os.path.join(self.directory, 'child')
+        script = ' '.join([program, '--mib 4 --managed-mib 4 --interval-ms 20'])
+        parent = Target(self.directory, ['/bin/sh', '-c', f'{script} > {output} & exec {script}'],
+                        env=self.env())
+        self.targets.append(parent)
+        parent.wait_tick(3)
+        child = parent.other(children(parent.pid)[0], output)
+        child.wait_tick(3)
+        self.dump_ok(parent)
+        self.assertEqual([a['path'] for p in self.show() for a in p['allocations']
+                          if a['kind'] == 'managed'], ['released'] * 2)
+        self.restore_and_check(parent)
+        child.wait_more()
+        child.check_output(self)
 
     def test_chain(self):
         """Of its second dump only what has changed is written."""
@@ -166,6 +189,36 @@ class GoesOn(ManagedTest):
         self.assertIn('could not be written: CUDA error 999', self.log('dump.log'))
         self.assertIn('phosd goes on trying', self.log('dump.log'))
         self.assert_left_alone(target)
+
+    def test_failing_post_dump_script(self):
+        """CRIU says that all is well, and lets the process go without its memory."""
+        script = os.path.join(self.directory, 'script')
+        with open(script, 'w') as f:
+            f.write('#!/bin/sh\ntest "$CRTOOLS_SCRIPT_ACTION" != post-dump || exit 1\n')
+        os.chmod(script, 0o755)
+        target = self.counter()
+        self.dump(target, '--action-script', script)
+        self.assertTrue(alive(target.pid))
+        self.assert_left_alone(target)
+
+    def test_leave_stopped(self):
+        target = self.managed_only()
+        self.dump_ok(target, '--leave-stopped')
+        os.kill(target.pid, signal.SIGCONT)
+        self.assert_left_alone(target)
+
+    def test_threads_that_allocate_all_the_time(self):
+        """One that is frozen with a lock of the allocator's would keep the agent from its work."""
+        target = self.counter('--malloc-threads', '3')
+        done = 0
+        for i in range(4):
+            self.images_in(str(i))
+            if self.dump(target, '--leave-running').returncode == 0:
+                done += 1
+            else:
+                self.assertTrue(any('malloc()' in e for e in self.errors()), self.errors())
+            self.assert_left_alone(target)
+        self.assertGreater(done, 0)
 
     def test_disk_is_full(self):
         target = self.managed_only()

@@ -3,6 +3,7 @@
 // tick and checks both. One line a tick on stdout; any wrong value or CUDA error ends it with
 // status 1. SIGUSR1: check the big buffer at the next tick. SIGTERM: print "done N" and exit 0.
 #include <cuda.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -40,8 +41,9 @@ struct Options {
   uint64_t spin_ms = 0;       // after tick 3, a kernel of this length on another stream
   int device = 0;
   unsigned even_kib = 0;  // of each 64 KiB, the last so many hold one value: they can be compressed
-  uint64_t managed_mib = 0;  // besides, of which a thread goes on writing half with the CPU
-  unsigned blocked_ms = 0;   // how often a thread wakes up that has all signals blocked; 0: none
+  unsigned malloc_threads = 0;  // that do nothing else
+  uint64_t managed_mib = 0;     // besides, of which a thread goes on writing half with the CPU
+  unsigned blocked_ms = 0;      // how often a thread wakes up that has all signals blocked; 0: none
 };
 
 bool parse(int argc, char** argv, Options* o) {
@@ -59,6 +61,8 @@ bool parse(int argc, char** argv, Options* o) {
       o->spin_ms = value;
     else if (!strcmp(argv[i], "--blocked-ms"))
       o->blocked_ms = static_cast<unsigned>(value);
+    else if (!strcmp(argv[i], "--malloc-threads"))
+      o->malloc_threads = static_cast<unsigned>(value);
     else if (!strcmp(argv[i], "--managed-mib"))
       o->managed_mib = value;
     else if (!strcmp(argv[i], "--even-kib") && value < 64)
@@ -199,6 +203,19 @@ void start_blocked_thread(unsigned interval_ms) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
+// Blocks of sizes for which the allocator takes its locks.
+void start_malloc_thread() {
+  std::thread([] {
+    std::vector<void*> blocks(64);
+    for (unsigned i = 0;; i++) {
+      void*& block = blocks[i * 7 % blocks.size()];
+      free(block);
+      block = malloc(2000 + i % 977 * 64);
+      if (i % 64 == 0) usleep(1);
+    }
+  }).detach();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -207,7 +224,7 @@ int main(int argc, char** argv) {
     fprintf(stderr,
             "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n"
             "               [--spin-ms N] [--device N] [--blocked-ms N] [--even-kib N]\n"
-            "               [--managed-mib N]\n");
+            "               [--managed-mib N] [--malloc-threads N]\n");
     return 2;
   }
   struct sigaction action = {};
@@ -216,6 +233,7 @@ int main(int argc, char** argv) {
   action.sa_handler = [](int) { g_check_now = 1; };
   sigaction(SIGUSR1, &action, nullptr);
 
+  for (unsigned i = 0; i < options.malloc_threads; i++) start_malloc_thread();
   if (options.blocked_ms) start_blocked_thread(options.blocked_ms);
   Counter counter(options);
   if (!counter.start()) return 1;
