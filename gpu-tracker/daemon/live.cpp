@@ -112,8 +112,9 @@ Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
   // From here on there is an agent in it, which another phosd will take out.
   (void)note(held).ok();  // said when it is locked
   const auto start = steady_clock::now();
-  auto copy = LiveCopy::start({pid, status->vpid, held->restore_tid, tracker}, std::move(images),
-                              *engines_);
+  auto copy = LiveCopy::start({pid, status->vpid, held->restore_tid, tracker,
+                               stage_ == DumpStage::kPreDump || release_wanted_},
+                              std::move(images), *engines_);
   if (!copy) return copy.error();
   held->scan_time = since(start);
   held->copy = std::move(*copy);
@@ -185,6 +186,8 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
   for (auto& [pid, error] : failures) {
     auto it = held_.find(pid);
     auto stopped = it->second.copy ? it->second.copy->stop_watching() : Result<void>();
+    if (it->second.copy) it->second.managed = it->second.copy->managed();
+    it->second.not_released = error.message();
     it->second.copy.reset();
     if (has_ended(pid, it->second.restore_tid, it->second.start_time, error)) continue;
     if (error.code() == ECANCELED) return error;

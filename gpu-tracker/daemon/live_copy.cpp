@@ -286,7 +286,11 @@ Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_to
 Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& stop) {
   postponed_why_.clear();
   if (auto seen = list(); seen) {
-    if (auto r = import_new(compare(*seen), guard_.get()); !r) return r.error();
+    const std::vector<AgentAllocation> fresh = compare(*seen);
+    if (!target_.may_have_managed && !managed_.empty()) {
+      return Error(Domain::kUsage, ENOTSUP, "it has managed memory");
+    }
+    if (auto r = import_new(fresh, guard_.get()); !r) return r.error();
   } else if (seen.error().code() == EAGAIN) {
     postponed_why_ = seen.error().message();
     log(LogLevel::kInfo, "daemon", "%s: new memory is not looked for in this round: %s",

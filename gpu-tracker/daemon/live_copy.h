@@ -37,6 +37,8 @@ struct LiveCopyTarget {
   int vpid = 0;  // in its innermost one, for file names
   int restore_tid = 0;
   TrackerChoice tracker = TrackerChoice::kContent;
+  // Else a round of a process that has managed memory fails before anything is copied.
+  bool may_have_managed = true;
 };
 
 struct LiveCopyImages {

@@ -65,8 +65,9 @@ std::vector<FoundProcess> Session::with_managed_memory() const {
 // Before anything is locked.
 Result<void> Session::refuse_managed_memory() const {
   for (const auto& [pid, held] : held_) {
-    if (!held.copy || held.copy->managed().empty()) continue;
-    return refuse_managed(pid, held.copy->managed(), "set release = auto in phosd.conf");
+    const auto& managed = held.copy ? held.copy->managed() : held.managed;
+    if (managed.empty()) continue;
+    return refuse_managed(pid, managed, "set release = auto in phosd.conf");
   }
   return {};
 }

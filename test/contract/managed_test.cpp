@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "gpu-tracker/gate/stopped_process.h"
 #include "test/contract/fixture.h"
 
 namespace contract {
@@ -175,6 +176,30 @@ TEST_F(Managed, ProcessWithoutItAnyMoreIsCheckpointed) {
   const std::string again = value_of(worker.ask("managed 4194304"));
   EXPECT_EQ(worker.ask("fill " + again + " 1024 4"), "ok");
   EXPECT_EQ(worker.ask("check " + again + " 1024 4 0"), "ok 0");
+}
+
+// As when CRIU has frozen the process, but for the agent and the restore thread.
+TEST_F(Managed, IsReadFreedAndHadAgainWhileOtherThreadsAreStopped) {
+  Worker worker;
+  const std::string p = value_of(worker.ask("managed 4194304"));
+  ASSERT_EQ(worker.ask("fill " + p + " 1048576 3"), "ok");
+  int restore_tid = 0;
+  ASSERT_EQ(cuCheckpointProcessGetRestoreThreadId(worker.pid(), &restore_tid), CUDA_SUCCESS);
+  ASSERT_EQ(lock(worker.pid()), CUDA_SUCCESS);
+  auto stopped = phos::StoppedProcess::stop(worker.pid(), {worker.pid(), restore_tid},
+                                            std::chrono::milliseconds(5000));
+  ASSERT_TRUE(stopped) << stopped.error().message();
+  ASSERT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(worker.ask("check " + p + " 1048576 3 0"), "ok 0");
+  EXPECT_EQ(worker.ask("free " + p), "ok");
+  ASSERT_EQ(lock(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(checkpoint(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(restore(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
+  const std::string again = value_of(worker.ask("managed 4194304"));
+  EXPECT_EQ(worker.ask("fill " + again + " 1048576 4"), "ok");
+  EXPECT_EQ(worker.ask("check " + again + " 1048576 4 0"), "ok 0");
+  EXPECT_EQ(worker.ask("free " + again), "ok");
 }
 
 }  // namespace

@@ -238,6 +238,7 @@ class Refused(ManagedTest):
         for word in words:
             self.assertTrue(any(word in e for e in self.errors()), self.errors())
         self.assertNotIn('locked in', self.log('dump.log'))
+        self.assertNotIn('pages copied', self.log('dump.log'))
         self.assert_left_alone(target)
         self.assert_no_phos_images()
 
