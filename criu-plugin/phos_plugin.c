@@ -38,6 +38,7 @@ struct paused {
 	int pid;
 	int restore_tid;
 	int found;
+	bool has_managed;
 };
 
 static struct paused *paused_list;
@@ -138,6 +139,15 @@ static unsigned int lock_timeout(unsigned int alarm_left)
 	return alarm_left < MAX_TIMEOUT_S ? alarm_left : MAX_TIMEOUT_S;
 }
 
+static int note_managed(const struct phosd_process *process)
+{
+	struct paused *p = find_paused(process->pid);
+
+	if (p)
+		p->has_managed = true;
+	return 0;
+}
+
 static int say_yes(int pid)
 {
 	return 1;
@@ -195,7 +205,7 @@ int phos_plugin_pause_devices(int pid)
 	}
 	if (phosd_start(PHOS__WIRE__STAGE__DUMP) || phosd_inspect(pid, add_paused) || phosd_copy())
 		goto out;
-	ret = phosd_lock(lock_timeout(left) * 1000, &waited_ms) ? -1 : 0;
+	ret = phosd_lock(lock_timeout(left) * 1000, &waited_ms, note_managed) ? -1 : 0;
 	if (!ret && !find_paused(pid))
 		ret = -ENOTSUP; /* only its descendants use CUDA */
 out:
@@ -227,6 +237,8 @@ int phos_plugin_checkpoint_devices(int pid)
 			return -1;
 		return -ENOTSUP;
 	}
+	/* The agent's too: managed memory goes only now that all else stands still, and it empties
+	 * the driver's own copy. */
 	if (service_threads_resume(&threads, pid, p->restore_tid))
 		return -1;
 	ret = phosd_checkpoint(pid);
@@ -293,6 +305,12 @@ static void undo_all(void)
 	for (p = paused_list; p; p = p->next) {
 		int ret;
 
+		/*
+		 * Managed memory is there for a moment without its contents. Should criu be killed
+		 * then, the kernel would let threads go that need nobody to reach it.
+		 */
+		if (p->has_managed && die_with_criu(p->pid))
+			continue;
 		if (service_threads_resume(&threads, p->pid, p->restore_tid))
 			continue;
 		ret = phosd_undo(p->pid, p->found);
@@ -303,6 +321,8 @@ static void undo_all(void)
 		if (ret)
 			phos_err("process %d is not back as it was; phosd goes on trying", p->pid);
 		service_threads_stop(&threads);
+		if (p->has_managed)
+			live_without_criu(p->pid);
 	}
 }
 

@@ -345,10 +345,13 @@ int phosd_copy(void)
 	return call_done(&request, MOVE_TIMEOUT_MS);
 }
 
-int phosd_lock(unsigned int timeout_ms, unsigned int *waited_ms)
+int phosd_lock(unsigned int timeout_ms, unsigned int *waited_ms,
+	       int (*has_managed)(const struct phosd_process *process))
 {
 	int64_t start = now_ms();
-	int ret;
+	Phos__Wire__Reply *reply;
+	int ret = 0;
+	size_t i;
 	Phos__Wire__Request request = PHOS__WIRE__REQUEST__INIT;
 	Phos__Wire__Lock lock = PHOS__WIRE__LOCK__INIT;
 
@@ -356,8 +359,16 @@ int phosd_lock(unsigned int timeout_ms, unsigned int *waited_ms)
 	request.op_case = PHOS__WIRE__REQUEST__OP_LOCK;
 	request.lock = &lock;
 	first_word_ms = 0;
-	ret = call_done(&request, (int)timeout_ms + GRACE_MS);
+	reply = call(&request, -1, (int)timeout_ms + GRACE_MS, &ret);
 	*waited_ms = (first_word_ms ? first_word_ms : now_ms()) - start;
+	if (!reply)
+		return ret;
+	for (i = 0; i < reply->n_found && !ret; i++) {
+		struct phosd_process process = from_wire(reply->found[i]);
+
+		ret = has_managed(&process);
+	}
+	phos__wire__reply__free_unpacked(reply, NULL);
 	return ret;
 }
 

@@ -34,7 +34,8 @@ int phosd_copy(void);
  * Locks all that was found. `timeout_ms`: for submitted GPU work to finish; `*waited_ms`: what it
  * took of that, without the copying that may follow.
  */
-int phosd_lock(unsigned int timeout_ms, unsigned int *waited_ms);
+int phosd_lock(unsigned int timeout_ms, unsigned int *waited_ms,
+	       int (*has_managed)(const struct phosd_process *process));
 int phosd_checkpoint(int pid);
 int phosd_check_leftover(int pid);
 /* `found`: from phosd_inspect(), for a phosd that was started anew and knows nothing of it. */

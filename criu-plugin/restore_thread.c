@@ -87,6 +87,14 @@ int die_with_criu(int pid)
 	return -1;
 }
 
+int live_without_criu(int pid)
+{
+	if (tracer_of(pid) != getpid() || !set_options(pid, 0))
+		return 0;
+	phos_err("cannot set ptrace options of process %d: %s", pid, strerror(errno));
+	return -1;
+}
+
 int restore_thread_stop(struct restore_thread *thread)
 {
 	int tid = thread->tid, status;

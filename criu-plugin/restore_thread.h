@@ -38,6 +38,8 @@ int restore_thread_stop(struct restore_thread *thread);
  * 0, or -1 with the reason in CRIU's log.
  */
 int die_with_criu(int pid);
+/* No longer. */
+int live_without_criu(int pid);
 
 /* The traced thread's tracer; 0: none; -1: no such thread. */
 int tracer_of(int tid);

@@ -28,5 +28,6 @@ all: $(B)/test/compress_bench
 $(eval $(call program,test/image_bench,tools/bench/image_io.cpp,lib/libphos.a,$(IMAGE_LIBS) $(TRACK_LIBS) -ldl -lpthread))
 all: $(B)/test/image_bench
 # What can be done with managed memory on a real GPU, and how fast.
+$(B)/obj/tools/bench/managed_memory.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 $(eval $(call program,test/managed_bench,tools/bench/managed_memory.cpp,lib/libphos.a,$(TRACK_LIBS) -ldl -lpthread))
 all: $(B)/test/managed_bench

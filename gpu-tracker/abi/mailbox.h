@@ -19,14 +19,14 @@
 
 /* "PHOSMBOX" in memory. */
 #define PHOS_MAILBOX_MAGIC 0x584f424d534f4850ull
-#define PHOS_MAILBOX_VERSION 2u
+#define PHOS_MAILBOX_VERSION 3u
 /*
  * Names end in the version: agents of different versions live side by side in one process, and each
  * phosd sees only its own. In /proc/PID/maps: "/memfd:<name> (deleted)".
  */
-#define PHOS_MAILBOX_NAME "phos-mailbox-2"
-#define PHOS_AGENT_MEMFD_PREFIX "phos-agent-2-" /* and random hex digits */
-#define PHOS_AGENT_THREAD_NAME "phos-agent-2"
+#define PHOS_MAILBOX_NAME "phos-mailbox-3"
+#define PHOS_AGENT_MEMFD_PREFIX "phos-agent-3-" /* and random hex digits */
+#define PHOS_AGENT_THREAD_NAME "phos-agent-3"
 #define PHOS_HOOKS_PAGE_SIZE 4096u
 
 enum phos_agent_state {
@@ -64,7 +64,18 @@ enum phos_agent_command {
   PHOS_COMMAND_RELEASED = 18, /* out: allocations with a phos_released_state; needs no guarantee */
   PHOS_COMMAND_LOADED = 19,   /* what was mapped back has its contents again; out: as RELEASED */
   /* in: ranges, some of driver_copies; they stay mapped, and read as zero; needs no guarantee */
-  PHOS_COMMAND_EMPTY_COPIES = 20,
+  PHOS_COMMAND_EMPTY_COPIES = 24,
+  /*
+   * Managed memory, of which there is no handle: its bytes go through the window, piece by piece,
+   * in the order of the allocations (gpu-tracker/agent/managed.c). For READ the same holds as for
+   * RELEASE; LOAD comes between MAP_BACK and LOADED.
+   */
+  PHOS_COMMAND_READ = 20, /* in: argument, a phos_read; allocations (address, size, buffer_id) */
+  PHOS_COMMAND_LOAD = 21, /* to what was mapped back; ends with a piece of no bytes */
+  /* Managed memory that was mapped back, and whose contents could not be loaded; out: as RELEASED
+   */
+  PHOS_COMMAND_TAKE_AWAY = 23,
+  PHOS_COMMAND_NO_LOCKS = 22, /* ends once no other thread is in the C library's allocator */
 
   PHOS_COMMAND_GATE_INSTALL = 32, /* in: gate.avoid; out: gate.signal */
   PHOS_COMMAND_GATE_REMOVE = 33,  /* the gate must be open, and no thread in its handler */
@@ -84,6 +95,8 @@ enum phos_agent_result {
   PHOS_RESULT_IN_USE = 18,     /* EXIT: the agent still holds memory of the application */
   PHOS_RESULT_NO_MEMORY = 19,
   PHOS_RESULT_THREAD_INSIDE = 20, /* a thread is just freeing adopted memory */
+  PHOS_RESULT_STALE = 21,         /* READ, LOAD: no such managed memory; the piece says where */
+  PHOS_RESULT_UNPROTECTED = 22,   /* READ: threads cannot be kept from writing to it */
 
   PHOS_RESULT_NO_SIGNAL = 32, /* GATE_INSTALL: sigaction refused every candidate */
   PHOS_RESULT_GATE_BUSY = 33, /* GATE_REMOVE, EXIT: threads are parked, or may be about to be */
@@ -176,6 +189,32 @@ struct phos_export {
   uint8_t ipc_handle[64];
 };
 
+/* in of READ */
+enum phos_read {
+  PHOS_READ_AGAIN = 0, /* what was loaded, to see what it holds */
+  /* Notes besides where it is, and where it is to be, and keeps threads from writing to it: until
+   * LOADED, whatever is done with it meanwhile. */
+  PHOS_READ_TO_RELEASE = 1,
+};
+
+/*
+ * The window: pieces of memory on their way between the agent and phosd. Piece n is in slot
+ * n % PHOS_WINDOW_SLOTS, which belongs to one side at a time and is handed over by its state.
+ */
+#define PHOS_WINDOW_SLOTS 8u
+#define PHOS_WINDOW_PIECE (2u << 20)
+enum phos_slot_state {
+  PHOS_SLOT_FREE = 0, /* of the side that fills it: the agent's for READ, phosd's for LOAD */
+  PHOS_SLOT_FULL = 1,
+};
+struct phos_window_slot {
+  uint32_t state;  /* futex: phos_slot_state */
+  uint32_t number; /* of the piece; wraps */
+  uint64_t address;
+  uint32_t bytes; /* at most PHOS_WINDOW_PIECE; of LOAD 0: that was all */
+  uint32_t padding;
+};
+
 /* What became of addresses: a call of the agent's to libcuda, or of libcuda's to the kernel. */
 enum phos_address_call {
   PHOS_CALL_MEM_FREE = 1, /* result: CUresult */
@@ -266,12 +305,14 @@ struct phos_mailbox {
   /* phos_copies_state; written by EMPTY_COPIES and by phosd. */
   uint32_t driver_copies_state;
   struct phos_address_range driver_copies[PHOS_MAX_DRIVER_COPIES];
-  uint8_t reserved[1320];
+  struct phos_window_slot slots[PHOS_WINDOW_SLOTS];
+  uint8_t reserved[1128];
   struct phos_gate gate; /* not payload: it outlives a command, a phosd, and a dump */
 
   struct phos_address_range ranges[PHOS_MAILBOX_MAX_RANGES];
   struct phos_export exports[PHOS_MAILBOX_MAX_EXPORTS];
   struct phos_allocation allocations[PHOS_MAILBOX_MAX_ALLOCATIONS];
+  uint8_t window[PHOS_WINDOW_SLOTS][PHOS_WINDOW_PIECE];
 };
 
 /* The file is sparse: phosd punches out the payload when it lets go. */
@@ -308,7 +349,9 @@ PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, state) == 24);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, command_seq) == 64);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, next_address) == 96);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, gate) == 4064);
+PHOS_ABI_ASSERT(sizeof(struct phos_window_slot) == 24);
 PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, ranges) == 4096);
+PHOS_ABI_ASSERT(offsetof(struct phos_mailbox, window) % 4096 == 0);
 PHOS_ABI_ASSERT(sizeof(struct phos_mailbox) % 4096 == 0);
 PHOS_ABI_ASSERT(sizeof(struct phos_agent_config) == 40);
 

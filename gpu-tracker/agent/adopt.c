@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Brings released memory back at its addresses: the driver's own where cuMemAlloc gives the old
- * address, else VMM memory that takes its place (hooks.h). The contents are phosd's to load.
+ * address, else VMM memory that takes its place (hooks.h). Nothing can take that of managed memory.
+ * The contents are phosd's to load.
  *
  * All that is free of libcuda's own is withheld from it (regain.c), so that cuMemAlloc finds
  * nothing but what has just been given up. Where that is not so it misses, and what it has come by
@@ -9,19 +10,15 @@
  */
 #include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
+#include "gpu-tracker/agent/policy.h"
 #include "gpu-tracker/agent/release.h"
 #include "gpu-tracker/agent/steer.h"
 #include "gpu-tracker/agent/trace.h"
 
 /* cuda.h: CUmemAllocationProp, CUmemAccessDesc */
 #define ALLOCATION_PINNED 1
-#define LOCATION_DEVICE 1
 #define HANDLE_TYPE_FD 1
 #define ACCESS_READWRITE 3
-struct location {
-  int type;
-  int id;
-};
 struct allocation_properties {
   int type;
   int handle_types;
@@ -74,7 +71,7 @@ static bool hit_or_miss(const struct driver* driver, struct released* e,
     steer_let_go();
     return false;
   }
-  const int result = alloc_in_context(driver, e->context, e->size, &at);
+  const int result = alloc_like(driver, e, e->size, &at);
   if (!result && at == e->address && (!first || steer_settled())) {
     steer_let_go();
     set_entry_state(e, PHOS_RELEASED_NATIVE);
@@ -154,7 +151,7 @@ static void report(const struct driver* driver, const struct released* e,
   int result = driver->device_get(&device, e->device);
   if (!result) result = driver->device_get_uuid(found.device_uuid, device);
   if (!found.result) found.result = result;
-  found.kind = PHOS_KIND_DEVICE;
+  found.kind = e->managed ? PHOS_KIND_MANAGED : PHOS_KIND_DEVICE;
   found.address = e->address;
   found.size = e->size;
   found.context = e->context;
@@ -203,7 +200,8 @@ int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
   give_back_withheld(driver, withheld);
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    if (state_of(e) != PHOS_RELEASED_RESERVED) continue;
+    /* Nothing can take the place of managed memory. */
+    if (state_of(e) != PHOS_RELEASED_RESERVED || e->managed) continue;
     adopt(driver, e);
     /* If it cannot be hooked, the memory is of more use to the process than a right cuMemFree(). */
     if (is_adopted(e) && !hooks_installed()) m->argument = (uint32_t)hooks_install();
@@ -217,10 +215,14 @@ int run_loaded(const struct driver* driver, struct phos_mailbox* m) {
   if (!table_check()) return PHOS_RESULT_BAD_TABLE;
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    if (state_of(e) == PHOS_RELEASED_NATIVE) set_entry_state(e, STATE_NONE);
+    if (state_of(e) == PHOS_RELEASED_NATIVE) {
+      if (e->managed) policy_apply(driver, e);
+      set_entry_state(e, STATE_NONE);
+    }
     if (state_of(e) == PHOS_RELEASED_ADOPTED) set_entry_state(e, PHOS_RELEASED_IN_USE);
   }
   table_order();
   tidy_hooks();
+  end_faults();
   return run_released(driver, m);
 }

@@ -35,6 +35,11 @@ static char* g_stack;
 static pthread_t g_thread;
 static bool g_has_thread;
 
+/* What mallinfo2(), or mallinfo(), fills in: no more than that. */
+struct malloc_info {
+  uint64_t of_no_interest[10];
+};
+
 struct c_library {
   void* (*dlopen)(const char*, int);
   void* (*dlsym)(void*, const char*);
@@ -45,6 +50,7 @@ struct c_library {
   int (*attr_destroy)(pthread_attr_t*);
   int (*create)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
   int (*join)(pthread_t, void**);
+  struct malloc_info (*malloc_info)(void);
 };
 static struct c_library g_libc;
 __attribute__((used)) static int (*g_dlclose)(void*); /* for finish() */
@@ -60,6 +66,15 @@ static int may_leave(const struct phos_mailbox* m) {
   if (holds_memory()) return PHOS_RESULT_IN_USE;
   steer_place_copy(false); /* what could not be put back then */
   return steer_is_in_place() ? PHOS_RESULT_IN_USE : PHOS_RESULT_OK;
+}
+
+/*
+ * The C library's allocator locks all of its arenas, one after the other, to count what is in them:
+ * so none is locked by a thread that is frozen, and would never be unlocked, once this has
+ * returned. A process with another allocator, or C library, is not known to be free of such.
+ */
+static void wait_for_locks(void) {
+  if (g_libc.malloc_info) (void)g_libc.malloc_info();
 }
 
 static void execute(struct phos_mailbox* m) {
@@ -94,6 +109,19 @@ static void execute(struct phos_mailbox* m) {
       break;
     case PHOS_COMMAND_EMPTY_COPIES:
       m->result = run_empty_copies(m);
+      break;
+    case PHOS_COMMAND_READ:
+      m->result = run_read(&g_driver, m);
+      break;
+    case PHOS_COMMAND_LOAD:
+      m->result = run_load(&g_driver, m);
+      break;
+    case PHOS_COMMAND_TAKE_AWAY:
+      m->result = run_take_away(&g_driver, m);
+      break;
+    case PHOS_COMMAND_NO_LOCKS:
+      wait_for_locks();
+      m->result = PHOS_RESULT_OK;
       break;
     case PHOS_COMMAND_GATE_INSTALL:
       m->result = gate_install(m);
@@ -228,6 +256,8 @@ static bool load_c_library(void) {
   c->attr_destroy = find_in_libc("pthread_attr_destroy");
   c->create = find_in_libc("pthread_create");
   c->join = find_in_libc("pthread_join");
+  c->malloc_info = find_in_libc("mallinfo2");
+  if (!c->malloc_info) c->malloc_info = find_in_libc("mallinfo");
   return c->dlclose && c->dladdr1 && c->attr_init && c->attr_setstack && c->attr_destroy &&
          c->create && c->join;
 }

@@ -17,6 +17,15 @@
 #define CU_INVALID_VALUE 1
 #define CU_OUT_OF_MEMORY 2
 
+/* cuda.h: CUmemLocation */
+#define LOCATION_NONE 0
+#define LOCATION_DEVICE 1
+#define LOCATION_HOST 2
+struct location {
+  int type;
+  int id;
+};
+
 /* The functions of libcuda that the agent calls. Types are cuda.h's by size and meaning. */
 struct driver {
   int (*pointer_get_attribute)(void* data, int attribute, uint64_t pointer);
@@ -47,6 +56,20 @@ struct driver {
   int (*device_get_attribute)(int* value, int attribute, int device);
   int (*device_can_access_peer)(int* can, int device, int peer);
   int (*primary_ctx_get_state)(int device, unsigned* flags, int* active);
+  /* For managed memory. */
+  int (*mem_alloc_managed)(uint64_t* address, size_t size, unsigned flags);
+  int (*mem_range_get_attributes)(void** data, size_t* sizes, int* attributes, size_t count,
+                                  uint64_t address, size_t size);
+  int (*mem_advise)(uint64_t address, size_t size, int advice, struct location location);
+  int (*mem_prefetch)(uint64_t address, size_t size, struct location location, unsigned flags,
+                      void* stream);
+  int (*memcpy_to_host)(void* to, uint64_t from, size_t size, void* stream);
+  int (*memcpy_from_host)(uint64_t to, const void* from, size_t size, void* stream);
+  int (*stream_create)(void** stream, unsigned flags);
+  int (*stream_destroy)(void* stream);
+  int (*stream_synchronize)(void* stream);
+  int (*mem_host_register)(void* at, size_t size, unsigned flags);
+  int (*mem_host_unregister)(void* at);
 };
 
 /* Fills the table by dlsym(). Returns -1, or the index of the first name that libcuda lacks. */
@@ -89,6 +112,9 @@ int run_release(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_map_back(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_released(const struct driver* driver, struct phos_mailbox* mailbox);
 int run_loaded(const struct driver* driver, struct phos_mailbox* mailbox);
+int run_take_away(const struct driver* driver, struct phos_mailbox* mailbox);
+int run_read(const struct driver* driver, struct phos_mailbox* mailbox);
+int run_load(const struct driver* driver, struct phos_mailbox* mailbox);
 /* Does the process need the agent: for memory that it has released or adopted? */
 bool holds_memory(void);
 

@@ -30,6 +30,17 @@ static const char* const kNames[] = {
     "cuDeviceGetAttribute",
     "cuDeviceCanAccessPeer",
     "cuDevicePrimaryCtxGetState",
+    "cuMemAllocManaged",
+    "cuMemRangeGetAttributes",
+    "cuMemAdvise_v2",
+    "cuMemPrefetchAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
 };
 _Static_assert(sizeof kNames == sizeof(struct driver), "one name a function");
 

@@ -7,14 +7,10 @@
  * While it waits, a thread takes no signal but SIGSETXID, without which setuid() of another thread
  * would wait for it: so no handler can jump out of here, and no cancellation unwind it.
  */
-#include <signal.h>
-
 #include "gpu-tracker/agent/agent.h"
-#include "gpu-tracker/agent/sys.h"
+#include "gpu-tracker/agent/faults.h"
+#include "gpu-tracker/agent/signals.h"
 
-#define SIGSETXID 33 /* glibc's */
-#define ALL_BUT_SETXID (~(1ull << (SIGSETXID - 1)))
-#define RESTORER 0x04000000 /* SA_RESTORER, which no header of the C library's has */
 /* Programs that use real-time signals count from either end. */
 #define FIRST_CANDIDATE 36
 #define LAST_CANDIDATE 62
@@ -23,34 +19,9 @@
 #define MAX_SLICE_NS 100000000u
 #define SLICES 8 /* of a lease */
 
-typedef void (*handler_function)(int, siginfo_t*, void*);
-
-#define DEFAULT 0 /* SIG_DFL, SIG_IGN */
-#define IGNORE 1
-
-/* As rt_sigaction(2) has it. */
-struct action {
-  uint64_t handler;
-  unsigned long flags;
-  void (*restorer)(void);
-  uint64_t mask;
-};
-
 static struct phos_gate* g_gate;
 static long g_process;
 static struct action g_foreign; /* what was there before ours */
-
-static long sys_sigaction(int signal, const struct action* set, struct action* old) {
-  return sys6(SYS_rt_sigaction, signal, (long)set, (long)old, sizeof(uint64_t), 0, 0);
-}
-
-static long sys_sigprocmask(int how, const uint64_t* mask) {
-  return sys6(SYS_rt_sigprocmask, how, (long)mask, 0, sizeof *mask, 0, 0);
-}
-
-static bool is_function(const struct action* a) {
-  return a->handler != DEFAULT && a->handler != IGNORE;
-}
 
 /* `context` is an argument that this futex operation does not have: phosd reads it (abi/gate.h). */
 static void futex_wait_ns(uint32_t* word, uint32_t value, uint64_t ns, const void* context) {
@@ -106,6 +77,15 @@ static bool is_ours(const siginfo_t* info) {
          (__atomic_load_n(&g_gate->word, __ATOMIC_ACQUIRE) & PHOS_GATE_STATE) != PHOS_GATE_OPEN;
 }
 
+void call_foreign(struct action* foreign, int signal, siginfo_t* info, void* context) {
+  const struct action called = *foreign;
+  if (called.flags & SA_RESETHAND) foreign->handler = DEFAULT;
+  uint64_t mask = *(const uint64_t*)&((const ucontext_t*)context)->uc_sigmask | called.mask;
+  if (!(called.flags & SA_NODEFER)) mask |= 1ull << (signal - 1);
+  sys_sigprocmask(SIG_SETMASK, &mask);
+  ((handler_function)called.handler)(signal, info, context);
+}
+
 /* The application's, or somebody's who sends it this signal: as if we were not there. */
 static void pass_on(int signal, siginfo_t* info, void* context) {
   const struct action foreign = g_foreign;
@@ -119,11 +99,7 @@ static void pass_on(int signal, siginfo_t* info, void* context) {
     sys_sigprocmask(SIG_UNBLOCK, &own);
     return;
   }
-  if (foreign.flags & SA_RESETHAND) g_foreign.handler = DEFAULT;
-  uint64_t mask = *(const uint64_t*)&((const ucontext_t*)context)->uc_sigmask | foreign.mask;
-  if (!(foreign.flags & SA_NODEFER)) mask |= own;
-  sys_sigprocmask(SIG_SETMASK, &mask);
-  ((handler_function)foreign.handler)(signal, info, context);
+  call_foreign(&g_foreign, signal, info, context);
 }
 
 static void on_signal(int signal, siginfo_t* info, void* context) {
@@ -139,8 +115,7 @@ static void on_signal(int signal, siginfo_t* info, void* context) {
   __atomic_fetch_sub(&g->parked, 1, __ATOMIC_ACQ_REL);
 }
 
-/* The two instructions by which unwinders know a signal frame. */
-__attribute__((naked)) static void restore_registers(void) {
+__attribute__((naked)) void restore_registers(void) {
   __asm__(
       "mov $15, %rax\n" /* rt_sigreturn */
       "syscall\n");
@@ -216,14 +191,15 @@ int gate_remove(struct phos_mailbox* m) {
 }
 
 int gate_forget(struct phos_mailbox* m) {
-  if (m->gate.signal || __atomic_load_n(&m->gate.parked, __ATOMIC_ACQUIRE)) {
+  if (m->gate.signal || __atomic_load_n(&m->gate.parked, __ATOMIC_ACQUIRE) || faults_wait()) {
     return PHOS_RESULT_GATE_BUSY;
   }
+  faults_forget();
   g_gate = NULL;
   m->gate_used = 0;
   return PHOS_RESULT_OK;
 }
 
 bool gate_was_used(void) {
-  return g_gate != NULL;
+  return g_gate != NULL || faults_were_held();
 }

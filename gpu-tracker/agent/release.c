@@ -3,14 +3,16 @@
  * Frees memory and keeps its addresses, one allocation at a time: the driver honours the hint of a
  * reservation for what has just been freed (regain.c; test/contract/release_test.cpp), and so soon
  * nobody else has taken it. Released is what begins and ends with its own 2 MiB blocks: cuMemAlloc
- * memory above 2 MiB, and what was adopted before. Not VMM memory of the application's: with a
- * handle to it, of which the driver does not tell, it would keep the old memory alive, and map that
- * elsewhere.
+ * memory above 2 MiB, and what was adopted before; and managed memory that has been read. Not VMM
+ * memory of the application's: with a handle to it, of which the driver does not tell, it would
+ * keep the old memory alive, and map that elsewhere.
  */
 #include "gpu-tracker/agent/release.h"
 
 #include "gpu-tracker/agent/answers.h"
+#include "gpu-tracker/agent/faults.h"
 #include "gpu-tracker/agent/hooks.h"
+#include "gpu-tracker/agent/policy.h"
 #include "gpu-tracker/agent/steer.h"
 #include "gpu-tracker/agent/trace.h"
 
@@ -20,13 +22,19 @@
 /* cuda.h: CUdevice_attribute */
 #define RDMA_WITH_VMM_SUPPORTED \
   110 /* CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED */
+#define CONCURRENT_MANAGED_ACCESS 89 /* CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS */
+#define ATTACH_GLOBAL 1              /* CU_MEM_ATTACH_GLOBAL */
+#define MEMORY_TYPE_ATTRIBUTE 2      /* CU_POINTER_ATTRIBUTE_MEMORY_TYPE */
+#define SMALLEST 512ull              /* to a multiple of which memory is allocated */
 #define MAX_DEVICES 64
 
-int alloc_in_context(const struct driver* driver, uint64_t context, uint64_t size, uint64_t* out) {
-  void* current = (void*)context;
+int alloc_like(const struct driver* driver, const struct released* e, uint64_t size,
+               uint64_t* out) {
+  void* current = (void*)e->context;
   int result = driver->ctx_push(current);
   if (result) return result;
-  result = driver->mem_alloc(out, size);
+  result = e->managed ? driver->mem_alloc_managed(out, size, ATTACH_GLOBAL)
+                      : driver->mem_alloc(out, size);
   trace(PHOS_CALL_MEM_ALLOC, 0, size, result ? 0 : *out, result);
   driver->ctx_pop(&current);
   return result;
@@ -70,7 +78,7 @@ void reallocate_lost(const struct driver* driver, struct released* e) {
   set_entry_state(e, PHOS_RELEASED_LOST);
   while (count < MAX_MISSES) {
     uint64_t at = 0;
-    e->result = alloc_in_context(driver, e->context, e->size, &at);
+    e->result = alloc_like(driver, e, e->size, &at);
     if (e->result) break;
     if (at == e->address && steer_owns_no_more()) {
       set_entry_state(e, PHOS_RELEASED_NATIVE);
@@ -79,7 +87,7 @@ void reallocate_lost(const struct driver* driver, struct released* e) {
     if (at < e->address && at + e->reserved > e->address) {
       /* In the gap below and the wanted addresses at once: fill the gap alone. */
       free_in_context(driver, e->context, at);
-      e->result = alloc_in_context(driver, e->context, e->address - at, &at);
+      e->result = alloc_like(driver, e, e->address - at, &at);
       if (e->result) break;
     }
     misses[count++] = at;
@@ -94,6 +102,13 @@ void tidy_hooks(void) {
   if (adopted) return;
   hooks_remove();
   if (!table_count()) hooks_drop();
+}
+
+void end_faults(void) {
+  for (uint32_t i = 0; i < table_count(); i++) {
+    if (table_entry(i)->managed && state_of(table_entry(i)) != STATE_NONE) return;
+  }
+  faults_end();
 }
 
 bool holds_memory(void) {
@@ -124,6 +139,33 @@ static int find_out_access(const struct driver* driver, struct released* e) {
   return result;
 }
 
+/* Is there other memory in the block that [..., end) ends in? It would be in the way of both. */
+static bool shares_its_block(const struct driver* driver, uint64_t end) {
+  const uint64_t block_end = (end + GRANULARITY - 1) & ~(GRANULARITY - 1);
+  for (uint64_t at = (end + SMALLEST - 1) & ~(SMALLEST - 1); at < block_end; at += SMALLEST) {
+    uint64_t type = 0;
+    int attribute = MEMORY_TYPE_ATTRIBUTE;
+    void* data = &type;
+    if (driver->pointer_get_attributes(1, &attribute, &data, at) || type) return true;
+  }
+  return false;
+}
+
+/*
+ * To what a stream has it attached the driver does not tell, which is of no consequence where both
+ * sides may use it at once. What it holds must have been read before.
+ */
+static int check_managed(const struct driver* driver, const struct phos_allocation* a,
+                         bool* suitable) {
+  int concurrent = 0;
+  const int result =
+      driver->device_get_attribute(&concurrent, CONCURRENT_MANAGED_ACCESS, a->device);
+  *suitable = concurrent && a->context && a->address % GRANULARITY == 0 &&
+              policy_is_noted(a->address, a->size) &&
+              !shares_its_block(driver, a->address + a->size);
+  return result;
+}
+
 static bool is_suitable(const struct phos_allocation* a) {
   const uint64_t rounded = (a->size + GRANULARITY - 1) & ~(GRANULARITY - 1);
   return a->kind == PHOS_KIND_DEVICE && a->size > GRANULARITY && a->context &&
@@ -140,36 +182,28 @@ static uint32_t release_adopted(const struct driver* driver, struct released* e,
   return PHOS_RELEASE_DONE;
 }
 
-static uint32_t release_native(const struct driver* driver, const struct phos_allocation* found,
-                               struct withheld* withheld, struct phos_allocation* a) {
-  struct released values = {
-      .address = found->address,
-      .size = found->size,
-      .reserved = found->mapping_size,
-      .context = found->context,
-      .device = found->device,
-  };
-  a->result = find_out_access(driver, &values);
-  if (a->result) return PHOS_RELEASE_FAILED;
-  /* Where it begins a region that may go back to the kernel with it. */
-  const bool first = values.address % REGION == 0;
-  if ((first && !withheld->steered) || !withhold(driver, withheld, values.address)) {
-    return PHOS_RELEASE_UNSUITABLE;
-  }
-  struct released* e = table_add(&values, STATE_NONE);
-  if (!e) {
-    a->result = CU_OUT_OF_MEMORY;
-    return PHOS_RELEASE_FAILED;
-  }
+/* Where it begins a region that may go back to the kernel with it. */
+static bool begins_region(uint64_t address) {
+  return address % REGION == 0;
+}
+
+static bool can_be_kept(const struct driver* driver, struct withheld* withheld, uint64_t address) {
+  return (!begins_region(address) || withheld->steered) && withhold(driver, withheld, address);
+}
+
+/* The memory goes, its addresses stay. A phos_release_status. */
+static uint32_t free_and_keep(const struct driver* driver, struct withheld* withheld,
+                              struct released* e, int32_t* result) {
   trace_restart();
-  if (first) steer_keep(e->address, region_up(e->reserved));
-  a->result = free_in_context(driver, e->context, e->address);
-  if (a->result) {
+  if (begins_region(e->address)) steer_keep(e->address, region_up(e->reserved));
+  *result = free_in_context(driver, e->context, e->address);
+  if (*result) {
     steer_let_go();
     return PHOS_RELEASE_FAILED;
   }
+  if (e->managed) faults_gone(e->address);
   bool got = false;
-  a->result = reserve_exactly(driver, e->address, e->reserved, &got);
+  *result = reserve_exactly(driver, e->address, e->reserved, &got);
   if (!got) got = regain(driver, withheld, e->address, e->reserved);
   if (got) {
     steer_let_go();
@@ -179,6 +213,28 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   reallocate_lost(driver, e);
   steer_let_go();
   return state_of(e) == PHOS_RELEASED_NATIVE ? PHOS_RELEASE_REALLOCATED : PHOS_RELEASE_LOST;
+}
+
+static uint32_t release_native(const struct driver* driver, const struct phos_allocation* found,
+                               struct withheld* withheld, struct phos_allocation* a) {
+  const bool managed = found->kind == PHOS_KIND_MANAGED;
+  struct released values = {
+      .address = found->address,
+      .size = found->size,
+      .reserved = (found->size + GRANULARITY - 1) & ~(GRANULARITY - 1),
+      .context = found->context,
+      .device = found->device,
+      .managed = managed,
+  };
+  if (!managed) a->result = find_out_access(driver, &values);
+  if (a->result) return PHOS_RELEASE_FAILED;
+  if (!can_be_kept(driver, withheld, values.address)) return PHOS_RELEASE_UNSUITABLE;
+  struct released* e = table_add(&values, STATE_NONE);
+  if (!e) {
+    a->result = CU_OUT_OF_MEMORY;
+    return PHOS_RELEASE_FAILED;
+  }
+  return free_and_keep(driver, withheld, e, &a->result);
 }
 
 static uint32_t release_one(const struct driver* driver, struct withheld* withheld,
@@ -195,7 +251,10 @@ static uint32_t release_one(const struct driver* driver, struct withheld* withhe
   if (known && known->address == a->address && is_adopted(known)) {
     return release_adopted(driver, known, a);
   }
-  if (!is_suitable(&found)) return PHOS_RELEASE_UNSUITABLE;
+  bool suitable = is_suitable(&found);
+  if (found.kind == PHOS_KIND_MANAGED) a->result = check_managed(driver, &found, &suitable);
+  if (a->result) return PHOS_RELEASE_FAILED;
+  if (!suitable) return PHOS_RELEASE_UNSUITABLE;
   return release_native(driver, &found, withheld, a);
 }
 
@@ -203,7 +262,8 @@ static uint32_t release_one(const struct driver* driver, struct withheld* withhe
 static void forget_native(void) {
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    if (state_of(e) == PHOS_RELEASED_NATIVE) set_entry_state(e, STATE_NONE);
+    if (state_of(e) != PHOS_RELEASED_NATIVE) continue;
+    set_entry_state(e, STATE_NONE);
   }
   table_order();
 }
@@ -238,4 +298,18 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
   table_order();
   tidy_hooks();
   return PHOS_RESULT_OK;
+}
+
+int run_take_away(const struct driver* driver, struct phos_mailbox* m) {
+  if (!table_check()) return PHOS_RESULT_BAD_TABLE;
+  trace_to(m);
+  struct withheld* withheld = begin_withholding(steer_begin());
+  for (uint32_t i = 0; i < table_count(); i++) {
+    struct released* e = table_entry(i);
+    if (!e->managed || state_of(e) != PHOS_RELEASED_NATIVE) continue;
+    if (can_be_kept(driver, withheld, e->address)) free_and_keep(driver, withheld, e, &e->result);
+  }
+  steer_end();
+  give_back_withheld(driver, withheld);
+  return run_released(driver, m);
 }

@@ -8,8 +8,8 @@
 
 #define GRANULARITY (2ull << 20)
 
-/* cuMemAlloc and cuMemFree as the owning context does them. */
-int alloc_in_context(const struct driver* driver, uint64_t context, uint64_t size, uint64_t* out);
+/* cuMemAlloc or cuMemAllocManaged, as `e` was, and cuMemFree as the owning context does them. */
+int alloc_like(const struct driver* driver, const struct released* e, uint64_t size, uint64_t* out);
 int free_in_context(const struct driver* driver, uint64_t context, uint64_t address);
 /* cuMemAddressReserve and cuMemAddressFree. */
 int reserve_near(const struct driver* driver, uint64_t hint, uint64_t size, uint64_t* at);
@@ -47,6 +47,8 @@ bool regain(const struct driver* driver, struct withheld* w, uint64_t address, u
  * (steer.h).
  */
 void reallocate_lost(const struct driver* driver, struct released* e);
+/* Lets threads go on that wait for managed memory, if none is away. */
+void end_faults(void);
 /* Takes hooks out and gives their page back, as far as nothing needs them any more. */
 void tidy_hooks(void);
 

@@ -38,6 +38,12 @@ static inline void futex_wait(uint32_t* word, uint32_t value) {
   sys6(SYS_futex, (long)word, FUTEX_WAIT, value, 0, 0, 0);
 }
 
+/* For that long at most. */
+static inline void futex_wait_for(uint32_t* word, uint32_t value, long ns) {
+  const struct timespec t = {0, ns};
+  sys6(SYS_futex, (long)word, FUTEX_WAIT, value, (long)&t, 0, 0);
+}
+
 static inline void futex_wake_all(uint32_t* word) {
   sys6(SYS_futex, (long)word, FUTEX_WAKE, 0x7fffffff, 0, 0, 0);
 }

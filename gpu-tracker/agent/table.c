@@ -8,28 +8,36 @@
 
 /* "PHOSTABL" in memory. */
 #define TABLE_MAGIC 0x4c424154534f4850ull
-#define TABLE_VERSION 1u
+#define TABLE_VERSION 2u
 #define CAPACITY PHOS_MAILBOX_MAX_ALLOCATIONS
+#define PARTS 65536u
 
 struct table {
   uint64_t magic;
   uint32_t version;
   uint32_t count;
   uint32_t ordered; /* the first so many entries are in ascending order */
-  uint32_t padding;
+  uint32_t part_count;
   struct released entries[CAPACITY];
+  struct part parts[PARTS];
 };
 
 static struct table* g_table;
 
 /* FNV-1a, 64 bit. */
-static uint64_t checksum(const struct released* e) {
-  const uint8_t* bytes = (const uint8_t*)e;
+static uint64_t sum_of(const void* data, size_t size) {
+  const uint8_t* bytes = (const uint8_t*)data;
   uint64_t sum = 0xcbf29ce484222325ull;
-  for (size_t i = 0; i < offsetof(struct released, checksum); i++) {
-    sum = (sum ^ bytes[i]) * 0x100000001b3ull;
-  }
+  for (size_t i = 0; i < size; i++) sum = (sum ^ bytes[i]) * 0x100000001b3ull;
   return sum;
+}
+
+static uint64_t checksum(const struct released* e) {
+  return sum_of(e, offsetof(struct released, checksum));
+}
+
+static uint64_t part_checksum(const struct part* p) {
+  return sum_of(p, offsetof(struct part, checksum));
 }
 
 bool table_make(void) {
@@ -69,6 +77,10 @@ bool table_check(void) {
     if (i >= t->ordered || state_of(e) == STATE_NONE) continue;
     if (e->address < end) return false;
     end = e->address + e->reserved;
+  }
+  if (t->part_count > PARTS) return false;
+  for (uint32_t i = 0; i < t->part_count; i++) {
+    if (t->parts[i].checksum != part_checksum(&t->parts[i])) return false;
   }
   return true;
 }
@@ -139,4 +151,45 @@ struct released* table_find(uint64_t address) {
     if (state_of(e) != STATE_NONE) return e;
   }
   return NULL;
+}
+
+static bool is_same_policy(const struct part* a, const struct part* b) {
+  return a->accessed_by == b->accessed_by && a->preferred.type == b->preferred.type &&
+         a->preferred.id == b->preferred.id && a->place.type == b->place.type &&
+         a->place.id == b->place.id && a->read_mostly == b->read_mostly;
+}
+
+void table_add_part(const struct part* values) {
+  struct table* t = g_table;
+  struct part* last = t->part_count ? &t->parts[t->part_count - 1] : NULL;
+  const bool follows = last && last->address + last->size == values->address;
+  if (follows && (is_same_policy(last, values) || t->part_count == PARTS)) {
+    last->size += values->size;
+    last->checksum = part_checksum(last);
+    return;
+  }
+  if (t->part_count == PARTS) return;
+  struct part* p = &t->parts[t->part_count];
+  *p = *values;
+  p->checksum = part_checksum(p);
+  t->part_count++;
+}
+
+void table_forget_parts(uint64_t address, uint64_t size) {
+  struct table* t = g_table;
+  uint32_t kept = 0;
+  for (uint32_t i = 0; t && i < t->part_count; i++) {
+    if (t->parts[i].address - address < size) continue;
+    if (kept != i) t->parts[kept] = t->parts[i];
+    kept++;
+  }
+  if (t) t->part_count = kept;
+}
+
+uint32_t table_part_count(void) {
+  return g_table ? g_table->part_count : 0;
+}
+
+const struct part* table_part(uint32_t index) {
+  return &g_table->parts[index];
 }

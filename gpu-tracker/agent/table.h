@@ -14,7 +14,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "gpu-tracker/abi/mailbox.h"
+#include "gpu-tracker/agent/agent.h"
 
 /* released.state, beside phos_released_state */
 #define STATE_NONE 0u      /* the entry is free */
@@ -27,10 +27,26 @@ struct released {
   uint64_t context;  /* CUcontext that owned it */
   uint64_t peers;    /* bit n: device n can reach it too */
   int32_t device;
-  uint32_t rdma;     /* it could be used by GPUDirect RDMA */
+  uint16_t rdma;     /* it could be used by GPUDirect RDMA */
+  uint16_t managed;  /* of cuMemAllocManaged; `peers` is 0 then */
   uint64_t checksum; /* of what stands above */
   uint32_t state;    /* atomic */
   int32_t result;    /* CUresult of the last attempt to bring it back */
+};
+
+/*
+ * Managed memory with the same policy, which is in the same place. Of one allocation, whose parts
+ * are all that is noted of it.
+ */
+struct part {
+  uint64_t address;
+  uint64_t size;
+  uint64_t accessed_by;      /* bit n: device n; the last one: the CPU */
+  struct location preferred; /* LOCATION_NONE: nowhere */
+  struct location place;     /* where it was */
+  uint32_t read_mostly;
+  uint32_t padding;
+  uint64_t checksum; /* of what stands above */
 };
 
 /* Makes the table if there is none. False: no memory. */
@@ -49,6 +65,15 @@ struct released* table_add(const struct released* values, uint32_t state);
 void table_order(void);
 /* The entry, not a free one, whose memory [address, address + reserved) holds `address`. */
 struct released* table_find(uint64_t address);
+
+/*
+ * Parts are added in ascending order, after the old ones of that memory have been forgotten. If
+ * there is no room for more, the last one covers the rest: what is noted is of use, not of need.
+ */
+void table_add_part(const struct part* values);
+void table_forget_parts(uint64_t address, uint64_t size);
+uint32_t table_part_count(void);
+const struct part* table_part(uint32_t index);
 
 static inline uint32_t state_of(const struct released* e) {
   return __atomic_load_n(&e->state, __ATOMIC_ACQUIRE);

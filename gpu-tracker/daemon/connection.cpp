@@ -253,6 +253,7 @@ ReplyData Connection::handle_in_session(const Phos__Wire__Request& request) {
       break;
     case PHOS__WIRE__REQUEST__OP_LOCK:
       done(lock(request.lock->timeout_ms));
+      if (reply.error.empty()) reply.found = session_->with_managed_memory();
       break;
     case PHOS__WIRE__REQUEST__OP_LEFTOVER:
       done(session_->check_leftover(request.leftover->pid));

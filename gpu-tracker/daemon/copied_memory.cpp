@@ -27,17 +27,32 @@ constexpr int kWriterThreads = 4;
 // The process that is copied needs the CPUs, too.
 constexpr int kWriterNice = 10;
 
-PageHash hash_of_zeros(const PageHashKey& key) {
-  static const std::vector<uint8_t> kZeros(kPageBytes);
-  return hash_page(key, kZeros.data(), kZeros.size());
-}
-
 std::vector<uint8_t> bytes_of(const PageHashKey& key) {
   const std::string bytes = key.to_bytes();
   return {bytes.begin(), bytes.end()};
 }
 
 }  // namespace
+
+PageHash hash_of_zeros(const PageHashKey& key) {
+  static const std::vector<uint8_t> kZeros(kPageBytes);
+  return hash_page(key, kZeros.data(), kZeros.size());
+}
+
+void CopiedAllocation::begin(const AgentAllocation& allocation, const PreviousPages* previous) {
+  seen = allocation;
+  const size_t pages = (allocation.size + kPageBytes - 1) / kPageBytes;
+  saved.resize(pages);
+  where.assign(pages, kNowhere);
+  const AllocationInfo* before =
+      previous ? previous->find(allocation.device_uuid, allocation.address, allocation.size)
+               : nullptr;
+  for (size_t i = 0; before && i < pages; i++) saved[i].bytes = before->hashes[i];
+  for (const PageExtent& e : before ? before->extents : std::vector<PageExtent>()) {
+    if (e.source == PageSource::kDropped) continue;
+    std::fill_n(where.begin() + e.first_page, e.pages, kInParent);
+  }
+}
 
 // Hashes buffers, unless the GPU has, and saves them, on threads of its own, so that the GPU need
 // not wait. A round has each page once, so the order does not matter.
@@ -116,6 +131,20 @@ class CopiedMemory::Writers {
   std::vector<std::thread> threads_;
 };
 
+void add_pages(const CopiedAllocation& copied, const PageStore& store, ProcessImage* image,
+               AllocationInfo* info) {
+  PageAppender pages(image, info);
+  for (size_t i = 0; i < copied.pages(); i++) {
+    const SavedHash& hash = copied.saved[i].bytes;
+    const uint32_t where = copied.where[i];
+    if (CopiedAllocation::is_stored(where)) {
+      pages.add(hash, store.place(where));
+    } else {
+      pages.add(hash, where == CopiedAllocation::kZero ? PageSource::kZero : PageSource::kParent);
+    }
+  }
+}
+
 CopiedMemory::CopiedMemory(GpuEngines::User gpu, int gpu_index, std::shared_ptr<PageStore> store,
                            uint32_t file, const PageHashKey& key, const PreviousPages* previous)
     : gpu_(std::move(gpu)),
@@ -137,7 +166,6 @@ CopiedMemory::~CopiedMemory() {
 
 Result<void> CopiedMemory::add(const AgentAllocation& allocation, AgentExport handle) {
   CopiedAllocation copied;
-  copied.seen = allocation;
   auto mapped =
       handle.type == ExportType::kIpc
           ? gpu_->context->import_ipc(handle.ipc_handle)
@@ -146,17 +174,7 @@ Result<void> CopiedMemory::add(const AgentAllocation& allocation, AgentExport ha
   copied.mapped_at = *mapped;
   copied.number = next_number_++;
   copied.handle.type = handle.type;
-  const size_t pages = (allocation.size + kPageBytes - 1) / kPageBytes;
-  copied.saved.resize(pages);
-  copied.where.assign(pages, CopiedAllocation::kNowhere);
-  const AllocationInfo* saved =
-      previous_ ? previous_->find(allocation.device_uuid, allocation.address, allocation.size)
-                : nullptr;
-  for (size_t i = 0; saved && i < pages; i++) copied.saved[i].bytes = saved->hashes[i];
-  for (const PageExtent& e : saved ? saved->extents : std::vector<PageExtent>()) {
-    if (e.source == PageSource::kDropped) continue;
-    std::fill_n(copied.where.begin() + e.first_page, e.pages, CopiedAllocation::kInParent);
-  }
+  copied.begin(allocation, previous_);
   if (auto r = remove(allocation.address); !r) return r;
   allocations_.emplace(allocation.address, std::move(copied));
   return {};

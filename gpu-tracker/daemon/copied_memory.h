@@ -17,7 +17,8 @@
 
 namespace phos {
 
-// One allocation of the process, mapped into phosd's own context.
+// One allocation of the process. mapped_at, handle and number are of one that is mapped into
+// phosd's own context.
 struct CopiedAllocation {
   AgentAllocation seen;    // as the agent described it
   AgentExport handle;      // kept for its type; the descriptor is closed
@@ -32,7 +33,15 @@ struct CopiedAllocation {
   static_assert(kZero >= PageStore::kEnd);
   static bool is_stored(uint32_t where) { return where < PageStore::kEnd; }
   size_t pages() const { return saved.size(); }
+
+  // Nothing is saved of it but what the parent has, if any.
+  void begin(const AgentAllocation& allocation, const PreviousPages* previous);
 };
+
+// Adds what is saved of it to `info`, which is to be an allocation of `image`.
+void add_pages(const CopiedAllocation& copied, const PageStore& store, ProcessImage* image,
+               AllocationInfo* info);
+PageHash hash_of_zeros(const PageHashKey& key);
 
 struct CopiedBytes {
   uint64_t pages = 0;          // looked at

@@ -113,8 +113,9 @@ Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
   // From here on there is an agent in it, which another phosd will take out.
   (void)note(held).ok();  // said when it is locked
   const auto start = steady_clock::now();
-  auto copy = LiveCopy::start({pid, status->vpid, held->restore_tid, tracker}, std::move(images),
-                              *engines_);
+  auto copy = LiveCopy::start({pid, status->vpid, held->restore_tid, tracker,
+                               stage_ == DumpStage::kPreDump || release_wanted_},
+                              std::move(images), *engines_);
   if (!copy) return copy.error();
   held->scan_time = since(start);
   held->copy = std::move(*copy);
@@ -186,6 +187,8 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
   for (auto& [pid, error] : failures) {
     auto it = held_.find(pid);
     auto stopped = it->second.copy ? it->second.copy->stop_watching() : Result<void>();
+    if (it->second.copy) it->second.managed = it->second.copy->managed();
+    it->second.not_released = error.message();
     it->second.copy.reset();
     if (has_ended(pid, it->second.restore_tid, it->second.start_time, error)) continue;
     if (error.code() == ECANCELED) return error;
@@ -195,7 +198,7 @@ Result<void> Session::copy(const CopyLimits& limits, const CopyProgress& progres
     log(LogLevel::kWarn, "daemon", "%s: its GPU memory is not copied ahead: %s",
         process(pid).c_str(), error.message().c_str());
   }
-  return {};
+  return pre_dump || release_wanted_ ? Result<void>() : refuse_managed_memory();
 }
 
 bool Session::has_copies() const {
@@ -234,6 +237,7 @@ Result<void> Session::complete_copy(int pid, Held* held) {
   const auto start = steady_clock::now();
   if (held->release) {
     if (auto r = catch_up(pid, held); !r) return r;
+    held->managed = held->copy->managed();
   }
   auto report = held->copy->last_round();
   Result<void> done;
@@ -254,7 +258,7 @@ Result<void> Session::complete_copy(int pid, Held* held) {
   log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
       process(pid).c_str(), done.error().message().c_str());
   if (held->release) give_up_release(pid, held, "it is not saved");
-  return {};
+  return check_managed(pid, *held);
 }
 
 Result<void> Session::finish_pre_dump() {

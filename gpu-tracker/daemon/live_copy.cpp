@@ -48,20 +48,6 @@ bool is_same(const AgentAllocation& a, const AgentAllocation& b) {
   return a.buffer_id == b.buffer_id && a.size == b.size && a.device_uuid == b.device_uuid;
 }
 
-void add_pages(const CopiedAllocation& copied, const PageStore& store, ProcessImage* image,
-               AllocationInfo* info) {
-  PageAppender pages(image, info);
-  for (size_t i = 0; i < copied.pages(); i++) {
-    const SavedHash& hash = copied.saved[i].bytes;
-    const uint32_t where = copied.where[i];
-    if (CopiedAllocation::is_stored(where)) {
-      pages.add(hash, store.place(where));
-    } else {
-      pages.add(hash, where == CopiedAllocation::kZero ? PageSource::kZero : PageSource::kParent);
-    }
-  }
-}
-
 // Allocations that phos cannot map, said once for each reason: PyTorch alone has dozens of them.
 class Refusals {
  public:
@@ -138,6 +124,7 @@ Result<CopiedMemory*> LiveCopy::memory_on(const GpuUuid& gpu) {
 }
 
 void LiveCopy::leave_to_driver(const AgentAllocation& a) {
+  if (a.kind == AllocationKind::kManaged) managed_.push_back(a);
   AllocationInfo info;
   info.address = a.address;
   info.size = a.size;
@@ -232,6 +219,7 @@ std::vector<AgentAllocation> LiveCopy::compare(const std::vector<AgentAllocation
   std::set<uint64_t> present;
   std::vector<AgentAllocation> fresh;
   left_to_driver_.clear();
+  managed_.clear();
   for (const AgentAllocation& a : seen) {
     if (!can_copy(a) || refused_.count(a.buffer_id)) {
       leave_to_driver(a);
@@ -298,7 +286,11 @@ Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_to
 Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& stop) {
   postponed_why_.clear();
   if (auto seen = list(); seen) {
-    if (auto r = import_new(compare(*seen), guard_.get()); !r) return r.error();
+    const std::vector<AgentAllocation> fresh = compare(*seen);
+    if (!target_.may_have_managed && !managed_.empty()) {
+      return Error(Domain::kUsage, ENOTSUP, "it has managed memory");
+    }
+    if (auto r = import_new(fresh, guard_.get()); !r) return r.error();
   } else if (seen.error().code() == EAGAIN) {
     postponed_why_ = seen.error().message();
     log(LogLevel::kInfo, "daemon", "%s: new memory is not looked for in this round: %s",

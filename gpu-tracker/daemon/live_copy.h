@@ -37,6 +37,8 @@ struct LiveCopyTarget {
   int vpid = 0;  // in its innermost one, for file names
   int restore_tid = 0;
   TrackerChoice tracker = TrackerChoice::kContent;
+  // Else a round of a process that has managed memory fails before anything is copied.
+  bool may_have_managed = true;
 };
 
 struct LiveCopyImages {
@@ -88,12 +90,15 @@ class LiveCopy {
   // Or, of a dump: the process is locked and its GPUs are idle. Forgets what it has freed, makes
   // what is saved equal to what the memory holds, and leaves the process.
   Result<RoundReport> last_round();
-  // What the image builds on; null: nothing.
-  const PreviousPages* previous() const { return images_.previous ? &*images_.previous : nullptr; }
   // Whoever has it last makes it leave the process (let_agent_leave). Null after last_round().
   std::shared_ptr<Agent> agent() const { return agent_; }
   // After last_round(): what is saved, and the agent may release (Agent::release).
   std::vector<AgentAllocation> releasable() const;
+  // What it has of managed memory, as of the last look at it.
+  const std::vector<AgentAllocation>& managed() const { return managed_; }
+  const PageHashKey& key() const { return key_; }
+  // What the images build on; null: nothing.
+  const PreviousPages* previous() const { return images_.previous ? &*images_.previous : nullptr; }
   // Lets go of the process's memory. Before the driver's checkpoint, which would not free it.
   Result<void> release();
 
@@ -127,6 +132,7 @@ class LiveCopy {
   std::unique_ptr<MemoryGuard> guard_;  // from the first round to stop_watching()
   std::vector<std::unique_ptr<CopiedMemory>> gpus_;
   std::vector<AllocationInfo> left_to_driver_;  // as last seen
+  std::vector<AgentAllocation> managed_;        // of these
   std::vector<uint64_t> gone_;                  // addresses of what is copied and is no more
   std::set<uint64_t> refused_;                  // buffer ids that could not be mapped
   std::vector<DumpRound> rounds_;

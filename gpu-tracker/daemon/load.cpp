@@ -33,6 +33,24 @@ std::string describe_memory(const GpuUuid& gpu, uint64_t address, uint64_t size)
   return format_gpu_uuid(gpu) + text;
 }
 
+std::string why_page_differs(const PageChain& chain, const PageHashKey& key, size_t allocation,
+                             uint64_t page) {
+  const auto run = chain.locate(allocation, page);
+  const std::unique_ptr<void, void (*)(void*)> bytes(aligned_alloc(kPageIoAlignment, kPageBytes),
+                                                     free);
+  if (!run || !bytes) return "";
+  auto read = chain.read(*run, bytes.get());
+  const std::string where = chain.describe(*run);
+  if (!read) return "it is not what was saved (" + where + "): " + read.error().message();
+  const SavedHash& saved = chain.image().allocations[allocation].hashes[page];
+  if (hash_page(key, bytes.get(), kPageBytes).bytes != saved) {
+    return "what was saved is damaged (" + where + "); restore from another copy of the images";
+  }
+  return "what was saved (" + where +
+         ") is intact, but after loading it the memory holds something else: somebody else writes "
+         "to it, or the hardware is at fault";
+}
+
 MemoryLoad::MemoryLoad(const PageChain& chain, GpuEngines& engines, const PageHashKey& key)
     : chain_(chain),
       engines_(engines),
@@ -376,23 +394,8 @@ Error MemoryLoad::explain(const Gpu& gpu, uint64_t address, const Error& error) 
     const AllocationInfo& a = chain_.image().allocations[t.memory.allocation];
     if (address < t.mapped_at || address - t.mapped_at >= a.size) continue;
     const uint64_t offset = address - t.mapped_at, page = offset / kPageBytes;
-    const auto run = chain_.locate(t.memory.allocation, page);
-    if (!run) break;
-    const std::unique_ptr<void, void (*)(void*)> bytes(aligned_alloc(kPageIoAlignment, kPageBytes),
-                                                       free);
-    if (!bytes) break;
-    auto read = chain_.read(*run, bytes.get());
-    const std::string where = chain_.describe(*run);
-    std::string why;
-    if (!read) {
-      why = "it is not what was saved (" + where + "): " + read.error().message();
-    } else if (hash_page(key_, bytes.get(), kPageBytes).bytes != a.hashes[page]) {
-      why = "what was saved is damaged (" + where + "); restore from another copy of the images";
-    } else {
-      why = "what was saved (" + where +
-            ") is intact, but after loading it the memory holds something else: somebody else "
-            "writes to it, or the hardware is at fault";
-    }
+    const std::string why = why_page_differs(chain_, key_, t.memory.allocation, page);
+    if (why.empty()) break;
     return Error(error.domain(), error.code(),
                  describe_memory(gpu.uuid, t.memory.target.address, a.size) + ", offset " +
                      std::to_string(offset) + ": " + why);

@@ -25,6 +25,10 @@ namespace phos {
 // "GPU-…, allocation at 0x7f… (123 bytes)"
 std::string describe_memory(const GpuUuid& gpu, uint64_t address, uint64_t size);
 
+// Of memory that does not hold what the image says; empty: it cannot be told.
+std::string why_page_differs(const PageChain& chain, const PageHashKey& key, size_t allocation,
+                             uint64_t page);
+
 class MemoryLoad {
  public:
   // All outlive this object.

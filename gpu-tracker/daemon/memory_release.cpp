@@ -23,6 +23,9 @@ using std::chrono::steady_clock;
 constexpr milliseconds kLease{10000}, kRenewal{2000};
 // The driver frees and maps tens of gigabytes in milliseconds, in hundreds of pieces in tens.
 constexpr milliseconds kMoveTimeout{60000};
+constexpr milliseconds kStuckTimeout{500};
+// For threads to be stopped where none holds a lock of the C library's.
+constexpr milliseconds kStopPatience{5000};
 
 std::string name_of(const AgentAllocation& a) {
   char text[80];
@@ -36,9 +39,12 @@ Error cannot_come_back(int pid, const AgentAllocation& a, const std::string& why
                process(pid) + ", " + name_of(a) + " cannot be brought back: " + why);
 }
 
-const char* reason_of(ReleasedState state) {
-  return state == ReleasedState::kLost ? "its addresses are taken by other memory"
-                                       : "there is not enough GPU memory";
+const char* reason_of(const ReleasedMemory& m) {
+  if (m.state == ReleasedState::kLost) return "its addresses are taken by other memory";
+  if (m.memory.kind == AllocationKind::kManaged) {
+    return "the driver gives managed memory at other addresses only";
+  }
+  return "there is not enough GPU memory";
 }
 
 }  // namespace
@@ -99,6 +105,7 @@ Result<std::unique_ptr<MemoryRelease>> MemoryRelease::find(int pid, int restore_
   auto released = found->agent_->released();
   if (!released) return released.error();
   found->away_ = any_away(*released);
+  found->read_only_ = true;  // or may be
   // One that is open again, but not yet shown to have been left by all threads, is taken over too.
   if (!found->away_ && !found->agent_->gate().signal && !found->agent_->gate_was_used()) {
     // Whoever brought it is dead. It stays where memory that it stands in for needs it.
@@ -160,19 +167,28 @@ Result<std::vector<AgentRelease>> MemoryRelease::release(const std::vector<Agent
                                                          const DumpId& dump) {
   agent_->set_command_timeout(kMoveTimeout);
   agent_->note_released_by(dump);
+  const bool before = away_;
   away_ = true;
   auto results = agent_->release(memory);
   if (results) {
-    away_ = std::any_of(results->begin(), results->end(), [](const AgentRelease& r) {
-      return r.status == ReleaseStatus::kReleased || r.status == ReleaseStatus::kReallocated ||
-             r.status == ReleaseStatus::kLost;
-    });
+    away_ = before || std::any_of(results->begin(), results->end(), [](const AgentRelease& r) {
+              return r.status == ReleaseStatus::kReleased ||
+                     r.status == ReleaseStatus::kReallocated || r.status == ReleaseStatus::kLost;
+            });
     return results;
   }
   // Refused before anything was touched, or not answered.
   auto released = agent_->released();
   if (released) away_ = any_away(*released);
   return results;
+}
+
+Result<DumpRound> MemoryRelease::save_managed(ManagedCopy& copy,
+                                              const std::vector<AgentAllocation>& memory) {
+  if (auto r = agent_->check_no_locks(); !r) return r.error();
+  read_only_ = true;
+  agent_->set_command_timeout(kMoveTimeout);
+  return copy.save(*agent_, memory);
 }
 
 void MemoryRelease::log_lost() const {
@@ -191,11 +207,11 @@ Result<void> MemoryRelease::check_closed() {
 
 // What is to be loaded, by the agent's word on what it has mapped and the image's on what was
 // saved.
-Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
-                                                      const std::vector<ReleasedMemory>& back,
-                                                      bool all_of_image) const {
+Result<MemoryRelease::Plan> MemoryRelease::plan(const PageChain& chain,
+                                                const std::vector<ReleasedMemory>& back,
+                                                bool all_of_image) const {
   const std::vector<AllocationInfo>& saved = chain.image().allocations;
-  std::vector<MemoryToLoad> work;
+  Plan work;
   std::set<uint64_t> loaded;
   for (const ReleasedMemory& m : back) {
     if (m.state == ReleasedState::kInUse) continue;
@@ -203,7 +219,7 @@ Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
       const std::string code =
           m.driver_result ? " (CUDA error " + std::to_string(m.driver_result) + ")" : "";
       if (m.state == ReleasedState::kLost) log_address_events(pid_, *agent_);
-      return cannot_come_back(pid_, m.memory, reason_of(m.state) + code);
+      return cannot_come_back(pid_, m.memory, reason_of(m) + code);
     }
     auto of_image = std::find_if(saved.begin(), saved.end(), [&](const AllocationInfo& a) {
       return a.address == m.memory.address && a.path == MemoryPath::kReleased;
@@ -215,10 +231,18 @@ Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
       return cannot_come_back(pid_, m.memory,
                               "the image has " + std::to_string(of_image->size) + " bytes of it");
     }
-    MemoryToLoad load;
-    load.allocation = static_cast<size_t>(of_image - saved.begin());
-    load.target = m.memory;
-    work.push_back(std::move(load));
+    const auto index = static_cast<size_t>(of_image - saved.begin());
+    if ((of_image->kind == MemoryKind::kManaged) != (m.memory.kind == AllocationKind::kManaged)) {
+      return cannot_come_back(pid_, m.memory, "the image has another kind of memory there");
+    }
+    if (m.memory.kind == AllocationKind::kManaged) {
+      work.managed.push_back({index, m.memory});
+    } else {
+      MemoryToLoad load;
+      load.allocation = index;
+      load.target = m.memory;
+      work.device.push_back(std::move(load));
+    }
     loaded.insert(m.memory.address);
   }
   if (!all_of_image) return work;
@@ -236,15 +260,56 @@ Result<std::vector<MemoryToLoad>> MemoryRelease::plan(const PageChain& chain,
 Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoader& loader,
                                               bool all_of_image,
                                               const std::function<void()>& mapped) {
-  BroughtBack done;
-  auto start = steady_clock::now();
   if (agent_->released_by() != chain.image().dump_id) {
     return Error(Domain::kFormat, static_cast<int>(ImageError::kMixedDumps),
                  process(pid_) + ": its GPU memory was taken away by dump " +
                      format_dump_id(agent_->released_by()) + ", and the images are of dump " +
                      format_dump_id(chain.image().dump_id) + "; files of two dumps are mixed");
   }
+  // Where it waits for a thread that CRIU has frozen there is no use in waiting for it.
+  agent_->set_command_timeout(agent_->is_busy() ? kStuckTimeout : kMoveTimeout);
+  auto stopped = keep_from_managed();
+  if (!stopped) return stopped.error();
   agent_->set_command_timeout(kMoveTimeout);
+  auto done = map_and_load(chain, loader, all_of_image, mapped);
+  if (done) {
+    away_ = read_only_ = false;
+    return done;
+  }
+  // Its threads reach it without the driver, and are about to go on.
+  if (auto r = agent_->take_away_managed(); !r) {
+    log(LogLevel::kError, "daemon", "%s", r.error().message().c_str());
+  }
+  return done;
+}
+
+// Threads that may reach managed memory while it is without its contents are stopped. Those of a
+// process that CRIU has frozen are, by CRIU.
+Result<std::unique_ptr<StoppedProcess>> MemoryRelease::keep_from_managed() {
+  auto released = agent_->released();
+  if (!released) return released.error();
+  const bool any = std::any_of(released->begin(), released->end(), [](const ReleasedMemory& m) {
+    return m.memory.kind == AllocationKind::kManaged;
+  });
+  auto status = read_proc_status(pid_);
+  if (!status) return status.error();
+  if (!any || status->tracer_pid) return std::unique_ptr<StoppedProcess>();
+  auto agent_tid = agent_->thread_id();
+  if (!agent_tid) return agent_tid.error();
+  for (const auto deadline = steady_clock::now() + kStopPatience;;) {
+    auto stopped = StoppedProcess::stop(pid_, {*agent_tid, agent_->restore_tid()}, kStopPatience);
+    if (!stopped) return stopped;
+    auto locks = agent_->check_no_locks();
+    if (locks) return stopped;
+    if (locks.error().code() != EDEADLK || steady_clock::now() > deadline) return locks.error();
+  }
+}
+
+Result<BroughtBack> MemoryRelease::map_and_load(const PageChain& chain, MemoryLoader& loader,
+                                                bool all_of_image,
+                                                const std::function<void()>& mapped) {
+  BroughtBack done;
+  auto start = steady_clock::now();
   auto back = agent_->map_back();
   if (!back) return back.error();
   if (agent_->missing_hook()) {
@@ -256,38 +321,50 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
   auto work = plan(chain, *back, all_of_image);
   if (!work) return work.error();
   std::vector<AgentAllocation> memory;
-  for (const MemoryToLoad& m : *work) memory.push_back(m.target);
+  for (const MemoryToLoad& m : work->device) memory.push_back(m.target);
   // The gate is closed, and nobody but the agent has been in the driver since it was.
   auto handles = agent_->export_memory(memory, AgentGuard::kCaller);
   if (!handles) return handles.error();
-  for (size_t i = 0; i < work->size(); i++) {
+  for (size_t i = 0; i < memory.size(); i++) {
     AgentExport& handle = (*handles)[i];
     if (handle.status != ExportStatus::kExported) {
       return cannot_come_back(pid_, memory[i],
                               "the driver gives no handle to it (CUDA error " +
                                   std::to_string(handle.driver_result) + ")");
     }
-    (*work)[i].handle = std::move(handle);
+    work->device[i].handle = std::move(handle);
   }
   mapped();
   done.map_time = since(start);
   start = steady_clock::now();
-  if (!work->empty()) {
-    auto report = loader.load(std::move(*work), {});
+  if (!work->device.empty()) {
+    auto report = loader.load(std::move(work->device), {});
     if (!report) return report.error().wrap(process(pid_));
     done.load = *report;
   }
+  auto managed = load_managed(*agent_, chain, work->managed);
+  if (!managed) return managed.error().wrap(process(pid_));
+  done.managed_bytes = *managed;
   done.load_time = since(start);
-  done.allocations = memory.size();
+  done.allocations = memory.size() + work->managed.size();
   for (const ReleasedMemory& m : *back) done.adopted += m.state == ReleasedState::kAdopted;
   auto loaded = agent_->contents_loaded();
   if (!loaded) return loaded.error();
-  away_ = false;
   return done;
+}
+
+// Of managed memory that was to be taken away.
+Result<void> MemoryRelease::make_writable() {
+  if (!read_only_) return {};
+  auto loaded = agent_->contents_loaded();
+  if (!loaded) return loaded.error();
+  read_only_ = false;
+  return {};
 }
 
 Result<void> MemoryRelease::let_go() {
   if (away_) return process_error(pid_, EBUSY, "its memory is away");
+  if (auto r = make_writable(); !r) return r;
   end_lease();
   return gate_->release();
 }
@@ -296,6 +373,7 @@ Result<void> MemoryRelease::open() {
   if (open_) return {};
   if (away_) return process_error(pid_, EBUSY, "its memory is away");
   end_lease();
+  if (auto r = make_writable(); !r) return r;
   if (auto r = gate_->open(); !r) return r;
   if (auto left = gate_->leave_no_trace(); !left) {
     log(LogLevel::kDebug, "daemon", "%s; phos's agent sleeps on in it until the next dump",

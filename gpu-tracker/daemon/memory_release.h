@@ -25,8 +25,10 @@
 
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/daemon/gate_pins.h"
+#include "gpu-tracker/daemon/managed_memory.h"
 #include "gpu-tracker/daemon/memory_loader.h"
 #include "gpu-tracker/gate/gate.h"
+#include "gpu-tracker/gate/stopped_process.h"
 #include "gpu-tracker/image/chain.h"
 #include "gpu-tracker/inject/agent.h"
 
@@ -34,8 +36,9 @@ namespace phos {
 
 struct BroughtBack {
   uint64_t allocations = 0;
-  uint64_t adopted = 0;  // of those, VMM memory in place of the driver's own
-  LoadReport load;       // what was loaded, and proven to be what was saved
+  uint64_t managed_bytes = 0;  // loaded and proven, beside what `load` says
+  uint64_t adopted = 0;        // of those, VMM memory in place of the driver's own
+  LoadReport load;             // what was loaded, and proven to be what was saved
   std::chrono::microseconds map_time{0}, load_time{0};
 };
 
@@ -67,6 +70,10 @@ class MemoryRelease {
   // `dump`: whose image has the contents.
   Result<std::vector<AgentRelease>> release(const std::vector<AgentAllocation>& memory,
                                             const DumpId& dump);
+  // The same for managed memory, while all threads of the process but the agent's stand still.
+  // save_managed() comes first: what it has not saved is not released. EDEADLK: not now, since one
+  // of these threads may keep the agent from its work.
+  Result<DumpRound> save_managed(ManagedCopy& copy, const std::vector<AgentAllocation>& memory);
   // Says in the log how what release() has lost came to be so.
   void log_lost() const;
   // The process is locked in the driver again: CRIU may stop all of its threads.
@@ -98,17 +105,25 @@ class MemoryRelease {
  private:
   MemoryRelease(int pid, std::shared_ptr<Agent> agent);
 
+  Result<void> make_writable();
+  Result<std::unique_ptr<StoppedProcess>> keep_from_managed();
+  Result<BroughtBack> map_and_load(const PageChain& chain, MemoryLoader& loader, bool all_of_image,
+                                   const std::function<void()>& mapped);
   void keep_lease(const std::stop_token& stop);
   void end_lease();
-  Result<std::vector<MemoryToLoad>> plan(const PageChain& chain,
-                                         const std::vector<ReleasedMemory>& back,
-                                         bool all_of_image) const;
+  struct Plan {
+    std::vector<MemoryToLoad> device;
+    std::vector<ManagedToLoad> managed;
+  };
+  Result<Plan> plan(const PageChain& chain, const std::vector<ReleasedMemory>& back,
+                    bool all_of_image) const;
 
   const int pid_;
   uint64_t start_time_ = 0;
   std::shared_ptr<Agent> agent_;
   std::unique_ptr<Gate> gate_;  // before agent_ goes
   bool away_ = false;
+  bool read_only_ = false;  // its managed memory, or perhaps
   bool open_ = false;
   bool take_out_ = true;  // the agent was brought for this, or for the dump that it was in
 

@@ -57,7 +57,9 @@ void PagePrefetch::plan() {
   const auto batch_pages = static_cast<uint32_t>(engines_.pool().buffer_bytes() / kImagePageSize);
   const auto& all = chain_.image().allocations;
   for (size_t i = 0; i < all.size(); i++) {
-    if (all[i].path == MemoryPath::kDriver || all[i].gpu < 0 || !check_saved(chain_, i)) continue;
+    if (all[i].path == MemoryPath::kDriver || all[i].kind == MemoryKind::kManaged ||
+        all[i].gpu < 0 || !check_saved(chain_, i))
+      continue;
     plans.try_emplace(all[i].gpu, batch_pages).first->second.add(chain_, i);
   }
   std::vector<std::vector<LoadBatch>> of_gpu;

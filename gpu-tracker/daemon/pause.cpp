@@ -286,6 +286,8 @@ Result<void> Session::lock(unsigned timeout_ms) {
     auto memory = driver_.process_memory(pid);
     if (memory && memory->imported) return refuse_imports(pid, memory->imported);
     if (memory) held.memory = *memory;
+    if (held.copy) held.managed = held.copy->managed();
+    if (auto r = check_managed(pid, held); !r) return r;
   }
   return {};
 }

@@ -70,6 +70,7 @@ double ms(std::chrono::microseconds t) {
 void Session::give_up_release(int pid, Held* held, const std::string& why) {
   log(LogLevel::kWarn, "daemon", "%s: its GPU memory goes through the driver: %s",
       process(pid).c_str(), why.c_str());
+  held->not_released = why;
   if (!held->release) return;
   if (auto r = held->release->open(); !r && r.error().code() != ESRCH) {
     log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
@@ -81,7 +82,9 @@ void Session::close_gates(const std::vector<int>& pids) {
   std::vector<int> releasable;
   for (int pid : pids) {
     const Held& held = held_.at(pid);
-    if (held.copy && !held.copy->releasable().empty()) releasable.push_back(pid);
+    if (held.copy && (!held.copy->releasable().empty() || !held.copy->managed().empty())) {
+      releasable.push_back(pid);
+    }
   }
   if (releasable.empty()) return;
   if (auto r = check_outside_users(); !r) {
@@ -246,6 +249,10 @@ Result<void> Session::release_memory(int pid, Held* held) {
   if (!prepared) {
     leave_to_driver(held);
     give_up_release(pid, held, prepared.error().message());
+    return check_managed(pid, *held);
+  }
+  if (held->to_release.empty()) {  // managed memory, which waits until all stands still
+    held->release->resume_held();
     return {};
   }
   held->room = claim_room(*held->image);  // before anybody else can have what it gives up
@@ -278,7 +285,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
   if (failed) {
     leave_to_driver(held);
     give_up_release(pid, held, failed->message());
-    return {};
+    return check_managed(pid, *held);
   }
   make_room(held->room);
   held->release_time = since(begin);
@@ -313,7 +320,9 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   }
   held->image = std::move(*image);
   if (!held->noted) return Error(Domain::kUsage, EIO, "no other phosd would know of it");
-  if (held->to_release.empty()) return Error(Domain::kUsage, ENOENT, "there is none to release");
+  if (held->to_release.empty() && held->managed.empty()) {
+    return Error(Domain::kUsage, ENOENT, "there is none to release");
+  }
   std::set<uint64_t> addresses;
   for (const AgentAllocation& a : held->to_release) addresses.insert(a.address);
   for (AllocationInfo& a : held->image->allocations) {
@@ -331,14 +340,18 @@ Result<void> Session::prepare_release(int pid, Held* held) {
 // Opened before anything is released, and kept: whatever becomes of the directory, the pages are
 // there as long as this phosd is.
 Result<void> Session::open_saved(Held* held, const ProcessImage& image) const {
-  if (held->loader) return {};
+  return held->loader ? Result<void>() : open_saved_anew(held, image);
+}
+
+Result<void> Session::open_saved_anew(Held* held, const ProcessImage& image) const {
   auto chain =
       PageChain::open(image_dir_.get(), image, unsynced_ ? PageIo::kCached : PageIo::kDirect);
   if (!chain) return chain.error();
-  held->chain = std::make_unique<PageChain>(std::move(*chain));
-  auto loader = MemoryLoader::create(*held->chain, *engines_);
+  auto opened = std::make_unique<PageChain>(std::move(*chain));
+  auto loader = MemoryLoader::create(*opened, *engines_);
   if (!loader) return loader.error();
   held->loader = std::move(*loader);
+  held->chain = std::move(opened);
   return {};
 }
 
@@ -436,6 +449,10 @@ Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
   if (back->load.direct_bytes) {
     log(LogLevel::kInfo, "daemon", "%s: %s of it went from the disk into GPU memory",
         process(pid).c_str(), megabytes(back->load.direct_bytes).c_str());
+  }
+  if (back->managed_bytes) {
+    log(LogLevel::kInfo, "daemon", "%s: %s of managed memory loaded and verified",
+        process(pid).c_str(), megabytes(back->managed_bytes).c_str());
   }
   return {};
 }

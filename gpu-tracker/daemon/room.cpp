@@ -48,7 +48,8 @@ Session::Room Session::claim_room(const ProcessImage& image) {
   std::vector<uint64_t> needed(image.gpus.size());
   uint64_t listed = 0;
   for (const AllocationInfo& a : image.allocations) {
-    if (a.gpu < 0) continue;
+    // Managed memory is the CPU's, where there is no room.
+    if (a.gpu < 0 || a.kind == MemoryKind::kManaged) continue;
     listed += a.size;
     needed[static_cast<size_t>(a.gpu)] += a.size;
   }
@@ -76,7 +77,7 @@ std::vector<DeviceRoom::Need> Session::needs_of(const ProcessImage& image) const
   std::vector<uint64_t> listed(image.gpus.size()), released(image.gpus.size());
   uint64_t all_listed = 0;
   for (const AllocationInfo& a : image.allocations) {
-    if (a.gpu < 0) continue;
+    if (a.gpu < 0 || a.kind == MemoryKind::kManaged) continue;
     all_listed += a.size;
     listed[static_cast<size_t>(a.gpu)] += a.size;
     if (a.path == MemoryPath::kReleased) released[static_cast<size_t>(a.gpu)] += a.size;

@@ -114,6 +114,9 @@ Result<void> Session::checkpoint(int pid) {
   if (held.release) {
     if (auto r = held.release->check_closed(); !r) return refuse(pid, r.error().message());
   }
+  if (!held.managed.empty()) {
+    if (auto r = release_managed(pid, &held); !r) return r;
+  }
   const auto start = steady_clock::now();
   if (held.found != CudaState::kCheckpointed) {
     if (auto r = driver_.checkpoint(pid); !r) {
@@ -121,7 +124,8 @@ Result<void> Session::checkpoint(int pid) {
         return refuse(
             pid,
             "NVIDIA's driver refuses it (CUDA_ERROR_NOT_SUPPORTED): it uses managed memory "
-            "(cudaMallocManaged) or another feature the driver cannot checkpoint");
+            "(cudaMallocManaged) that phos could not save, or another feature the driver cannot "
+            "checkpoint");
       }
       return refuse(pid, r.error().message());
     }

@@ -105,6 +105,9 @@ class Session {
   // where that can be. On failure they run again.
   Result<void> lock(unsigned timeout_ms);
 
+  // Of the processes that are locked: those whose managed memory checkpoint() will take away.
+  std::vector<FoundProcess> with_managed_memory() const;
+
   // Has copy() begun what complete_copies() must complete?
   bool has_copies() const;
   // Copies what the locked processes have changed since their last round, and takes what is saved
@@ -181,6 +184,8 @@ class Session {
     // The released path.
     std::unique_ptr<MemoryRelease> release;   // null: not taken
     std::vector<AgentAllocation> to_release;  // asked for
+    std::vector<AgentAllocation> managed;     // to be saved and released once it is frozen
+    std::string not_released;                 // why the path was given up
     std::optional<ProcessImage> image;        // written before anything was released
     std::unique_ptr<PageChain> chain;         // what brings it back
     std::unique_ptr<MemoryLoader> loader;
@@ -234,10 +239,16 @@ class Session {
   static void leave_to_driver(Held* held);
   Result<void> catch_up(int pid, Held* held);
   Result<void> release_memory(int pid, Held* held);
+  // Only phos can save managed memory, and only with the gate closed.
+  static Result<void> check_managed(int pid, const Held& held);
+  Result<void> refuse_managed_memory() const;
+  Result<void> release_managed(int pid, Held* held);
+  Result<void> save_managed(int pid, Held* held);
   static void log_lost(int pid, const Held& held, const std::vector<AgentRelease>& results);
   Result<void> prepare_release(int pid, Held* held);
   static bool note_released(int pid, Held* held, const std::vector<AgentRelease>& results);
   Result<void> open_saved(Held* held, const ProcessImage& image) const;
+  Result<void> open_saved_anew(Held* held, const ProcessImage& image) const;
   Result<std::unique_ptr<MemoryRelease>> find_release(int pid, int restore_tid) const;
   Result<void> bring_memory_back(int pid, Held* held);
   Result<void> load_memory(int pid, Held* held, bool all_of_image);

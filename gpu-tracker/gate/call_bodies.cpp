@@ -26,7 +26,6 @@ using std::chrono::steady_clock;
 constexpr uint64_t kMaxStack = 8 << 20;  // what is searched above a stack pointer
 constexpr size_t kChunk = 64 << 10;
 constexpr unsigned kMaxHandlers = 4;  // on stacks of their own, one in the other
-constexpr auto kStopPoll = std::chrono::microseconds(10);
 
 // arch/x86/include/asm/sigframe.h, rt_sigframe: the return address, then the ucontext.
 constexpr uint64_t kFrameContext = 8;
@@ -237,42 +236,16 @@ ThreadPlace StackReader::look(const ThreadInfo& thread) const {
   return sleeps_on(pid_, thread.tid, *sleep) ? place : ThreadPlace::kNotShown;
 }
 
-// Of a thread that waitpid() has told about; lets it go.
-ThreadPlace StackReader::judge_stopped(int tid, int status) const {
-  if (!WIFSTOPPED(status)) return ThreadPlace::kNotShown;  // it has ended
-  ThreadPlace place = ThreadPlace::kNotShown;
+ThreadPlace StackReader::judge_stopped(int tid) const {
   user_regs_struct r;
-  if (ptrace(PTRACE_GETREGS, tid, nullptr, &r) == 0) {
-    place = judge({r.rip, r.rsp, tid, false});
-  }
-  // Stopped on its way to a signal's handler: the signal is to be delivered after all.
-  const long signal = status >> 16 ? 0 : WSTOPSIG(status);
-  ptrace(PTRACE_DETACH, tid, nullptr, reinterpret_cast<void*>(signal));
-  return place;
+  if (ptrace(PTRACE_GETREGS, tid, nullptr, &r) != 0) return ThreadPlace::kNotShown;
+  return judge({r.rip, r.rsp, tid, false});
 }
 
 std::vector<ThreadPlace> StackReader::stop_and_look(std::span<const ThreadInfo> threads,
                                                     steady_clock::time_point deadline) const {
   std::vector<ThreadPlace> places(threads.size(), ThreadPlace::kNotShown);
-  // What a thread of ours traces the kernel lets go when it ends, whatever state it is in.
-  std::thread([&] {
-    std::vector<size_t> waiting;
-    for (size_t i = 0; i < threads.size(); i++) {
-      // No options: what ends us must not end the process.
-      if (ptrace(PTRACE_SEIZE, threads[i].tid, nullptr, nullptr) < 0) continue;
-      if (ptrace(PTRACE_INTERRUPT, threads[i].tid, nullptr, nullptr) == 0) waiting.push_back(i);
-    }
-    // Whoever waits for a processor stops once it has one.
-    while (!waiting.empty() && steady_clock::now() < deadline) {
-      std::erase_if(waiting, [&](size_t i) {
-        int status = 0;
-        const pid_t got = waitpid(threads[i].tid, &status, __WALL | WNOHANG);
-        if (got == threads[i].tid) places[i] = judge_stopped(got, status);
-        return got == threads[i].tid || (got < 0 && errno != EINTR);
-      });
-      std::this_thread::sleep_for(kStopPoll);
-    }
-  }).join();
+  stop_each(threads, deadline, [&](size_t i) { places[i] = judge_stopped(threads[i].tid); });
   return places;
 }
 

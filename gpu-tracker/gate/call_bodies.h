@@ -95,7 +95,7 @@ class StackReader {
   ThreadPlace judge(const Frame& frame) const;
   ThreadPlace judge_parked(int tid, uint64_t context) const;
   ThreadPlace search(const Frame& frame, unsigned depth) const;
-  ThreadPlace judge_stopped(int tid, int status) const;
+  ThreadPlace judge_stopped(int tid) const;
 
   int pid_;
   const CallBodies& bodies_;

@@ -31,6 +31,8 @@ constexpr int kParkedLooks = 20;
 constexpr int kLatePasses = 4;
 // So often a thread that would pass is met before it is stopped: most are starting another.
 constexpr unsigned kPatientLooks = 3;
+// What it takes to stop threads that wait for a processor, with others that have one.
+constexpr auto kLeastBusyStop = milliseconds(500);
 // What it takes to stop a thread.
 constexpr auto kLeastStop = milliseconds(5);
 
@@ -324,22 +326,41 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
     if (!view) return view.error();
     std::string why;
     size_t added = 0;
-    std::vector<ThreadInfo> passing;
-    for (const ThreadInfo& t : *threads) {
-      const std::pair<int, uint64_t> key(t.tid, t.start_time);
-      if (may_pass(t) || shown.contains(key)) continue;
-      const ThreadPlace place = locate_thread(*view, t, code, agent_.gate_address());
+    std::vector<ThreadInfo> passing, running;
+    bool to_be_stopped = false;  // in a later look
+    auto judge = [&](const ThreadInfo& t, ThreadPlace place) {
       const std::string name = "thread " + std::to_string(t.tid) + " (" + t.comm + ") ";
       if (place == ThreadPlace::kOutside && blocks(t, signal_) && !held_threads_.contains(t)) {
         // For good, or while it starts a thread or is being started.
         why = name + "has signal " + std::to_string(signal_) + " blocked and would pass the gate";
         passing.push_back(t);
       } else if (place == ThreadPlace::kParked || place == ThreadPlace::kOutside) {
-        shown.insert(key);
+        shown.insert({t.tid, t.start_time});
         added++;
       } else {
         why = name + "is " + describe(place);
       }
+    };
+    const auto locate = [&](const ThreadInfo& t) {
+      return locate_thread(*view, t, code, agent_.gate_address());
+    };
+    for (const ThreadInfo& t : *threads) {
+      if (may_pass(t) || shown.contains({t.tid, t.start_time})) continue;
+      const ThreadPlace place = locate(t);
+      const bool runs = place == ThreadPlace::kNotShown && !find_asleep(pid_, t.tid);
+      if (runs && looks >= kPatientLooks) {
+        running.push_back(t);
+      } else {
+        to_be_stopped |= runs;
+        judge(t, place);
+      }
+    }
+    // One that computes, or waits for memory to change, never sleeps.
+    if (!running.empty()) {
+      std::vector<ThreadPlace> places(running.size(), ThreadPlace::kNotShown);
+      stop_each(running, std::max(deadline, steady_clock::now() + kLeastBusyStop),
+                [&](size_t i) { places[i] = locate(running[i]); });
+      for (size_t i = 0; i < running.size(); i++) judge(running[i], places[i]);
     }
     if (++looks > kPatientLooks && hold_passing(passing, deadline)) {
       shown.clear();
@@ -349,7 +370,7 @@ Result<void> Gate::check_quiet(milliseconds timeout) {
     Result<void> counters = check_counters();
     if (why.empty() && added == 0 && counters) return {};
     // However long the first pass has taken, the last one has to follow.
-    if (steady_clock::now() > deadline && (added == 0 || ++late == kLatePasses)) {
+    if (!to_be_stopped && steady_clock::now() > deadline && (added == 0 || ++late == kLatePasses)) {
       if (!counters) return counters;
       return process_error(pid_, EAGAIN, why.empty() ? "it keeps starting threads" : why);
     }

@@ -3,7 +3,9 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/ptrace.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,6 +17,7 @@
 #include <fstream>
 #include <memory>
 #include <optional>
+#include <thread>
 
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/base/unique_fd.h"
@@ -22,6 +25,9 @@
 namespace phos {
 namespace {
 
+using std::chrono::steady_clock;
+
+constexpr auto kStopPoll = std::chrono::microseconds(10);
 constexpr size_t kMaxStack = 8 << 20;  // what is searched above a stack pointer
 constexpr size_t kChunk = 64 << 10;
 
@@ -158,6 +164,34 @@ std::optional<Asleep> find_asleep(int pid, int tid) {
 bool sleeps_on(int pid, int tid, const Asleep& since) {
   return read_line(task_path(pid, tid, "syscall")) == since.line &&
          count_switches(pid, tid) == since.switches;
+}
+
+void stop_each(std::span<const ThreadInfo> threads, steady_clock::time_point deadline,
+               const std::function<void(size_t)>& look) {
+  // What a thread of ours traces the kernel lets go when it ends, whatever state it is in.
+  std::thread([&] {
+    std::vector<size_t> waiting;
+    for (size_t i = 0; i < threads.size(); i++) {
+      // No options: what ends us must not end the process.
+      if (ptrace(PTRACE_SEIZE, threads[i].tid, nullptr, nullptr) < 0) continue;
+      if (ptrace(PTRACE_INTERRUPT, threads[i].tid, nullptr, nullptr) == 0) waiting.push_back(i);
+    }
+    // Whoever waits for a processor stops once it has one.
+    while (!waiting.empty() && steady_clock::now() < deadline) {
+      std::erase_if(waiting, [&](size_t i) {
+        int status = 0;
+        const pid_t got = waitpid(threads[i].tid, &status, __WALL | WNOHANG);
+        if (got != threads[i].tid) return got < 0 && errno != EINTR;
+        if (!WIFSTOPPED(status)) return true;  // it has ended
+        look(i);
+        // Stopped on its way to a signal's handler: the signal is to be delivered after all.
+        const long signal = status >> 16 ? 0 : WSTOPSIG(status);
+        ptrace(PTRACE_DETACH, got, nullptr, reinterpret_cast<void*>(signal));
+        return true;
+      });
+      if (!waiting.empty()) std::this_thread::sleep_for(kStopPoll);
+    }
+  }).join();
 }
 
 bool is_driver_thread(const ThreadInfo& thread) {

@@ -2,7 +2,9 @@
 // Where the threads of a process are, as the kernel tells it: parked, outside of libcuda, or not.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -55,6 +57,12 @@ std::optional<Asleep> find_asleep(int pid, int tid);
 // Has it not run since?
 bool sleeps_on(int pid, int tid, const Asleep& since);
 
+// Stops each of these threads for a moment, unless somebody else traces it (ptrace), and calls
+// `look` with its index, on a thread of its own, which traces it. Who has not stopped at the
+// deadline is left out. Should this process die meanwhile, the kernel lets them go.
+void stop_each(std::span<const ThreadInfo> threads, std::chrono::steady_clock::time_point deadline,
+               const std::function<void(size_t)>& look);
+
 // Code that a call into libcuda may be in: the library's, and the agent's, which goes on from an
 // entry point that it has hooked without passing the gate (Agent::call_code).
 struct CallCode {
@@ -98,7 +106,8 @@ enum class ThreadPlace {
 //    keeps what it knows of the thread (which the kernel has the address of: the list of robust
 //    futexes is there), the main thread's to the end of its mapping; for any word that points into
 //    such code, but not at a probe; and the program counter must not point there. A tail call
-//    leaves no address, but then nothing of libcuda is left to be executed.
+//    leaves no address, but then nothing of libcuda is left to be executed. A thread that is
+//    stopped (stop_each) counts as one that sleeps.
 //  - kNotShown also of a thread that sleeps on a stack which is not its own: that of a signal
 //    handler or a coroutine. What it has left on its own is not known.
 // Stale words in unused parts of live frames make kInside of what is outside: that costs the fast

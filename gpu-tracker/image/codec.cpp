@@ -441,7 +441,10 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
     const Phos__Image__PagesFile& file = *m->other_files[i];
     auto id = to_16_bytes(file.dump_id, "a pages file's dump_id");
     if (!id) return id.error();
-    if (file.gpu > kMaxGpus) return bad_field("a pages file is of GPU " + std::to_string(file.gpu));
+    // Besides those of GPUs there are one of host memory and one of managed memory.
+    if (file.gpu > kMaxGpus + 1) {
+      return bad_field("a pages file is of GPU " + std::to_string(file.gpu));
+    }
     image.other_files.push_back({*id,
                                  file.pid,
                                  static_cast<int>(file.gpu),

@@ -34,6 +34,10 @@ Error refusal(int pid, int result, int detail) {
                            "go on, then try again");
     case PHOS_RESULT_IN_USE:
       return process_error(pid, EBUSY, "phos's agent in it still stands in for some of its memory");
+    case PHOS_RESULT_UNPROTECTED:
+      return process_error(pid, ENOTSUP, "its managed memory cannot be made read-only");
+    case PHOS_RESULT_STALE:
+      return process_error(pid, ESTALE, "its managed memory is not what it was");
     case PHOS_RESULT_NO_MEMORY:
       return process_error(pid, ENOMEM, "no memory in it for the record of what is released");
     case PHOS_RESULT_NO_SIGNAL:
@@ -188,6 +192,10 @@ Result<void> Agent::run(phos_agent_command command, uint32_t count) {
                              std::to_string(options_.command_timeout.count()) +
                              " ms; the process is stopped or locked, or its driver hangs");
   }
+  return answer();
+}
+
+Result<void> Agent::answer() {
   const int32_t result = mailbox_->shared().result;
   const int32_t driver_result = mailbox_->shared().driver_result;
   if (result == PHOS_RESULT_OK) return {};

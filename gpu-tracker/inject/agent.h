@@ -7,6 +7,7 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <vector>
@@ -117,6 +118,19 @@ struct MapBackOptions {
   unsigned native_misses = 16;
 };
 
+// Bytes of managed memory on their way, in the window that the process shares: what is in it is not
+// trusted, and may be written to.
+struct ManagedPiece {
+  size_t allocation = 0;    // index into what was asked for
+  uint64_t offset = 0;      // in the allocation
+  uint32_t bytes = 0;       // kManagedPiece but for the last of an allocation
+  uint8_t* data = nullptr;  // kManagedPiece bytes, page-aligned
+  size_t number = 0;        // of the piece, in the order in which they go
+};
+inline constexpr uint32_t kManagedPiece = PHOS_WINDOW_PIECE;
+// For each piece, on any of several threads. An error ends it all.
+using UseManagedPiece = std::function<Result<void>(const ManagedPiece&)>;
+
 // What the last enumerate() took.
 struct ScanCost {
   uint64_t driver_calls = 0;
@@ -167,6 +181,8 @@ class Agent {
   Result<std::vector<AgentExport>> export_memory(std::span<const AgentAllocation> allocations,
                                                  AgentGuard guard);
 
+  // Is a command under way, that it has not answered in time?
+  bool is_busy() const { return mailbox_ && !mailbox_->idle(); }
   void set_command_timeout(std::chrono::milliseconds timeout) {
     options_.command_timeout = timeout;
   }
@@ -179,7 +195,8 @@ class Agent {
   // agent keeps its own record in the process, for any later phos.
 
   // Frees the memory of `allocations`, as enumerate() described them, and keeps its addresses. One
-  // result each, in order. Only cuMemAlloc memory above 2 MiB, and such as was adopted, is taken;
+  // result each, in order. Only cuMemAlloc memory above 2 MiB, and such as was adopted, is taken,
+  // and managed memory that read_managed() has read;
   // the contents are gone, so the caller has saved them. Memory that other processes have imported
   // must not be among it, which only the kernel driver knows. An error: refused before anything was
   // touched (EPROTO: the record in the process has been overwritten; ENOTSUP: a libcuda with
@@ -203,6 +220,28 @@ class Agent {
   // release() leaves alone, and that stay with the record.
   void note_released_by(const std::array<uint8_t, 16>& dump_id);
   std::array<uint8_t, 16> released_by() const;
+
+  // Managed memory, of which no handle can be had. Whatever else may write to it must stand still:
+  // the threads of the process as well, which reach it without the driver.
+  //
+  // EDEADLK: a thread that stands still may be in the middle of allocating memory, so that the
+  // agent's calls would not end. They have not begun then.
+  Result<void> check_no_locks();
+  // All bytes of `memory`, as enumerate() describes it, or at least address and size, go through
+  // `use`. `to_release`: only of what was read so release() takes managed memory; where it was, and
+  // should be, is noted then, and no thread can write to it, until contents_loaded(), which has to
+  // be called also if nothing of it was released. A short last piece has zeros after it up to the
+  // next 64 KiB.
+  Result<void> read_managed(std::span<const AgentAllocation> memory, bool to_release,
+                            const UseManagedPiece& use);
+  // After map_back() and before contents_loaded(): `fill` writes the bytes of each piece, which go
+  // to memory[piece.allocation] from piece.offset on.
+  Result<void> load_managed(std::span<const AgentAllocation> memory,
+                            std::span<const ManagedPiece> pieces, const UseManagedPiece& fill);
+
+  // After map_back(), where what it has brought back could not be loaded: managed memory goes
+  // again, so that no thread finds it without its contents.
+  Result<std::vector<ReleasedMemory>> take_away_managed();
 
   // What is recorded, by address. Needs no thread to be parked, only a process not locked.
   Result<std::vector<ReleasedMemory>> released();
@@ -264,11 +303,15 @@ class Agent {
   Result<void> unload();
 
  private:
+  class Window;
+
   Agent(int pid, int restore_tid, const AgentOptions& options, Mailbox mailbox)
       : pid_(pid), restore_tid_(restore_tid), options_(options), mailbox_(std::move(mailbox)) {}
 
   Result<void> settle();
   Result<void> run(phos_agent_command command, uint32_t count);
+  // What the command that has ended answered.
+  Result<void> answer();
   Result<void> export_batch(std::span<const AgentAllocation> batch, AgentGuard guard,
                             std::vector<AgentExport>* exports);
   Result<std::vector<AgentAllocation>> read_allocations(uint32_t count);

@@ -22,7 +22,8 @@ Result<ReleasedMemory> decode(int pid, const phos_allocation& a) {
   ReleasedMemory out;
   out.state = static_cast<ReleasedState>(a.status);
   out.driver_result = a.result;
-  out.memory.kind = AllocationKind::kDevice;
+  out.memory.kind =
+      a.kind == PHOS_KIND_MANAGED ? AllocationKind::kManaged : AllocationKind::kDevice;
   out.memory.address = a.address;
   out.memory.size = a.size;
   out.memory.mapping_address = a.mapping_address;
@@ -179,6 +180,10 @@ std::array<uint8_t, 16> Agent::released_by() const {
 
 Result<std::vector<ReleasedMemory>> Agent::released() {
   return run_released(PHOS_COMMAND_RELEASED);
+}
+
+Result<std::vector<ReleasedMemory>> Agent::take_away_managed() {
+  return run_released(PHOS_COMMAND_TAKE_AWAY);
 }
 
 Result<std::vector<ReleasedMemory>> Agent::contents_loaded() {

@@ -154,6 +154,50 @@ CUresult managed(State&, std::istream& in, std::ostream& out) {
   return r;
 }
 
+// advise ADDRESS BYTES ADVICE TYPE ID: numbers as in cuda.h
+CUresult advise(State&, std::istream& in, std::ostream&) {
+  const CUdeviceptr p = read_address(in);
+  size_t bytes = 0;
+  int advice = 0, type = 0;
+  CUmemLocation place = {};
+  in >> bytes >> advice >> type >> place.id;
+  place.type = static_cast<CUmemLocationType>(type);
+  return cuMemAdvise(p, bytes, static_cast<CUmem_advise>(advice), place);
+}
+
+// policy ADDRESS BYTES: replies read-mostly, type and id of the preferred location, and who
+// accesses
+CUresult policy(State&, std::istream& in, std::ostream& out) {
+  const CUdeviceptr p = read_address(in);
+  size_t bytes = 0;
+  in >> bytes;
+  int values[3] = {}, accessed_by[2] = {};
+  void* data[] = {&values[0], &values[1], &values[2], accessed_by};
+  size_t sizes[] = {4, 4, 4, sizeof accessed_by};
+  CUmem_range_attribute names[] = {
+      CU_MEM_RANGE_ATTRIBUTE_READ_MOSTLY, CU_MEM_RANGE_ATTRIBUTE_PREFERRED_LOCATION_TYPE,
+      CU_MEM_RANGE_ATTRIBUTE_PREFERRED_LOCATION_ID, CU_MEM_RANGE_ATTRIBUTE_ACCESSED_BY};
+  CUresult r = cuMemRangeGetAttributes(data, sizes, names, 4, p, bytes);
+  out << values[0] << " " << values[1] << " " << (values[1] == 1 ? values[2] : 0) << " "
+      << accessed_by[0] << " " << accessed_by[1];
+  return r;
+}
+
+// poke ADDRESS VALUE: writes a byte with the CPU
+CUresult poke(State&, std::istream& in, std::ostream&) {
+  auto* p = reinterpret_cast<volatile char*>(read_address(in));
+  int value = 0;
+  in >> value;
+  *p = static_cast<char>(value);
+  return CUDA_SUCCESS;
+}
+
+// peek ADDRESS: replies a byte as the CPU reads it
+CUresult peek(State&, std::istream& in, std::ostream& out) {
+  out << static_cast<int>(*reinterpret_cast<volatile char*>(read_address(in)));
+  return CUDA_SUCCESS;
+}
+
 CUresult pin(State& s, std::istream& in, std::ostream&) {
   size_t bytes = 0;
   in >> bytes;
@@ -450,6 +494,10 @@ constexpr struct {
     {"attributes", attributes},
     {"ping", ping},
     {"managed", managed},
+    {"advise", advise},
+    {"policy", policy},
+    {"poke", poke},
+    {"peek", peek},
     {"pin", pin},
     {"touch-pinned", touch_pinned},
     {"ipc-export", ipc_export},

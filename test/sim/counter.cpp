@@ -3,6 +3,7 @@
 // tick and checks both. One line a tick on stdout; any wrong value or CUDA error ends it with
 // status 1. SIGUSR1: check the big buffer at the next tick. SIGTERM: print "done N" and exit 0.
 #include <cuda.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -17,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "test/sim/managed_counter.h"
 #include "test/sim/test_kernels.h"
 
 namespace {
@@ -39,7 +41,9 @@ struct Options {
   uint64_t spin_ms = 0;       // after tick 3, a kernel of this length on another stream
   int device = 0;
   unsigned even_kib = 0;  // of each 64 KiB, the last so many hold one value: they can be compressed
-  unsigned blocked_ms = 0;  // how often a thread wakes up that has all signals blocked; 0: none
+  unsigned malloc_threads = 0;  // that do nothing else
+  uint64_t managed_mib = 0;     // besides, of which a thread goes on writing half with the CPU
+  unsigned blocked_ms = 0;      // how often a thread wakes up that has all signals blocked; 0: none
 };
 
 bool parse(int argc, char** argv, Options* o) {
@@ -57,6 +61,10 @@ bool parse(int argc, char** argv, Options* o) {
       o->spin_ms = value;
     else if (!strcmp(argv[i], "--blocked-ms"))
       o->blocked_ms = static_cast<unsigned>(value);
+    else if (!strcmp(argv[i], "--malloc-threads"))
+      o->malloc_threads = static_cast<unsigned>(value);
+    else if (!strcmp(argv[i], "--managed-mib"))
+      o->managed_mib = value;
     else if (!strcmp(argv[i], "--even-kib") && value < 64)
       o->even_kib = static_cast<unsigned>(value);
     else if (!strcmp(argv[i], "--device"))
@@ -89,6 +97,7 @@ class Counter {
       : elements_(static_cast<uint32_t>(options.mib << 18)),
         first_even_((64 - options.even_kib) << 8),
         ordinal_(options.device),
+        managed_mib_(options.managed_mib),
         chunk_(kChunk),
         small_(kCounters) {}
 
@@ -114,6 +123,7 @@ class Counter {
       const bool even = i % kPage >= first_even_;
       expected_ = mix(expected_, even ? kEven : phos_test::fill_value(kSeed, i));
     }
+    if (managed_mib_ && !managed_.start(managed_mib_, increment_)) return false;
     return check_big();
   }
 
@@ -128,10 +138,11 @@ class Counter {
       fprintf(stderr, "counter: counter %u is %u at tick %lu\n", i, small_[i], ticks_);
       return false;
     }
-    return true;
+    return !managed_mib_ || managed_.tick(ticks_);
   }
 
   bool check_big() {
+    if (managed_mib_ && !managed_.check()) return false;
     uint32_t sum = 0;
     for (uint32_t at = 0; at < elements_; at += kChunk) {
       const uint32_t n = std::min(kChunk, elements_ - at);
@@ -167,6 +178,8 @@ class Counter {
   uint32_t elements_;
   uint32_t first_even_;  // element of each kPage
   int ordinal_;
+  uint64_t managed_mib_;
+  ManagedCounter managed_;
   std::vector<uint32_t> chunk_, small_;
   CUcontext context_ = nullptr;
   CUmodule module_ = nullptr;
@@ -190,6 +203,19 @@ void start_blocked_thread(unsigned interval_ms) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
+// Blocks of sizes for which the allocator takes its locks.
+void start_malloc_thread() {
+  std::thread([] {
+    std::vector<void*> blocks(64);
+    for (unsigned i = 0;; i++) {
+      void*& block = blocks[i * 7 % blocks.size()];
+      free(block);
+      block = malloc(2000 + i % 977 * 64);
+      if (i % 64 == 0) usleep(1);
+    }
+  }).detach();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -197,7 +223,8 @@ int main(int argc, char** argv) {
   if (!parse(argc, argv, &options)) {
     fprintf(stderr,
             "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n"
-            "               [--spin-ms N] [--device N] [--blocked-ms N] [--even-kib N]\n");
+            "               [--spin-ms N] [--device N] [--blocked-ms N] [--even-kib N]\n"
+            "               [--managed-mib N] [--malloc-threads N]\n");
     return 2;
   }
   struct sigaction action = {};
@@ -206,6 +233,7 @@ int main(int argc, char** argv) {
   action.sa_handler = [](int) { g_check_now = 1; };
   sigaction(SIGUSR1, &action, nullptr);
 
+  for (unsigned i = 0; i < options.malloc_threads; i++) start_malloc_thread();
   if (options.blocked_ms) start_blocked_thread(options.blocked_ms);
   Counter counter(options);
   if (!counter.start()) return 1;

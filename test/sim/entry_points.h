@@ -42,6 +42,10 @@
   X(cuMemHostUnregister, 4000)                     \
   X(cuMemHostGetDevicePointer, 3020)               \
   X(cuMemAllocManaged, 6000)                       \
+  X(cuMemAdvise, 13000)                            \
+  X(cuMemPrefetchAsync, 13000)                     \
+  X(cuMemRangeGetAttribute, 8000)                  \
+  X(cuMemRangeGetAttributes, 8000)                 \
   X(cuMemAllocAsync, 11020)                        \
   X(cuMemFreeAsync, 11020)                         \
   X(cuMemcpy, 4000)                                \

@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "test/sim/sim.h"
 
@@ -44,6 +45,13 @@ using BackingPtr = std::shared_ptr<Backing>;
 
 enum class Kind { kDevice, kPool, kIpc, kVmm, kHostAlloc, kHostRegistered, kManaged };
 
+// Of a page of managed memory; managed.cpp.
+struct Policy {
+  bool read_mostly = false;
+  CUmemLocation preferred = {}, prefetched = {};
+  uint64_t accessed_by = 0;  // a bit for each device; the last one: the CPU
+};
+
 struct Range {
   Kind kind = Kind::kDevice;
   CUdeviceptr base = 0;
@@ -58,9 +66,10 @@ struct Range {
   uint64_t handle = 0;  // kVmm
   bool access = true;   // kVmm: cuMemSetAccess gave some
   unsigned sync_memops = 1;
-  int opens = 0;        // kIpc
-  uint64_t ipc_id = 0;  // kIpc: the exporter's id
-  bool dying = false;   // being freed: unfinished.cpp
+  int opens = 0;                      // kIpc
+  uint64_t ipc_id = 0;                // kIpc: the exporter's id
+  bool dying = false;                 // being freed: unfinished.cpp
+  std::vector<Policy> policies = {};  // kManaged; empty: none has been set
 };
 
 // A block that several allocations share.

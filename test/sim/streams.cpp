@@ -33,6 +33,7 @@ struct Engine {
   std::condition_variable work_came, work_done;
   std::deque<std::function<CUresult()>> queue;
   uint64_t submitted = 0, done = 0;
+  bool at_work = false;
   CUresult error = CUDA_SUCCESS;
   std::set<CUstream> streams;
   std::set<CUevent> events;
@@ -43,24 +44,48 @@ Engine& engine() {
   return e;
 }
 
+void do_next(Engine& e, std::unique_lock<std::mutex>& hold) {
+  auto work = std::move(e.queue.front());
+  e.queue.pop_front();
+  e.at_work = true;
+  bool dead = e.error != CUDA_SUCCESS;  // after a fault the context does nothing any more
+  hold.unlock();
+  CUresult r = dead ? CUDA_SUCCESS : work();
+  work = nullptr;
+  hold.lock();
+  e.at_work = false;
+  if (r != CUDA_SUCCESS) e.error = r;
+  e.done++;
+  e.work_done.notify_all();
+  if (!e.queue.empty()) e.work_came.notify_one();
+}
+
+bool may_begin(const Engine& e) {
+  return !e.queue.empty() && !e.at_work;
+}
+
 void* run_engine(void*) {
   pthread_setname_np(pthread_self(), "cuda-EvtHandlr");  // as a thread of the real driver
   Engine& e = engine();
   std::unique_lock<std::mutex> hold(e.mutex);
   for (;;) {
-    e.work_came.wait(hold, [&] { return !e.queue.empty(); });
-    auto work = std::move(e.queue.front());
-    e.queue.pop_front();
-    bool dead = e.error != CUDA_SUCCESS;  // after a fault the context does nothing any more
-    hold.unlock();
-    CUresult r = dead ? CUDA_SUCCESS : work();
-    work = nullptr;
-    hold.lock();
-    if (r != CUDA_SUCCESS) e.error = r;
-    e.done++;
-    e.work_done.notify_all();
+    e.work_came.wait(hold, [&] { return may_begin(e); });
+    do_next(e, hold);
   }
   return nullptr;
+}
+
+// A GPU works on when all threads of the process are frozen but the one that waits for it: then it
+// does the engine's work.
+CUresult wait_or_work(Engine& e, std::unique_lock<std::mutex>& hold, uint64_t ticket) {
+  constexpr std::chrono::milliseconds kEngineIsFrozen{5};
+  while (e.done < ticket) {
+    const uint64_t before = e.done;
+    e.work_done.wait_for(hold, kEngineIsFrozen, [&] { return e.done >= ticket; });
+    if (e.done > before) continue;
+    while (e.done < ticket && may_begin(e)) do_next(e, hold);
+  }
+  return e.error;
 }
 
 bool is_default(CUstream stream) {
@@ -103,16 +128,13 @@ bool is_done(uint64_t ticket) {
 CUresult wait_for(uint64_t ticket) {
   Engine& e = engine();
   std::unique_lock<std::mutex> hold(e.mutex);
-  e.work_done.wait(hold, [&] { return e.done >= ticket; });
-  return e.error;
+  return wait_or_work(e, hold, ticket);
 }
 
 CUresult wait_for_all() {
   Engine& e = engine();
   std::unique_lock<std::mutex> hold(e.mutex);
-  uint64_t ticket = e.submitted;
-  e.work_done.wait(hold, [&] { return e.done >= ticket; });
-  return e.error;
+  return wait_or_work(e, hold, e.submitted);
 }
 
 bool wait_idle(int64_t deadline_ns) {

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: GPL-2.0-only
+// What saving managed memory, freeing it and having it again relies on
+// (gpu-tracker/agent/managed.c, policy.c, faults.c).
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "gpu-tracker/gate/stopped_process.h"
+#include "test/contract/fixture.h"
+
+namespace contract {
+namespace {
+
+class Managed : public CudaTest {
+ protected:
+  static CUdeviceptr allocate(uint64_t size) {
+    CUdeviceptr p = 0;
+    EXPECT_EQ(cuMemAllocManaged(&p, size, CU_MEM_ATTACH_GLOBAL), CUDA_SUCCESS);
+    return p;
+  }
+  static int ask(CUmem_range_attribute name, CUdeviceptr p, uint64_t size) {
+    int value = -99;
+    EXPECT_EQ(cuMemRangeGetAttribute(&value, sizeof value, name, p, size), CUDA_SUCCESS) << name;
+    return value;
+  }
+  CUmemLocation gpu() const { return {CU_MEM_LOCATION_TYPE_DEVICE, {device_}}; }
+  static CUmemLocation cpu() { return {CU_MEM_LOCATION_TYPE_HOST, {0}}; }
+};
+
+TEST_F(Managed, BothSidesMayUseItAtOnce) {
+  int concurrent = 0;
+  ASSERT_EQ(
+      cuDeviceGetAttribute(&concurrent, CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS, device_),
+      CUDA_SUCCESS);
+  EXPECT_EQ(concurrent, 1);
+}
+
+TEST_F(Managed, ItsContextIsTold) {
+  const CUdeviceptr p = allocate(4 * kMiB);
+  CUcontext owner = nullptr, current = nullptr;
+  ASSERT_EQ(cuPointerGetAttribute(&owner, CU_POINTER_ATTRIBUTE_CONTEXT, p), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxGetCurrent(&current), CUDA_SUCCESS);
+  EXPECT_EQ(owner, current);
+  EXPECT_EQ(cuMemFree(p), CUDA_SUCCESS);
+}
+
+TEST_F(Managed, EachAllocationHasBlocksOfItsOwn) {
+  std::vector<CUdeviceptr> p;
+  for (const uint64_t size : {4ul, 4096ul, 65537ul, 3 * kMiB, 4ul}) p.push_back(allocate(size));
+  for (const CUdeviceptr at : p) EXPECT_EQ(at % (2 * kMiB), 0u);
+  for (const CUdeviceptr at : p) EXPECT_EQ(cuMemFree(at), CUDA_SUCCESS);
+}
+
+TEST_F(Managed, NewMemoryHoldsZeros) {
+  for (int i = 0; i < 2; i++) {
+    const CUdeviceptr p = allocate(4 * kMiB);
+    const auto values = read_back(p, kMiB);
+    EXPECT_TRUE(std::all_of(values.begin(), values.end(), [](uint32_t v) { return v == 0; }));
+    ASSERT_EQ(kernels_.fill(p, kMiB, 3), CUDA_SUCCESS);
+    ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+    EXPECT_EQ(cuMemFree(p), CUDA_SUCCESS);
+  }
+}
+
+TEST_F(Managed, AdviceIsToldOfEachPart) {
+  const CUdeviceptr p = allocate(8 * kMiB);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_READ_MOSTLY, p, 8 * kMiB), 0);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_PREFERRED_LOCATION_TYPE, p, 8 * kMiB),
+            CU_MEM_LOCATION_TYPE_INVALID);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_ACCESSED_BY, p, 8 * kMiB), CU_DEVICE_INVALID);
+  ASSERT_EQ(cuMemAdvise(p, 2 * kMiB, CU_MEM_ADVISE_SET_READ_MOSTLY, gpu()), CUDA_SUCCESS);
+  ASSERT_EQ(cuMemAdvise(p + 2 * kMiB, 2 * kMiB, CU_MEM_ADVISE_SET_PREFERRED_LOCATION, gpu()),
+            CUDA_SUCCESS);
+  ASSERT_EQ(cuMemAdvise(p + 4 * kMiB, 2 * kMiB, CU_MEM_ADVISE_SET_PREFERRED_LOCATION, cpu()),
+            CUDA_SUCCESS);
+  ASSERT_EQ(cuMemAdvise(p + 4 * kMiB, 4 * kMiB, CU_MEM_ADVISE_SET_ACCESSED_BY, gpu()),
+            CUDA_SUCCESS);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_READ_MOSTLY, p, 2 * kMiB), 1);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_READ_MOSTLY, p, 4 * kMiB), 0);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_PREFERRED_LOCATION_TYPE, p + 2 * kMiB, 2 * kMiB),
+            CU_MEM_LOCATION_TYPE_DEVICE);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_PREFERRED_LOCATION_ID, p + 2 * kMiB, 2 * kMiB), device_);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_PREFERRED_LOCATION_TYPE, p + 4 * kMiB, 2 * kMiB),
+            CU_MEM_LOCATION_TYPE_HOST);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_PREFERRED_LOCATION_TYPE, p, 8 * kMiB),
+            CU_MEM_LOCATION_TYPE_INVALID);
+  int accessed_by[4] = {};
+  ASSERT_EQ(cuMemRangeGetAttribute(accessed_by, sizeof accessed_by,
+                                   CU_MEM_RANGE_ATTRIBUTE_ACCESSED_BY, p + 4 * kMiB, 4 * kMiB),
+            CUDA_SUCCESS);
+  EXPECT_EQ(accessed_by[0], device_);
+  EXPECT_EQ(accessed_by[1], CU_DEVICE_INVALID);
+  EXPECT_EQ(cuMemFree(p), CUDA_SUCCESS);
+}
+
+TEST_F(Managed, WhereItWasPrefetchedToIsTold) {
+  const CUdeviceptr p = allocate(4 * kMiB);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_LAST_PREFETCH_LOCATION_TYPE, p, 4 * kMiB),
+            CU_MEM_LOCATION_TYPE_INVALID);
+  ASSERT_EQ(cuMemPrefetchAsync(p, 4 * kMiB, gpu(), 0, nullptr), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_LAST_PREFETCH_LOCATION_TYPE, p, 4 * kMiB),
+            CU_MEM_LOCATION_TYPE_DEVICE);
+  EXPECT_EQ(ask(CU_MEM_RANGE_ATTRIBUTE_LAST_PREFETCH_LOCATION_ID, p, 4 * kMiB), device_);
+  EXPECT_EQ(cuMemFree(p), CUDA_SUCCESS);
+}
+
+// The window: memory of a file, mapped by two processes.
+TEST_F(Managed, GoesToAndFromRegisteredSharedMemory) {
+  constexpr size_t kSize = 2 * kMiB;
+  const int fd = memfd_create("window", MFD_CLOEXEC);
+  ASSERT_EQ(ftruncate(fd, kSize), 0);
+  void* window = mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  ASSERT_NE(window, MAP_FAILED);
+  EXPECT_EQ(cuMemHostRegister(window, kSize, 0), CUDA_SUCCESS);
+  const CUdeviceptr from = allocate(kSize), to = allocate(kSize);
+  CUstream stream = nullptr;
+  ASSERT_EQ(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), CUDA_SUCCESS);
+  ASSERT_EQ(kernels_.fill(from, kSize / 4, 5), CUDA_SUCCESS);
+  ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+  ASSERT_EQ(cuMemcpyDtoHAsync(window, from, kSize, stream), CUDA_SUCCESS);
+  ASSERT_EQ(cuMemcpyHtoDAsync(to, window, kSize, stream), CUDA_SUCCESS);
+  ASSERT_EQ(cuStreamSynchronize(stream), CUDA_SUCCESS);
+  EXPECT_EQ(count_wrong(read_back(to, kSize / 4), 5), 0u);
+  EXPECT_EQ(cuStreamDestroy(stream), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemHostUnregister(window), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemFree(from), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemFree(to), CUDA_SUCCESS);
+  munmap(window, kSize);
+  close(fd);
+}
+
+TEST_F(Managed, CanBeReadByTheGpuAndFreedWhileItIsReadOnly) {
+  constexpr size_t kSize = 4 * kMiB;
+  for (const CUmemLocation& place : {gpu(), cpu()}) {
+    const CUdeviceptr p = allocate(kSize);
+    ASSERT_EQ(kernels_.fill(p, kSize / 4, 6), CUDA_SUCCESS);
+    ASSERT_EQ(cuMemPrefetchAsync(p, kSize, place, 0, nullptr), CUDA_SUCCESS);
+    ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+    ASSERT_EQ(mprotect(reinterpret_cast<void*>(p), kSize, PROT_READ), 0);
+    EXPECT_EQ(count_wrong(read_back(p, kSize / 4), 6), 0u);
+    // And be used again.
+    ASSERT_EQ(mprotect(reinterpret_cast<void*>(p), kSize, PROT_READ | PROT_WRITE), 0);
+    ASSERT_EQ(kernels_.fill(p, kSize / 4, 7), CUDA_SUCCESS);
+    ASSERT_EQ(cuCtxSynchronize(), CUDA_SUCCESS);
+    EXPECT_EQ(count_wrong(read_back(p, kSize / 4), 7), 0u);
+    *reinterpret_cast<volatile uint32_t*>(p) = 1;
+    ASSERT_EQ(mprotect(reinterpret_cast<void*>(p), kSize, PROT_READ), 0);
+    EXPECT_EQ(cuMemFree(p), CUDA_SUCCESS);
+  }
+}
+
+TEST_F(Managed, AddressesOfFreedMemoryCanBeReserved) {
+  for (const uint64_t size : {2 * kMiB, 6 * kMiB, 34 * kMiB}) {
+    const CUdeviceptr below = allocate(size), p = allocate(size), above = allocate(size);
+    ASSERT_EQ(cuMemFree(p), CUDA_SUCCESS);
+    CUdeviceptr at = 0;
+    ASSERT_EQ(cuMemAddressReserve(&at, size, 0, p, 0), CUDA_SUCCESS);
+    EXPECT_EQ(at, p) << size;
+    EXPECT_EQ(cuMemAddressFree(at, size), CUDA_SUCCESS);
+    EXPECT_EQ(cuMemFree(below), CUDA_SUCCESS);
+    EXPECT_EQ(cuMemFree(above), CUDA_SUCCESS);
+  }
+}
+
+TEST_F(Managed, ProcessWithoutItAnyMoreIsCheckpointed) {
+  Worker worker;
+  const std::string p = value_of(worker.ask("managed 4194304"));
+  ASSERT_EQ(worker.ask("fill " + p + " 1024 3"), "ok");
+  ASSERT_EQ(worker.ask("free " + p), "ok");
+  ASSERT_EQ(lock(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(checkpoint(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(restore(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
+  const std::string again = value_of(worker.ask("managed 4194304"));
+  EXPECT_EQ(worker.ask("fill " + again + " 1024 4"), "ok");
+  EXPECT_EQ(worker.ask("check " + again + " 1024 4 0"), "ok 0");
+}
+
+// As when CRIU has frozen the process, but for the agent and the restore thread.
+TEST_F(Managed, IsReadFreedAndHadAgainWhileOtherThreadsAreStopped) {
+  Worker worker;
+  const std::string p = value_of(worker.ask("managed 4194304"));
+  ASSERT_EQ(worker.ask("fill " + p + " 1048576 3"), "ok");
+  int restore_tid = 0;
+  ASSERT_EQ(cuCheckpointProcessGetRestoreThreadId(worker.pid(), &restore_tid), CUDA_SUCCESS);
+  ASSERT_EQ(lock(worker.pid()), CUDA_SUCCESS);
+  auto stopped = phos::StoppedProcess::stop(worker.pid(), {worker.pid(), restore_tid},
+                                            std::chrono::milliseconds(5000));
+  ASSERT_TRUE(stopped) << stopped.error().message();
+  ASSERT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(worker.ask("check " + p + " 1048576 3 0"), "ok 0");
+  EXPECT_EQ(worker.ask("free " + p), "ok");
+  ASSERT_EQ(lock(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(checkpoint(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(restore(worker.pid()), CUDA_SUCCESS);
+  EXPECT_EQ(unlock(worker.pid()), CUDA_SUCCESS);
+  const std::string again = value_of(worker.ask("managed 4194304"));
+  EXPECT_EQ(worker.ask("fill " + again + " 1048576 4"), "ok");
+  EXPECT_EQ(worker.ask("check " + again + " 1048576 4 0"), "ok 0");
+  EXPECT_EQ(worker.ask("free " + again), "ok");
+}
+
+}  // namespace
+}  // namespace contract
