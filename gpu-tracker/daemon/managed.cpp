@@ -2,6 +2,9 @@
 // Session: managed memory. The driver checkpoints no process that has any, so that there is no path
 // for it but the released one; and threads reach it without the driver, so that it is saved and
 // taken away only when CRIU has frozen them.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "gpu-tracker/base/log.h"
@@ -62,6 +65,12 @@ std::vector<FoundProcess> Session::with_managed_memory() const {
   return found;
 }
 
+// A process that was killed with criu while its memory came back. CRIU writes its inventory last:
+// with that the images are complete, if nobody has said that the dump has failed.
+bool Session::is_all_there_is() const {
+  return ended_with_managed_ && !failed_ && faccessat(image_dir_.get(), kInventory, F_OK, 0) == 0;
+}
+
 // Before anything is locked.
 Result<void> Session::refuse_managed_memory() const {
   for (const auto& [pid, held] : held_) {
@@ -98,6 +107,8 @@ Result<void> Session::release_managed(int pid, Held* held) {
   auto locked = lock_or_leave(pid, kRelockMs);
   if (!locked) return locked.error().wrap("locking " + process(pid) + " again");
   held->locked = true;
+  // While it was not: only if criu has died are there threads that could.
+  if (auto r = held->release->check_closed(); !r) return refuse(pid, r.error().message());
   const auto took = since(start);
   held->release_time += took;
   log(LogLevel::kInfo, "daemon", "%s: %zu managed allocations, %s, saved and released in %.1f ms",

@@ -319,7 +319,9 @@ Result<void> Session::undo(int pid, CudaState found) {
     held.leaving = r && held.release;
     if (r && held.taken_over) note_went_on(pid);
   }
-  if (!held.leaving) held_.erase(it);
+  if (held.leaving) return {};
+  ended_with_managed_ |= !held.managed.empty() && has_ended(pid, held.restore_tid, held.start_time);
+  held_.erase(it);
   return {};
 }
 
@@ -437,7 +439,7 @@ bool Session::needs_images() const {
 }
 
 void Session::remove_unfinished_images() {
-  if (!dumping_ || finished_) return;
+  if (!dumping_ || finished_ || is_all_there_is()) return;
   if (auto r = remove_images(image_dir_.get(), dump_id_); !r) {
     log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
   }
@@ -502,7 +504,10 @@ bool has_ended(int pid, int restore_tid, uint64_t start_time, const Error& error
 
 bool Session::recover_one(int pid, Held* held) {
   // Killed, as a successful dump does.
-  if (has_ended(pid, held->restore_tid, held->start_time)) return true;
+  if (has_ended(pid, held->restore_tid, held->start_time)) {
+    ended_with_managed_ |= !held->managed.empty();
+    return true;
+  }
   auto status = read_proc_status(pid);
   auto thread = read_proc_status(held->restore_tid);
   if (!status || !thread) return true;
@@ -576,6 +581,10 @@ void Session::recover() {
   saved_.clear();
   for (auto& [pid, held] : held_) {
     if (!held.copy_completed) held.copy.reset();
+  }
+  for (const auto& [pid, held] : held_) {
+    const bool ended = has_ended(pid, held.restore_tid, held.start_time);
+    ended_with_managed_ |= ended && !held.managed.empty();
   }
   const bool needed = needs_images();
   if (!needed) remove_unfinished_images();
