@@ -2,9 +2,6 @@
 // Session: managed memory. The driver checkpoints no process that has any, so that there is no path
 // for it but the released one; and threads reach it without the driver, so that it is saved and
 // taken away only when CRIU has frozen them.
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 
 #include "gpu-tracker/base/log.h"
@@ -63,12 +60,6 @@ std::vector<FoundProcess> Session::with_managed_memory() const {
     if (!held.managed.empty()) found.push_back({pid, held.restore_tid, held.found});
   }
   return found;
-}
-
-// A process that was killed with criu while its memory came back. CRIU writes its inventory last:
-// with that the images are complete, if nobody has said that the dump has failed.
-bool Session::is_all_there_is() const {
-  return ended_with_managed_ && !failed_ && faccessat(image_dir_.get(), kInventory, F_OK, 0) == 0;
 }
 
 // Before anything is locked.
