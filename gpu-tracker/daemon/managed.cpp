@@ -98,6 +98,8 @@ Result<void> Session::release_managed(int pid, Held* held) {
   auto locked = lock_or_leave(pid, kRelockMs);
   if (!locked) return locked.error().wrap("locking " + process(pid) + " again");
   held->locked = true;
+  // While it was not: only if criu has died are there threads that could.
+  if (auto r = held->release->check_closed(); !r) return refuse(pid, r.error().message());
   const auto took = since(start);
   held->release_time += took;
   log(LogLevel::kInfo, "daemon", "%s: %zu managed allocations, %s, saved and released in %.1f ms",

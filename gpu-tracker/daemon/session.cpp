@@ -297,7 +297,9 @@ Result<void> Session::undo(int pid, CudaState found) {
     held.leaving = r && held.release;
     if (r && held.taken_over) note_went_on(pid);
   }
-  if (!held.leaving) held_.erase(it);
+  if (held.leaving) return {};
+  ended_with_managed_ |= !held.managed.empty() && has_ended(pid, held.restore_tid, held.start_time);
+  held_.erase(it);
   return {};
 }
 
@@ -406,57 +408,6 @@ std::unique_ptr<UnsyncedFiles> Session::take_unsynced() {
   return std::move(unsynced_);
 }
 
-bool Session::needs_images() const {
-  return std::any_of(held_.begin(), held_.end(), [](const auto& h) {
-    const auto& [pid, held] = h;
-    return held.release && held.release->is_away() &&
-           !has_ended(pid, held.restore_tid, held.start_time);
-  });
-}
-
-void Session::remove_unfinished_images() {
-  if (!dumping_ || finished_) return;
-  if (auto r = remove_images(image_dir_.get(), dump_id_); !r) {
-    log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
-  }
-}
-
-Result<void> Session::open_noted_dir() {
-  if (image_dir_ || noted_dir_.empty()) return {};
-  auto directory = open_noted_directory(noted_dir_);
-  if (!directory) return directory.error();
-  log(LogLevel::kInfo, "daemon", "images are taken from %s", noted_dir_.c_str());
-  image_dir_ = std::move(*directory);
-  return {};
-}
-
-// Its lock is still ours: nobody else writes images of it. Those that the dead phosd had not
-// finished do not even say what dump they are of.
-void Session::note_went_on(int pid) {
-  went_on_ = true;
-  auto status = read_proc_status(pid);
-  if (left_dump_.empty() || !status || !open_noted_dir()) return;
-  if (auto r = phos::remove_unfinished_images(image_dir_.get(), status->vpid); !r) {
-    log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
-  }
-}
-
-// A dump that its phosd did not live to see the end of, and whose processes run on. It has failed
-// if its criu says so, or has died before it wrote the inventory, which it does last; until then
-// the pages of any of its processes may be needed.
-void Session::remove_left_images() {
-  if (left_dump_.empty() || !went_on_ || finished_) return;
-  for (const LeftProcess& other : read_left_processes(lock_dir_)) {
-    if (other.dump == left_dump_) return;
-  }
-  const auto id = parse_dump_id(left_dump_);
-  if (!id || !open_noted_dir()) return;
-  if (!failed_ && faccessat(image_dir_.get(), kInventory, F_OK, 0) == 0) return;
-  if (auto r = remove_images(image_dir_.get(), *id); !r) {
-    log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
-  }
-}
-
 bool has_ended(int pid, int restore_tid, uint64_t start_time) {
   auto now = read_start_time(pid);
   auto status = read_proc_status(pid);
@@ -480,7 +431,10 @@ bool has_ended(int pid, int restore_tid, uint64_t start_time, const Error& error
 
 bool Session::recover_one(int pid, Held* held) {
   // Killed, as a successful dump does.
-  if (has_ended(pid, held->restore_tid, held->start_time)) return true;
+  if (has_ended(pid, held->restore_tid, held->start_time)) {
+    ended_with_managed_ |= !held->managed.empty();
+    return true;
+  }
   auto status = read_proc_status(pid);
   auto thread = read_proc_status(held->restore_tid);
   if (!status || !thread) return true;
@@ -554,6 +508,10 @@ void Session::recover() {
   saved_.clear();
   for (auto& [pid, held] : held_) {
     if (!held.copy_completed) held.copy.reset();
+  }
+  for (const auto& [pid, held] : held_) {
+    const bool ended = has_ended(pid, held.restore_tid, held.start_time);
+    ended_with_managed_ |= ended && !held.managed.empty();
   }
   const bool needed = needs_images();
   if (!needed) remove_unfinished_images();

@@ -302,6 +302,7 @@ class Session {
   Result<void> wait_to_take_over(int pid, CudaState found);
   Result<void> undo_one(int pid, Held* held);
   bool needs_images() const;  // to bring a process back
+  bool is_all_there_is() const;
   void remove_unfinished_images();
   void note_went_on(int pid);
   void remove_left_images();
@@ -320,8 +321,9 @@ class Session {
   std::unique_ptr<UnsyncedFiles> unsynced_;    // null: files are durable when they have their names
   std::shared_ptr<PageStore> store_;           // of the dump's pages; null: none was needed so far
   std::string noted_dir_;                      // not opened yet
-  std::string left_dump_;  // of a phosd that died; nothing of it is restored by it
-  bool failed_ = false;    // as finish() was told
+  std::string left_dump_;            // of a phosd that died; nothing of it is restored by it
+  bool failed_ = false;              // as finish() was told
+  bool ended_with_managed_ = false;  // a process of the dump
   bool statistics_logged_ = false;
   bool went_on_ = false;  // a process that was taken over runs again
   DeviceRoom own_room_;   // without engines

@@ -325,6 +325,8 @@ class KilledAt(Steps, ManagedTest):
         self.kill_criu(criu)
         wait_until(lambda: not alive(target.pid), 'the target to be ended')
         self.let_driver_go()
+        locks = os.path.join(self.run_dir, 'lock')
+        wait_until(lambda: not os.listdir(locks), 'phosd to let go of it')
         self.restore_and_check(target)
 
 
