@@ -136,8 +136,12 @@ Result<void> Session::put_copy_back(int pid, CudaState state, Held* held,
     if (*left) agent = &found.emplace(std::move(**left));
   }
   if (!agent) return {};
-  // What it was told, by a phosd that died perhaps, is done then, or will not be.
-  if (auto r = agent->wait_idle(); !r) return r;
+  // What it was told, by a phosd that died perhaps, is done then, or will not be. Before the
+  // driver's checkpoint it was not told to empty anything, and may wait for a lock of the frozen
+  // process's.
+  if (state == CudaState::kCheckpointed) {
+    if (auto r = agent->wait_idle(); !r) return r;
+  }
   if (agent->copies_state() != DriverCopies::kEmpty) return {};
   if (state != CudaState::kCheckpointed) {
     held->lost = Error(Domain::kCuda, kCudaErrorIllegalState,

@@ -255,5 +255,6 @@ if __name__ == '__main__':
         if len(operators_key) != 32:
             operators_key = bytes.fromhex(operators_key.decode())
     for saved in read(sys.argv[1], hashes.page_hash, operators_key):
-        print(f'{saved.pid} GPU-{saved.uuid.hex()} {saved.address:#x} {saved.size} bytes, '
+        gpu = f'GPU-{saved.uuid.hex()}' if saved.uuid else 'host'
+        print(f'{saved.pid} {gpu} {saved.address:#x} {saved.size} bytes, '
               f'CRC-32C {crc32c(saved.data):08x}')
