@@ -16,6 +16,10 @@ static uint32_t g_away;    /* futex: 1 while they are */
 static uint32_t g_waiting; /* threads */
 static bool g_held;        /* a thread has been in the handler */
 static bool g_installed;
+static uint64_t g_ended; /* when they were there again */
+
+/* For a thread that had faulted by then to get to the handler. */
+#define LATE_FAULTS_NS 2000000000ull
 static struct action g_foreign;
 
 static bool is_away(uint64_t address) {
@@ -27,8 +31,10 @@ static bool is_away(uint64_t address) {
 }
 
 static void on_fault(int signal, siginfo_t* info, void* context) {
+  const bool late = !__atomic_load_n(&g_away, __ATOMIC_ACQUIRE) &&
+                    monotonic_ns() - __atomic_load_n(&g_ended, __ATOMIC_ACQUIRE) > LATE_FAULTS_NS;
   /* One that a process has sent has no address. */
-  if (info->si_code > 0 && is_away((uint64_t)info->si_addr)) {
+  if (info->si_code > 0 && !late && is_away((uint64_t)info->si_addr)) {
     __atomic_store_n(&g_held, true, __ATOMIC_RELAXED);
     __atomic_fetch_add(&g_waiting, 1, __ATOMIC_ACQ_REL);
     while (__atomic_load_n(&g_away, __ATOMIC_ACQUIRE)) futex_wait(&g_away, 1);
@@ -70,6 +76,8 @@ static bool install(void) {
 }
 
 bool faults_hold(uint64_t address, uint64_t size) {
+  /* Those of an earlier dump. */
+  if (!g_away) __atomic_store_n(&g_count, 0, __ATOMIC_RELEASE);
   const uint32_t i = g_count;
   if (i == RANGES) return false;
   g_ranges[i] = (struct phos_address_range){address, (address + size + 4095) & ~4095ull};
@@ -90,15 +98,13 @@ void faults_end(void) {
     if (g_read_only[i]) protect(i, PROT_READ | PROT_WRITE);
     g_read_only[i] = false;
   }
-  if (g_installed && is_ours()) sys_sigaction(SIGSEGV, &g_foreign, NULL);
-  g_installed = false;
-  __atomic_store_n(&g_count, 0, __ATOMIC_RELEASE);
+  __atomic_store_n(&g_ended, monotonic_ns(), __ATOMIC_RELEASE);
   __atomic_store_n(&g_away, 0, __ATOMIC_RELEASE);
   futex_wake_all(&g_away);
 }
 
 bool faults_were_held(void) {
-  return __atomic_load_n(&g_held, __ATOMIC_RELAXED);
+  return g_installed || __atomic_load_n(&g_held, __ATOMIC_RELAXED);
 }
 
 bool faults_wait(void) {
@@ -106,5 +112,9 @@ bool faults_wait(void) {
 }
 
 void faults_forget(void) {
+  if (g_away) return;
+  if (g_installed && is_ours()) sys_sigaction(SIGSEGV, &g_foreign, NULL);
+  g_installed = false;
+  __atomic_store_n(&g_count, 0, __ATOMIC_RELEASE);
   __atomic_store_n(&g_held, false, __ATOMIC_RELAXED);
 }

@@ -20,9 +20,15 @@
 bool faults_hold(uint64_t address, uint64_t size);
 /* It has gone. What comes there later is not protected. */
 void faults_gone(uint64_t address);
-/* All of it is there, and can be written again: threads go on, with the handler from before. */
+/*
+ * All of it is there, and can be written again: threads go on. The handler stays for those that had
+ * faulted before, until faults_forget().
+ */
 void faults_end(void);
-/* Is a thread waiting, or may one be on its way out of the handler? Not after faults_forget(). */
+/*
+ * Is a thread waiting, or may one be on its way to the handler or out of it? Not after
+ * faults_forget(), which puts back the handler from before; no thread must be.
+ */
 bool faults_were_held(void);
 bool faults_wait(void);
 void faults_forget(void);

@@ -259,6 +259,20 @@ static uint32_t release_one(const struct driver* driver, struct withheld* withhe
 }
 
 /* What the last map back gave to the driver again is the driver's: it is released, or not, anew. */
+static uint8_t g_released_by[16];
+
+/* A dump may release in several commands: what is there again since the first one has still to be
+ * given its contents. */
+static bool is_of_another_dump(const struct phos_mailbox* m) {
+  bool same = true, none = true;
+  for (size_t i = 0; i < sizeof g_released_by; i++) {
+    same = same && m->released_by[i] == g_released_by[i];
+    none = none && !m->released_by[i];
+    g_released_by[i] = m->released_by[i];
+  }
+  return none || !same;
+}
+
 static void forget_native(void) {
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
@@ -278,7 +292,7 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
   /* Before anything is freed: adoption must be possible. */
   m->driver_result = hooks_prepare();
   if (m->driver_result) return PHOS_RESULT_NO_HOOKS;
-  forget_native();
+  if (is_of_another_dump(m)) forget_native();
   trace_to(m);
   struct withheld* withheld = begin_withholding(steer_begin());
   bool stop = false, any = false;

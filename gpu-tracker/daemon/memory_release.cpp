@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include "gpu-tracker/daemon/memory_release.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <set>
 #include <utility>
@@ -277,10 +280,25 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
     return done;
   }
   // Its threads reach it without the driver, and are about to go on.
-  if (auto r = agent_->take_away_managed(); !r) {
-    log(LogLevel::kError, "daemon", "%s", r.error().message().c_str());
+  auto left = agent_->take_away_managed();
+  const bool there = !left || std::any_of(left->begin(), left->end(), [](const ReleasedMemory& m) {
+    return m.memory.kind == AllocationKind::kManaged && m.state == ReleasedState::kNative;
+  });
+  if (there && read_start_time(pid_).ok() && *read_start_time(pid_) == start_time_) {
+    log(LogLevel::kError, "daemon",
+        "%s is killed: its managed memory is there without its contents, and cannot be taken away "
+        "again (%s)",
+        process(pid_).c_str(), left ? "it is in use" : left.error().message().c_str());
+    kill(pid_, SIGKILL);
   }
   return done;
+}
+
+// Is it this phosd that traces it, for the gate?
+static bool is_traced_by_us(int tid) {
+  auto status = read_proc_status(tid);
+  auto tracer = status && status->tracer_pid ? read_proc_status(status->tracer_pid) : status;
+  return status && status->tracer_pid && tracer && tracer->tgid == getpid();
 }
 
 // Threads that may reach managed memory while it is without its contents are stopped. Those of a
@@ -293,11 +311,19 @@ Result<std::unique_ptr<StoppedProcess>> MemoryRelease::keep_from_managed() {
   });
   auto status = read_proc_status(pid_);
   if (!status) return status.error();
-  if (!any || status->tracer_pid) return std::unique_ptr<StoppedProcess>();
+  const bool frozen = status->tracer_pid && !is_traced_by_us(pid_);
+  if (!any || frozen) return std::unique_ptr<StoppedProcess>();
   auto agent_tid = agent_->thread_id();
   if (!agent_tid) return agent_tid.error();
   for (const auto deadline = steady_clock::now() + kStopPatience;;) {
-    auto stopped = StoppedProcess::stop(pid_, {*agent_tid, agent_->restore_tid()}, kStopPatience);
+    // Those that the gate keeps stopped go on with it.
+    std::set<int> except{*agent_tid, agent_->restore_tid()};
+    auto threads = list_threads(pid_);
+    if (!threads) return threads.error();
+    for (const ThreadInfo& t : *threads) {
+      if (is_traced_by_us(t.tid)) except.insert(t.tid);
+    }
+    auto stopped = StoppedProcess::stop(pid_, except, kStopPatience);
     if (!stopped) return stopped;
     auto locks = agent_->check_no_locks();
     if (locks) return stopped;

@@ -6,6 +6,7 @@
 
 #include <cerrno>
 #include <condition_variable>
+#include <csignal>
 #include <cstring>
 #include <future>
 #include <map>
@@ -45,7 +46,7 @@ class Tracer {
         if (auto r = begin(t); !r) return r;
         waiting.insert(t.tid);
       }
-      if (waiting.empty()) return {};
+      if (waiting.empty()) return bind();
       while (!waiting.empty()) {
         std::erase_if(waiting, [this](int tid) { return has_stopped(tid); });
         if (waiting.empty()) break;
@@ -61,7 +62,7 @@ class Tracer {
   }
 
   Result<void> begin(const ThreadInfo& t) const {
-    if (ptrace(PTRACE_SEIZE, t.tid, nullptr, PTRACE_O_EXITKILL) == 0 &&
+    if (ptrace(PTRACE_SEIZE, t.tid, nullptr, nullptr) == 0 &&
         ptrace(PTRACE_INTERRUPT, t.tid, nullptr, nullptr) == 0) {
       return {};
     }
@@ -70,12 +71,33 @@ class Tracer {
                    "thread " + std::to_string(t.tid) + " cannot be stopped: " + strerror(errno));
   }
 
+  // All of them stand still. Not sooner: a thread that is traced so ends with the process of this
+  // one's thread, be it because another one cannot be stopped.
+  Result<void> bind() const {
+    for (const auto& [tid, signal] : stopped_) {
+      if (ptrace(PTRACE_SETOPTIONS, tid, nullptr, PTRACE_O_EXITKILL) == 0 || errno == ESRCH)
+        continue;
+      return failure(errno, "thread " + std::to_string(tid) + " cannot be traced");
+    }
+    return {};
+  }
+
+  // It faults again, when what it wants is there, or as it would have.
+  static bool is_fault(int tid, int signal) {
+    siginfo_t info;
+    return signal == SIGSEGV && ptrace(PTRACE_GETSIGINFO, tid, nullptr, &info) == 0 &&
+           info.si_code > 0;
+  }
+
   bool has_stopped(int tid) {
     int status = 0;
     const pid_t got = waitpid(tid, &status, __WALL | WNOHANG);
     if (got != tid) return got < 0 && errno != EINTR;
     // On its way to a signal's handler: the signal is to be delivered after all.
-    if (WIFSTOPPED(status)) stopped_[tid] = status >> 16 ? 0L : long{WSTOPSIG(status)};
+    if (WIFSTOPPED(status)) {
+      const bool drop = status >> 16 || is_fault(tid, WSTOPSIG(status));
+      stopped_[tid] = drop ? 0L : long{WSTOPSIG(status)};
+    }
     return true;
   }
 

@@ -138,6 +138,40 @@ TEST_F(FaultyRelease, RefusedReservationIsMadeGoodAtOnce) {
   expect_ordinary(*faulty_, b, 48);
 }
 
+// As a dump that releases managed memory after the rest: what is there again without its contents
+// has still to be given them.
+TEST_F(FaultyRelease, WhatIsReallocatedIsKnownAfterAnotherReleaseOfTheDump) {
+  const Block gap = allocate(*faulty_, 4 * kMiB);
+  const Block first = allocate(*faulty_, 6 * kMiB), second = allocate(*faulty_, 4 * kMiB);
+  ASSERT_EQ(faulty_->ask("free " + gap.address), "ok");
+  auto agent = Agent::attach(faulty_->pid(), restore_tid(faulty_->pid()));
+  ASSERT_TRUE(agent);
+  const std::vector<AgentAllocation> all = large(*agent);
+  const auto one = [&](const Block& b) {
+    std::vector<AgentAllocation> memory = all;
+    std::erase_if(memory, [&](const auto& a) { return a.address != address_of(b.address); });
+    return memory;
+  };
+  agent->note_released_by({1, 2, 3});
+  // The one that follows the free: before it two withhold what is free beside it, and one for each
+  // size from 2 GiB to 2 MiB.
+  fail("cuMemAddressReserve 14+ 2");
+  auto results = agent->release(one(first));
+  ASSERT_TRUE(results);
+  ASSERT_EQ((*results)[0].status, ReleaseStatus::kReallocated);
+  fail("");
+  results = agent->release(one(second));
+  ASSERT_TRUE(results);
+  ASSERT_EQ((*results)[0].status, ReleaseStatus::kReleased);
+  auto back = agent->map_back();
+  ASSERT_TRUE(back) << back.error().message();
+  ASSERT_EQ(back->size(), 2u);
+  ASSERT_NO_FATAL_FAILURE(load(*agent, *back, 49));
+  ASSERT_TRUE(agent->contents_loaded());
+  expect_ordinary(*faulty_, first, 49);
+  expect_ordinary(*faulty_, second, 49);
+}
+
 // A driver that has free addresses of its own gives those first.
 TEST_F(FaultyRelease, AddressIsKeptWhereOthersAreGivenFirst) {
   const Block gap = allocate(*faulty_, 8 * kMiB);

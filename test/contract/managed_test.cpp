@@ -2,9 +2,15 @@
 // What saving managed memory, freeing it and having it again relies on
 // (gpu-tracker/agent/managed.c, policy.c, faults.c).
 #include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <set>
 
 #include "gpu-tracker/gate/stopped_process.h"
 #include "test/contract/fixture.h"
@@ -200,6 +206,28 @@ TEST_F(Managed, IsReadFreedAndHadAgainWhileOtherThreadsAreStopped) {
   EXPECT_EQ(worker.ask("fill " + again + " 1048576 4"), "ok");
   EXPECT_EQ(worker.ask("check " + again + " 1048576 4 0"), "ok 0");
   EXPECT_EQ(worker.ask("free " + again), "ok");
+}
+
+// The process that is not to be stopped after all is unharmed.
+TEST_F(Managed, ProcessOfWhichAThreadCannotBeStoppedGoesOn) {
+  Worker worker;
+  std::set<int> threads;
+  for (const auto& entry :
+       std::filesystem::directory_iterator("/proc/" + std::to_string(worker.pid()) + "/task")) {
+    threads.insert(std::stoi(entry.path().filename()));
+  }
+  ASSERT_GE(threads.size(), 2u);
+  const int last = *threads.rbegin();
+  ASSERT_EQ(ptrace(PTRACE_SEIZE, last, nullptr, nullptr), 0) << strerror(errno);
+  auto stopped = phos::StoppedProcess::stop(worker.pid(), {}, std::chrono::milliseconds(1000));
+  ASSERT_FALSE(stopped);
+  EXPECT_EQ(stopped.error().code(), EPERM) << stopped.error().message();
+  ASSERT_EQ(ptrace(PTRACE_INTERRUPT, last, nullptr, nullptr), 0);
+  ASSERT_EQ(waitpid(last, nullptr, __WALL), last);
+  ASSERT_EQ(ptrace(PTRACE_DETACH, last, nullptr, nullptr), 0);
+  const std::string p = value_of(worker.ask("managed 4194304"));
+  EXPECT_EQ(worker.ask("fill " + p + " 1024 4"), "ok");
+  EXPECT_EQ(worker.ask("free " + p), "ok");
 }
 
 }  // namespace

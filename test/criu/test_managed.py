@@ -171,7 +171,7 @@ class GoesOn(ManagedTest):
         self.fails_and_goes_on('(status 3, CUDA error 999)', 'cuMemFree 2 999')
 
     def test_driver_does_not_lock_again(self):
-        self.fails_and_goes_on('locking process', 'cuCheckpointProcessLock 5 999')
+        self.fails_and_goes_on('lock', 'cuCheckpointProcessLock 5 999')
 
     def test_addresses_are_lost(self):
         # Freed, and neither reserved nor, at once, had again.
