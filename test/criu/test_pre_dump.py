@@ -296,7 +296,9 @@ class BadInput(PreDumpTest):
     def test_not_root(self):
         target = self.counter()
         os.chmod(self.directory, 0o711)
-        result = subprocess.run([PHOS, 'pre-dump', '-t', str(target.pid), '-D', '/tmp/nothing'],
+        # Others may have no way into the directory that this tree is in, as root's own.
+        phos = shutil.copy(PHOS, self.directory)
+        result = subprocess.run([phos, 'pre-dump', '-t', str(target.pid), '-D', '/tmp/nothing'],
                                 capture_output=True, text=True, user=65534, group=65534,
                                 env=self.env())
         self.assertEqual(result.stderr,
