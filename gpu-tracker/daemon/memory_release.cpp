@@ -279,12 +279,17 @@ Result<BroughtBack> MemoryRelease::bring_back(const PageChain& chain, MemoryLoad
     away_ = read_only_ = false;
     return done;
   }
+  const auto& saved = chain.image().allocations;
+  const bool any = std::any_of(saved.begin(), saved.end(), [](const AllocationInfo& a) {
+    return a.kind == MemoryKind::kManaged && a.path == MemoryPath::kReleased;
+  });
+  if (!any) return done;
   // Its threads reach it without the driver, and are about to go on.
   auto left = agent_->take_away_managed();
   const bool there = !left || std::any_of(left->begin(), left->end(), [](const ReleasedMemory& m) {
     return m.memory.kind == AllocationKind::kManaged && m.state == ReleasedState::kNative;
   });
-  if (there && read_start_time(pid_).ok() && *read_start_time(pid_) == start_time_) {
+  if (there && !has_ended(pid_, agent_->restore_tid(), start_time_)) {
     log(LogLevel::kError, "daemon",
         "%s is killed: its managed memory is there without its contents, and cannot be taken away "
         "again (%s)",

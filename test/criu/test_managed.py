@@ -291,34 +291,6 @@ class KilledAt(Steps, ManagedTest):
         self.wait_held(call, target, criu)
         return target, criu
 
-    def criu_killed_at(self, step, *args):
-        target, criu = self.dump_until(step, *args)
-        self.kill_criu(criu)
-        self.let_driver_go()
-        self.assert_left_alone(target)
-        if not args:
-            self.wait_no_phos_images()
-
-    def phosd_killed_at(self, step, *args):
-        target, criu = self.dump_until(step, *args)
-        self.kill_phosd_for_good()
-        self.wait_successor(criu)
-        self.let_driver_go()
-        criu.communicate(timeout=60)
-        self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
-        self.assert_left_alone(target)
-        if not args:
-            self.wait_no_phos_images()
-
-    def both_killed_at(self, step, *args):
-        target, criu = self.dump_until(step, *args)
-        self.kill_both(criu)
-        self.ok('daemon', 'status')
-        self.let_driver_go()
-        self.assert_left_alone(target)
-        if not args:
-            self.wait_no_phos_images()
-
 
     def test_criu_while_it_comes_back(self):
         """Its images are complete, and its memory is not: it is not to go on."""

@@ -62,6 +62,37 @@ class Steps(ReleasedTest):
         """Until criu has started another phosd, or has ended."""
         wait_until(lambda: self.phosd_pids() or criu.poll() is not None, 'another phosd')
 
+    def criu_killed_at(self, step, *args):
+        target, criu = self.dump_until(step, *args)
+        self.kill_criu(criu)
+        self.let_driver_go()
+        self.assert_left_alone(target)
+        if not args:
+            self.wait_no_phos_images()
+
+    def phosd_killed_at(self, step, *args):
+        target, criu = self.dump_until(step, *args)
+        self.kill_phosd_for_good()
+        # The next one meets a driver that is still at work.
+        self.wait_successor(criu)
+        self.let_driver_go()
+        criu.communicate(timeout=60)
+        # With --leave-running the images are complete, whoever brings the process back.
+        self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
+        self.assert_left_alone(target)
+        if not args:
+            self.wait_no_phos_images()
+
+    def both_killed_at(self, step, *args):
+        target, criu = self.dump_until(step, *args)
+        self.kill_both(criu)
+        # Any command will do. The driver is still at work.
+        self.ok('daemon', 'status')
+        self.let_driver_go()
+        self.assert_left_alone(target)
+        if not args:
+            self.wait_no_phos_images()
+
 
 class BroughtBackForTheDriver(Steps):
     def test_nobody_maps_it_in_the_drivers_checkpoint(self):
@@ -113,27 +144,6 @@ class RestoreKilled(Steps):
 
 
 class KilledAt(Steps):
-    def criu_killed_at(self, step, *args):
-        target, criu = self.dump_until(step, *args)
-        self.kill_criu(criu)
-        self.let_driver_go()
-        self.assert_left_alone(target)
-        if not args:
-            self.wait_no_phos_images()
-
-    def phosd_killed_at(self, step, *args):
-        target, criu = self.dump_until(step, *args)
-        self.kill_phosd_for_good()
-        # The next one meets a driver that is still at work.
-        self.wait_successor(criu)
-        self.let_driver_go()
-        criu.communicate(timeout=60)
-        # With --leave-running the images are complete, whoever brings the process back.
-        self.assertEqual(criu.returncode != 0, not args, self.log_tail('dump.log'))
-        self.assert_left_alone(target)
-        if not args:
-            self.wait_no_phos_images()
-
     def test_images_removed_while_memory_is_away(self):
         target, criu = self.dump_until('checkpoint')
         for name in os.listdir(self.images):
@@ -194,16 +204,6 @@ class KilledAt(Steps):
         self.ok('daemon', 'start')
         locks = os.path.join(self.run_dir, 'lock')
         wait_until(lambda: not os.listdir(locks), 'nothing to be left of it')
-
-    def both_killed_at(self, step, *args):
-        target, criu = self.dump_until(step, *args)
-        self.kill_both(criu)
-        # Any command will do. The driver is still at work.
-        self.ok('daemon', 'status')
-        self.let_driver_go()
-        self.assert_left_alone(target)
-        if not args:
-            self.wait_no_phos_images()
 
     def target_killed_at(self, step, *args):
         target, criu = self.dump_until(step, *args)
