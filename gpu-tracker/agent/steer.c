@@ -14,11 +14,12 @@
 #define MAX_SLOTS 8
 #define COPY_AT 0x480000000000ull /* where nobody else is */
 #define MAX_COPIES 64
+#define PAGE 4096ull
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
 /* What libcuda asks for beside regions, to have them begin at a multiple. */
-#define SPARE (REGION - 4096)
+#define SPARE (REGION - PAGE)
 
 /* Where libcuda has the address of a function of the C library. */
 static struct slot {
@@ -67,11 +68,16 @@ static void* take_kept(const void* address, size_t length, uint64_t at) {
   return (void*)at;
 }
 
-/* On the driver's restore thread; phosd reads it when that has done its work. */
+static uint64_t page_up(uint64_t length) {
+  return (length + PAGE - 1) & ~(PAGE - 1);
+}
+
+/* On the driver's restore thread; phosd reads it when that has done its work. libcuda asks for as
+ * many bytes as it copies, and gets whole pages. */
 static void note_copy(uint64_t at, uint64_t length) {
   if (!g_mailbox || g_mailbox->driver_copy_count >= PHOS_MAX_DRIVER_COPIES) return;
   g_mailbox->driver_copies[g_mailbox->driver_copy_count++] =
-      (struct phos_address_range){at, at + length};
+      (struct phos_address_range){at, at + page_up(length)};
 }
 
 /*

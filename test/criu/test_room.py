@@ -121,8 +121,8 @@ class Restore(Waits, FullGpu):
         self.configure('release = off')
         target = self.dumped()
         process, = self.show()
-        # What others allocate or free by the way, on a real GPU.
-        self.filled(process['device_bytes'] + FOR_DRIVER + (64 * MIB if REAL_GPU else 0))
+        # What phosd needs to look there for a moment, on a real GPU, and others by the way.
+        self.filled(process['device_bytes'] + FOR_DRIVER + (640 * MIB if REAL_GPU else 0))
         self.restore_and_check(target)
         self.assertNotIn(WAITED, self.log('restore.log'))
 
@@ -173,6 +173,8 @@ class GoesOn(Waits, FullGpu):
         self.assert_goes_on(target)
 
     def test_failed_dump_is_undone_once_there_is_room(self):
+        if REAL_GPU:
+            self.skipTest('what phosd itself takes of a real GPU, and gives up, is room enough')
         ready = os.path.join(self.directory, 'ready')
         script = os.path.join(self.directory, 'script')
         with open(script, 'w') as f:

@@ -63,6 +63,11 @@ BackingPtr enlist(Backing* b) {
   return BackingPtr(b);
 }
 
+// The real driver asks for what is no multiple of a page.
+uint64_t saved_length(const Backing& b) {
+  return b.size + 100;
+}
+
 }  // namespace
 
 Backing::~Backing() {
@@ -135,7 +140,7 @@ uint64_t bytes_left_to_us(CUdevice device) {
 bool save_backing(Backing* b) {
   if (b->origin != Origin::kOwn) return true;  // the exporter's, and lost: as on the real driver
   void* p =
-      mmap(nullptr, b->size, PROT_READ | PROT_WRITE,
+      mmap(nullptr, saved_length(*b), PROT_READ | PROT_WRITE,
            MAP_PRIVATE | MAP_ANONYMOUS | (b->size > kPoolBlock ? MAP_NORESERVE : MAP_POPULATE), -1,
            0);  // the real driver has all of it populated
   if (p == MAP_FAILED) return false;
@@ -150,7 +155,7 @@ bool save_backing(Backing* b) {
 }
 
 void drop_saved(Backing* b) {
-  if (b->saved) munmap(b->saved, b->size);
+  if (b->saved) munmap(b->saved, saved_length(*b));
   b->saved = nullptr;
 }
 
