@@ -342,6 +342,12 @@ Result<void> CopiedMemory::release() {
   return first;
 }
 
+void CopiedMemory::keep(uint64_t address, KeptMemory* kept) const {
+  auto it = allocations_.find(address);
+  if (it == allocations_.end() || !it->second.mapped_at) return;
+  kept->add(address, it->second.mapped_at, it->second.seen.size);
+}
+
 uint64_t CopiedMemory::total_bytes() const {
   uint64_t sum = 0;
   for (const auto& [address, a] : allocations_) sum += a.seen.size;

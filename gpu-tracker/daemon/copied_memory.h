@@ -12,6 +12,7 @@
 #include "gpu-tracker/base/result.h"
 #include "gpu-tracker/copy/page_hash.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
+#include "gpu-tracker/daemon/kept_memory.h"
 #include "gpu-tracker/image/page_store.h"
 #include "gpu-tracker/inject/agent.h"
 
@@ -74,6 +75,9 @@ class CopiedMemory {
   // Hashes all that is saved, copies what differs and what is not saved, and waits until that is
   // written, or drops it all when asked to stop.
   Result<CopiedBytes> copy_round(double max_slowdown, const std::stop_token& stop);
+
+  // Begins to copy to `kept` what is mapped of this allocation of the process.
+  void keep(uint64_t address, KeptMemory* kept) const;
 
   // Unmaps everything; what is saved stays known.
   Result<void> release();

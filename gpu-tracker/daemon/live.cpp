@@ -239,6 +239,10 @@ Result<void> Session::complete_copy(int pid, Held* held) {
     if (auto r = catch_up(pid, held); !r) return r;
     held->managed = held->copy->managed();
   }
+  std::future<std::vector<std::unique_ptr<KeptMemory>>> room;
+  if (will_go_on_ && held->release && engines_->stages()) {
+    room = std::async(std::launch::async, held->copy->room_to_keep());
+  }
   auto report = held->copy->last_round();
   Result<void> done;
   if (report) {
@@ -246,6 +250,8 @@ Result<void> Session::complete_copy(int pid, Held* held) {
   } else {
     done = report.error();
   }
+  auto kept = room.valid() ? room.get() : std::vector<std::unique_ptr<KeptMemory>>();
+  if (report && !kept.empty()) keep_copies(pid, held, std::move(kept));
   if (done) done = held->copy->release();
   if (done && !held->release && !has_room_for(held->memory.own)) {
     done = Error(Domain::kErrno, ENOSPC, "the driver's needs the room in the image directory");
@@ -259,6 +265,15 @@ Result<void> Session::complete_copy(int pid, Held* held) {
       process(pid).c_str(), done.error().message().c_str());
   if (held->release) give_up_release(pid, held, "it is not saved");
   return check_managed(pid, *held);
+}
+
+// What it has is what is saved.
+void Session::keep_copies(int pid, Held* held, std::vector<std::unique_ptr<KeptMemory>> room) {
+  const auto start = steady_clock::now();
+  const uint64_t bytes = held->copy->keep(room);
+  held->kept = std::move(room);
+  log(LogLevel::kInfo, "daemon", "%s: %s of its GPU memory kept on its GPUs in %.1f ms",
+      process(pid).c_str(), megabytes(bytes).c_str(), since(start).count() / 1000.0);
 }
 
 Result<void> Session::finish_pre_dump() {

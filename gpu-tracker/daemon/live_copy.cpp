@@ -21,6 +21,10 @@ constexpr std::chrono::milliseconds kLockedAnswer{500};
 // Smaller memory shares its 2 MiB block with other memory.
 constexpr uint64_t kReleasedAbove = 2 << 20;
 
+bool is_releasable(const AgentAllocation& a) {
+  return a.kind == AllocationKind::kDevice && a.size > kReleasedAbove;
+}
+
 MemoryKind image_kind(AllocationKind kind) {
   switch (kind) {
     case AllocationKind::kDevice:
@@ -358,8 +362,7 @@ std::vector<AgentAllocation> LiveCopy::releasable() const {
   std::vector<AgentAllocation> found;
   for (const auto& m : gpus_) {
     for (const auto& [address, copied] : m->all()) {
-      const AgentAllocation& a = copied.seen;
-      if (a.kind == AllocationKind::kDevice && a.size > kReleasedAbove) found.push_back(a);
+      if (is_releasable(copied.seen)) found.push_back(copied.seen);
     }
   }
   return found;
@@ -368,6 +371,38 @@ std::vector<AgentAllocation> LiveCopy::releasable() const {
 // As it was found.
 void LiveCopy::leave_process() {
   if (agent_) let_agent_leave(target_.pid, &agent_, agent_->was_loaded());
+}
+
+std::function<std::vector<std::unique_ptr<KeptMemory>>()> LiveCopy::room_to_keep() const {
+  std::vector<std::pair<GpuUuid, uint64_t>> wanted;
+  for (const auto& m : gpus_) {
+    uint64_t bytes = 0;
+    for (const auto& [address, copied] : m->all()) {
+      if (is_releasable(copied.seen)) bytes += copied.pages() * kPageBytes;
+    }
+    if (bytes) wanted.emplace_back(images_.gpus[static_cast<size_t>(m->gpu_index())], bytes);
+  }
+  return [&engines = engines_, key = key_, wanted] {
+    std::vector<std::unique_ptr<KeptMemory>> kept;
+    for (const auto& [gpu, bytes] : wanted) {
+      if (auto k = KeptMemory::begin(engines, gpu, key, bytes)) kept.push_back(std::move(k));
+    }
+    return kept;
+  };
+}
+
+uint64_t LiveCopy::keep(const std::vector<std::unique_ptr<KeptMemory>>& kept) const {
+  uint64_t bytes = 0;
+  for (const auto& k : kept) {
+    for (const auto& m : gpus_) {
+      if (!(images_.gpus[static_cast<size_t>(m->gpu_index())] == k->gpu())) continue;
+      for (const auto& [address, copied] : m->all()) {
+        if (is_releasable(copied.seen)) m->keep(address, k.get());
+      }
+    }
+    bytes += k->finish();
+  }
+  return bytes;
 }
 
 Result<void> LiveCopy::release() {

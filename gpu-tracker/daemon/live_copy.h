@@ -12,6 +12,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <set>
@@ -99,6 +100,11 @@ class LiveCopy {
   const PageHashKey& key() const { return key_; }
   // What the images build on; null: nothing.
   const PreviousPages* previous() const { return images_.previous ? &*images_.previous : nullptr; }
+  // Makes room on the GPUs to keep what this will hold at the end, as far as others do not need it.
+  // The result of the call that is returned, which may be made on any thread.
+  std::function<std::vector<std::unique_ptr<KeptMemory>>()> room_to_keep() const;
+  // After last_round(): keeps there what is releasable(). Returns the bytes kept.
+  uint64_t keep(const std::vector<std::unique_ptr<KeptMemory>>& kept) const;
   // Lets go of the process's memory. Before the driver's checkpoint, which would not free it.
   Result<void> release();
 

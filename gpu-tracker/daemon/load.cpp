@@ -93,6 +93,7 @@ void MemoryLoad::plan(std::vector<MemoryToLoad> memory, std::vector<LoadBatch> w
     }
     report_.warm_bytes += uint64_t{batch.pages} * kPageBytes;
     if (batch.staged_at) report_.staged_bytes += uint64_t{batch.pages} * kPageBytes;
+    if (batch.kept) report_.kept_bytes += uint64_t{batch.pages} * kPageBytes;
     gpu->warm.push_back(std::move(batch));
   }
   warm.clear();

@@ -29,6 +29,7 @@ struct LoadBatch {
   // Or where a PageStage has them, laid out like that; 0: nowhere.
   uint64_t staged_at = 0;
   GpuUuid staged_on{};
+  bool kept = false;  // never left that GPU (KeptMemory)
 };
 
 // Reads the batch's pages into its buffer; bytes that were read from disk, or the error.

@@ -64,7 +64,8 @@ Result<void> MemoryLoader::settle() {
 }
 
 void MemoryLoader::prefetch() {
-  if (key_ && !prefetch_) prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_);
+  if (!key_ || prefetch_) return;
+  prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_, std::exchange(kept_, {}));
 }
 
 Result<void> MemoryLoader::check(const std::vector<MemoryToLoad>& memory) const {
@@ -103,6 +104,7 @@ Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::sto
   std::vector<LoadBatch> warm;
   std::vector<GpuEngines::User> open;
   std::vector<std::unique_ptr<PageStage>> stages;
+  if (!kept_.empty()) prefetch();
   if (auto prefetch = std::exchange(prefetch_, nullptr)) {
     warm = prefetch->take();
     open = prefetch->take_gpus();

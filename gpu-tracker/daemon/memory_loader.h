@@ -41,6 +41,7 @@ struct LoadReport {
   uint64_t direct_bytes = 0;  // of those, straight into GPU memory
   uint64_t warm_bytes = 0;    // prefetched
   uint64_t staged_bytes = 0;  // of those, into GPU memory
+  uint64_t kept_bytes = 0;    // of those, which never left it
   uint64_t load_us = 0;       // all of load()
   uint64_t take_us = 0;       // of that, the end of the prefetch
   uint64_t import_us = 0;     // of that, opening GPUs and mapping the memory, the slowest GPU's
@@ -65,6 +66,9 @@ class MemoryLoader {
   // Returns at once. For the time in which there is no memory to load into yet; load() does without
   // and takes longer.
   void prefetch();
+
+  // Instead of reading this, prefetch(), or load() without, takes what is kept of the memory.
+  void keep(std::vector<std::unique_ptr<KeptMemory>> kept) { kept_ = std::move(kept); }
 
   // What prefetch() has read so far, and load() has not taken. Any thread, but not beside load().
   ReadAhead read_ahead() const { return prefetch_ ? prefetch_->so_far() : ReadAhead(); }
@@ -92,6 +96,7 @@ class MemoryLoader {
   const PageChain& chain_;
   GpuEngines& engines_;
   const std::optional<PageHashKey> key_;  // none: no pages are saved
+  std::vector<std::unique_ptr<KeptMemory>> kept_;
   std::unique_ptr<PagePrefetch> prefetch_;
   std::future<Result<void>> letting_go_;  // its end waits
 };

@@ -37,12 +37,13 @@ uint64_t buffers_for_others(const PinnedPool& pool) {
   return std::max<uint64_t>(2, pool.max_buffers() / 8);
 }
 
-PagePrefetch::PagePrefetch(const PageChain& chain, GpuEngines& engines, const PageHashKey& key)
+PagePrefetch::PagePrefetch(const PageChain& chain, GpuEngines& engines, const PageHashKey& key,
+                           std::vector<std::unique_ptr<KeptMemory>> kept)
     : chain_(chain), engines_(engines), key_(key) {
-  plan();
+  plan(take_over(std::move(kept)));
+  if (!to_read_.empty() || !staged_.empty()) engines_.room().enter(this);
   if (to_read_.empty()) return;
   may_stage_ = engines_.stages();
-  engines_.room().enter(this);
   threads_.emplace_back([this, stop = stop_.get_token()] { open_gpus(stop); });
   const size_t readers = std::min<size_t>(reader_threads(), to_read_.size());
   for (size_t i = 0; i < readers; i++) {
@@ -50,9 +51,29 @@ PagePrefetch::PagePrefetch(const PageChain& chain, GpuEngines& engines, const Pa
   }
 }
 
+PagePrefetch::Intervals PagePrefetch::take_over(std::vector<std::unique_ptr<KeptMemory>> kept) {
+  Intervals there;
+  const auto& gpus = chain_.image().gpus;
+  for (auto& k : kept) {
+    auto gpu = std::find_if(gpus.begin(), gpus.end(),
+                            [&](const GpuInfo& g) { return g.uuid == k->gpu(); });
+    if (gpu == gpus.end()) continue;
+    for (LoadBatch& batch : k->batches(chain_)) {
+      const PageRun& run = batch.pieces[0].run;
+      there[batch.pieces[0].allocation].push_back({run.first_page, run.first_page + run.pages});
+      staged_.push_back(std::move(batch));
+    }
+    Gpu& to = gpus_.try_emplace(static_cast<int>(gpu - gpus.begin()), Gpu{k->gpu()}).first->second;
+    to.stage = k->take_stage();
+    users_.push_back(k->take_user());
+  }
+  return there;
+}
+
 // Of each GPU in turn, so that all of them have something to begin with. What the driver restores
 // is not asked for.
-void PagePrefetch::plan() {
+void PagePrefetch::plan(const Intervals& except) {
+  static const std::vector<PageInterval> kNone;
   std::map<int, LoadPlan> plans;
   const auto batch_pages = static_cast<uint32_t>(engines_.pool().buffer_bytes() / kImagePageSize);
   const auto& all = chain_.image().allocations;
@@ -60,7 +81,9 @@ void PagePrefetch::plan() {
     if (all[i].path == MemoryPath::kDriver || all[i].kind == MemoryKind::kManaged ||
         all[i].gpu < 0 || !check_saved(chain_, i))
       continue;
-    plans.try_emplace(all[i].gpu, batch_pages).first->second.add(chain_, i);
+    auto there = except.find(i);
+    plans.try_emplace(all[i].gpu, batch_pages)
+        .first->second.add(chain_, i, there == except.end() ? kNone : there->second);
   }
   std::vector<std::vector<LoadBatch>> of_gpu;
   size_t most = 0;
@@ -84,6 +107,7 @@ void PagePrefetch::open_gpus(const std::stop_token& stop) {
   std::vector<std::jthread> stagers;
   for (auto& [index, gpu] : gpus_) {
     if (stop.stop_requested()) return;
+    if (!gpu.bytes) continue;
     auto user = engines_.use(gpu.uuid, key_);
     if (!user) {
       log(LogLevel::kInfo, "daemon", "not opened in advance: %s", user.error().message().c_str());
@@ -107,10 +131,11 @@ void PagePrefetch::open_gpus(const std::stop_token& stop) {
 
 bool PagePrefetch::begin_staging(Gpu& gpu, OpenGpu& open) {
   if (!engines_.stages()) return false;
-  auto stage = std::make_unique<PageStage>(open, gpu.uuid, engines_.room(), gpu.bytes);
   std::lock_guard<std::mutex> hold(mutex_);
   if (given_up_) return false;
-  gpu.stage = std::move(stage);
+  if (!gpu.stage) {
+    gpu.stage = std::make_unique<PageStage>(open, gpu.uuid, engines_.room(), gpu.bytes);
+  }
   stagers_++;
   return true;
 }

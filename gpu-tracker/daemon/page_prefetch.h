@@ -18,6 +18,7 @@
 
 #include "gpu-tracker/copy/page_hash.h"
 #include "gpu-tracker/daemon/gpu_engines.h"
+#include "gpu-tracker/daemon/kept_memory.h"
 #include "gpu-tracker/daemon/load_plan.h"
 #include "gpu-tracker/daemon/page_stage.h"
 
@@ -38,8 +39,9 @@ struct ReadAhead {
 // Works on threads of its own, and opens the GPUs meanwhile.
 class PagePrefetch : private DeviceRoom::Guest {
  public:
-  // Begins. All outlive this object.
-  PagePrefetch(const PageChain& chain, GpuEngines& engines, const PageHashKey& key);
+  // Begins, with what is there already. All outlive this object.
+  PagePrefetch(const PageChain& chain, GpuEngines& engines, const PageHashKey& key,
+               std::vector<std::unique_ptr<KeptMemory>> kept = {});
   ~PagePrefetch() override { stop(); }
 
   // Thread-safe.
@@ -61,7 +63,9 @@ class PagePrefetch : private DeviceRoom::Guest {
     std::unique_ptr<PageStage> stage{};
   };
 
-  void plan();
+  using Intervals = std::map<size_t, std::vector<PageInterval>>;  // by allocation
+  Intervals take_over(std::vector<std::unique_ptr<KeptMemory>> kept);
+  void plan(const Intervals& except);
   void open_gpus(const std::stop_token& stop);
   bool begin_staging(Gpu& gpu, OpenGpu& open);
   void stage(Gpu& gpu, const std::stop_token& stop);

@@ -11,6 +11,8 @@ namespace {
 
 // Allocated at a time: the driver is asked once for many batches.
 constexpr uint64_t kSlab = uint64_t{1} << 30;
+// Nothing smaller is taken in advance.
+constexpr uint64_t kLeastReserved = uint64_t{64} << 20;
 
 }  // namespace
 
@@ -32,20 +34,50 @@ PageStage::~PageStage() {
   for (const Slab& slab : slabs_) room_.free(context_, uuid_, slab.address, slab.bytes);
 }
 
+// One that has room for so many bytes, and for what else is wanted; its size, or 0: there is none.
+uint64_t PageStage::take_slab(uint64_t bytes) {
+  uint64_t size = std::max(bytes, std::min(kSlab, wanted_)), at = 0;
+  while (!(at = room_.allocate(context_, uuid_, size))) {
+    if (size == bytes) return 0;
+    size = std::max(bytes, size / 2);
+  }
+  slabs_.push_back({at, size});
+  unused_++;
+  return size;
+}
+
+void PageStage::reserve() {
+  const uint64_t wanted = wanted_;
+  for (uint64_t size = 1; wanted_ && size; wanted_ -= std::min(wanted_, size)) {
+    size = take_slab(std::min(kLeastReserved, wanted_));
+  }
+  wanted_ = wanted;
+}
+
 // Where so many bytes go; 0: there is no room.
 uint64_t PageStage::place(uint64_t bytes) {
-  if (left_ < bytes) {
-    uint64_t size = std::max(bytes, std::min(kSlab, wanted_)), at = 0;
-    while (!(at = room_.allocate(context_, uuid_, size))) {
-      if (size == bytes) return 0;
-      size = std::max(bytes, size / 2);
-    }
-    slabs_.push_back({at, size});
-    next_ = at;
-    left_ = size;
+  while (left_ < bytes) {
+    if (!unused_ && !take_slab(bytes)) return 0;
+    const Slab& slab = slabs_[slabs_.size() - unused_--];
+    next_ = slab.address;
+    left_ = slab.bytes;
   }
   left_ -= bytes;
   return std::exchange(next_, next_ + bytes);
+}
+
+uint64_t PageStage::keep(uint64_t from, uint64_t bytes) {
+  const uint64_t whole = (bytes + kImagePageSize - 1) / kImagePageSize * kImagePageSize;
+  const uint64_t at = failed_ ? 0 : place(whole);
+  if (!at) return 0;
+  wanted_ -= std::min(wanted_, whole);
+  if (auto r = context_.copy_on_device(at, from, bytes, stream_); !r) {
+    log(LogLevel::kInfo, "daemon", "pages are not kept in GPU memory: %s",
+        r.error().message().c_str());
+    failed_ = true;
+    return 0;
+  }
+  return at;
 }
 
 Result<GpuEvent> PageStage::spare_event() {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // PageStage: saved pages in free memory of the GPU that they are for, before the process has memory
 // there to put them in. From there they get to their places at the speed of the GPU's memory, and
-// not of PCIe; and the host buffers that they came in can be used again.
+// not of PCIe; and the host buffers that they came in can be used again. Or they never were in host
+// memory: what the process had there before it was taken away.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,13 @@ class PageStage {
   // Those that have arrived since the last call; their buffers have been given back. Waits until no
   // more than `under_way` are not there yet. What the GPU fails to copy is dropped.
   std::vector<LoadBatch> take(size_t under_way);
+  // Takes as much as is to be staged at once, or what there is of it.
+  void reserve();
+  // Begins to copy so many bytes of the GPU's memory; where to, or 0: there is no room, or the GPU
+  // fails. They take whole pages.
+  uint64_t keep(uint64_t from, uint64_t bytes);
+  // What keep() has begun is there. An error: nothing of it is.
+  Result<void> settle() { return context_.synchronize(stream_); }
   // Free memory of the GPU, as the driver says. Any thread.
   Result<GpuMemoryInfo> memory_info() const { return context_.memory_info(); }
 
@@ -41,6 +49,7 @@ class PageStage {
     LoadBatch batch;
     GpuEvent done;
   };
+  uint64_t take_slab(uint64_t bytes);
   uint64_t place(uint64_t bytes);
   Result<void> start(LoadBatch* batch, uint64_t at);
   Result<GpuEvent> spare_event();
@@ -50,7 +59,8 @@ class PageStage {
   DeviceRoom& room_;
   uint64_t wanted_;  // bytes yet to come
   std::vector<Slab> slabs_;
-  uint64_t next_ = 0, left_ = 0;  // of the last slab
+  size_t unused_ = 0;             // of these, at the end, but for the one in use
+  uint64_t next_ = 0, left_ = 0;  // of that one
   GpuStream stream_ = nullptr;
   std::vector<GpuEvent> spare_;
   std::deque<Copy> copies_;

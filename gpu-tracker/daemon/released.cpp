@@ -9,6 +9,7 @@
 #include <future>
 #include <set>
 #include <thread>
+#include <utility>
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
@@ -71,6 +72,7 @@ void Session::give_up_release(int pid, Held* held, const std::string& why) {
   log(LogLevel::kWarn, "daemon", "%s: its GPU memory goes through the driver: %s",
       process(pid).c_str(), why.c_str());
   held->not_released = why;
+  held->kept.clear();
   if (!held->release) return;
   if (auto r = held->release->open(); !r && r.error().code() != ESRCH) {
     log(LogLevel::kWarn, "daemon", "%s", r.error().message().c_str());
@@ -255,6 +257,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
     held->release->resume_held();
     return {};
   }
+  held->loader->keep(std::exchange(held->kept, {}));
   held->room = claim_room(*held->image);  // before anybody else can have what it gives up
   const auto begin = steady_clock::now();
   if (auto r = driver_.unlock(pid); !r) return r;
@@ -437,12 +440,13 @@ Result<void> Session::load_memory(int pid, Held* held, bool all_of_image) {
   forget_copy(*held);
   log(LogLevel::kInfo, "daemon",
       "%s: %llu allocations mapped back in %.1f ms (%llu of them adopted), %s loaded and verified "
-      "in %.1f ms (%s read ahead, %s of it into GPU memory, until %.1f ms; memory mapped in %.1f "
-      "ms, transfers %.1f ms, hashes %.1f ms)",
+      "in %.1f ms (%s read ahead, %s of it into GPU memory, until %.1f ms; %s kept there; memory "
+      "mapped in %.1f ms, transfers %.1f ms, hashes %.1f ms)",
       process(pid).c_str(), static_cast<unsigned long long>(back->allocations), ms(back->map_time),
       static_cast<unsigned long long>(back->adopted), megabytes(back->load.bytes).c_str(),
-      ms(back->load_time), megabytes(back->load.warm_bytes).c_str(),
-      megabytes(back->load.staged_bytes).c_str(), ms(std::chrono::microseconds(back->load.take_us)),
+      ms(back->load_time), megabytes(back->load.warm_bytes - back->load.kept_bytes).c_str(),
+      megabytes(back->load.staged_bytes - back->load.kept_bytes).c_str(),
+      ms(std::chrono::microseconds(back->load.take_us)), megabytes(back->load.kept_bytes).c_str(),
       ms(std::chrono::microseconds(back->load.import_us)),
       ms(std::chrono::microseconds(back->load.transfer_us)),
       ms(std::chrono::microseconds(back->load.hash_us)));

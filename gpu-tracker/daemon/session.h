@@ -182,12 +182,13 @@ class Session {
     std::optional<Error> lost;      // by the driver: it cannot come back
 
     // The released path.
-    std::unique_ptr<MemoryRelease> release;   // null: not taken
-    std::vector<AgentAllocation> to_release;  // asked for
-    std::vector<AgentAllocation> managed;     // to be saved and released once it is frozen
-    std::string not_released;                 // why the path was given up
-    std::optional<ProcessImage> image;        // written before anything was released
-    std::unique_ptr<PageChain> chain;         // what brings it back
+    std::unique_ptr<MemoryRelease> release;         // null: not taken
+    std::vector<AgentAllocation> to_release;        // asked for
+    std::vector<AgentAllocation> managed;           // to be saved and released once it is frozen
+    std::vector<std::unique_ptr<KeptMemory>> kept;  // of to_release, on its GPUs
+    std::string not_released;                       // why the path was given up
+    std::optional<ProcessImage> image;              // written before anything was released
+    std::unique_ptr<PageChain> chain;               // what brings it back
     std::unique_ptr<MemoryLoader> loader;
     Room room;                              // from when its memory is away until it is back
     std::vector<AddressRange> copies;       // the driver's own copy, if it is saved in `image`
@@ -289,6 +290,7 @@ class Session {
   // Of all that are locked and copied, at the same time. A failure, if it is not of one that ended.
   Result<void> with_copies(Result<void> (Session::*work)(int, Held*));
   Result<void> complete_copy(int pid, Held* held);
+  void keep_copies(int pid, Held* held, std::vector<std::unique_ptr<KeptMemory>> room);
   Result<void> finish_pre_dump();
 
   Result<ProcessImage> describe(int pid, const Held& held) const;

@@ -276,6 +276,7 @@ class GoesOn(ReleasedTest):
             return int(re.search(r'rchar: (\d+)', f.read()).group(1))
 
     def test_leave_running_reads_ahead(self):
+        self.configure('read_ahead = host')
         # What it will need is read while CRIU saves the rest; here CRIU has to wait for it.
         checkpoint, restore = 'cuCheckpointProcessCheckpoint 1', 'cuCheckpointProcessRestore 1'
         self.hold_in_driver(checkpoint)
@@ -312,15 +313,17 @@ class GoesOn(ReleasedTest):
         self.assert_left_alone(target)
         return self.log('dump.log')
 
-    def test_leave_running_reads_ahead_into_gpu_memory(self):
-        self.assertIn('(16 MiB read ahead, 16 MiB of it into GPU memory',
-                      self.dump_that_has_read_ahead())
+    def test_leave_running_keeps_it_in_gpu_memory(self):
+        log = self.dump_that_has_read_ahead()
+        self.assertIn('16 MiB of its GPU memory kept on its GPUs', log)
+        self.assertIn('(0 MiB read ahead, 0 MiB of it into GPU memory', log)
+        self.assertIn('; 16 MiB kept there;', log)
 
     def test_memory_comes_before_what_is_read_ahead(self):
-        """The driver has too little for it while there is what was read ahead (and see test_room)."""
+        """The driver has too little for it while there is what is kept (and see test_room)."""
         log = self.dump_that_has_read_ahead('cuMemAlloc 3 2', 'cuMemCreate 1 2')
         self.assertIn('trying again without the pages that were read ahead', log)
-        self.assertIn('(0 MiB read ahead', log)
+        self.assertIn('; 0 MiB kept there;', log)
 
     def test_leave_stopped(self):
         target = self.counter()
