@@ -23,9 +23,7 @@ struct DaemonConfig {
   unsigned max_sessions = 32;
   double max_slowdown = 3;  // percent of its speed that copying may cost a running process
   TrackerChoice tracker = TrackerChoice::kContent;
-  // GPU memory, before the driver's checkpoint, where that can be. Not by default until what keeps
-  // the addresses (regain.c, steer.c) has run on a real GPU as it is now.
-  bool release = false;
+  bool release = true;  // GPU memory, before the driver's checkpoint, where that can be
   // Of what is saved of GPU memory; a dump may ask for something else.
   CompressionChoice compress;
   unsigned compress_threads = 1;  // that a dump compresses and encrypts with
@@ -35,9 +33,7 @@ struct DaemonConfig {
   // Saved pages go from the disk into GPU memory where that can be. Not by default yet: it has not
   // run on a real GPU.
   bool direct_storage = false;
-  // Pages that are read ahead wait in free GPU memory. Not by default: for that time other programs
-  // find little of it.
-  bool read_ahead_to_gpu = false;
+  bool read_ahead_to_gpu = true;         // pages that are read ahead wait in free GPU memory
   LogLevel log_level = LogLevel::kInfo;  // for the system log; criu's has a level of its own
 };
 
