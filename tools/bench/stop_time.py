@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """How long a working process stands still for a dump, and how soon it works again after a restore.
 
-Starts a workload (app.py) and dumps it with stock criu, in turns:
+Starts a workload (app.py) and dumps it with stock criu, in turns; those variants that have NVIDIA's
+driver move its GPU memory have a process of their own, since memory that the driver has restored
+cannot be copied while it runs. The process whose turn it is not is stopped.
 
   phos      phos pre-dump, some work, `criu dump` on top of it; `read_ahead = gpu`
   cold      `criu dump` without a pre-dump
@@ -21,6 +23,7 @@ Needs a real GPU, root and PyTorch; transformers for llama.
   first     from the start of `criu restore -d` until the next unit of work
 """
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -42,6 +45,7 @@ SETTINGS = {
     'driver': 'release = off\n',
     'host': 'release = auto\nread_ahead = host\n',
 }
+BY_DRIVER = ('driver', 'nvidia')
 PRE_DUMPED = ('phos', 'snapshot', 'host', 'host-snapshot')
 
 
@@ -65,6 +69,28 @@ def gone(pid):
     except ChildProcessError:
         pass
     return not os.path.exists(f'/proc/{pid}')
+
+
+class Workloads:
+    """One process for each group of variants, of which one at a time runs."""
+
+    def __init__(self, directory, argv, stack):
+        self.directory, self.argv, self.stack = directory, argv, stack
+        self.running = {}
+
+    def turn_of(self, variant):
+        group = variant if variant in BY_DRIVER else 'phos'
+        for other in self.running.values():
+            os.killpg(other.process.pid, signal.SIGSTOP)
+        if group not in self.running:
+            directory = os.path.join(self.directory, group)
+            os.mkdir(directory)
+            self.running[group] = self.stack.enter_context(Workload(directory, *self.argv))
+        workload = self.running[group]
+        os.killpg(workload.process.pid, signal.SIGCONT)
+        count = len(workload.points())
+        wait_for(lambda: len(workload.points()) > count + 1, 'work')
+        return workload
 
 
 class Bench:
@@ -188,9 +214,11 @@ def main():
     bench = Bench(options, directory)
     results = {v: [] for v in options.variants}
     try:
-        with Workload(directory, *options.workload) as workload:
+        with contextlib.ExitStack() as stack:
+            workloads = Workloads(directory, options.workload, stack)
             for _ in range(options.runs):
                 for variant in options.variants:
+                    workload = workloads.turn_of(variant)
                     time.sleep(1)
                     times = bench.one(variant, workload)
                     lines = times.pop('lines')
