@@ -67,7 +67,8 @@ DirectStorage::~DirectStorage() {
   library_->driver_close();
 }
 
-Result<std::unique_ptr<DirectStorage>> DirectStorage::open(const std::string& library) {
+Result<std::unique_ptr<DirectStorage>> DirectStorage::open(const std::string& library,
+                                                           CompatMode compat) {
   void* const opened = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!opened) {
     return none(std::string("NVIDIA's libcufile cannot be opened (") + dlerror() + ")",
@@ -98,14 +99,16 @@ Result<std::unique_ptr<DirectStorage>> DirectStorage::open(const std::string& li
                 "see what gdscheck -p says");
   }
   const auto& nvfs = properties.nvfs;
-  if (nvfs.control_flags & kAllowCompatMode) {
+  const bool may_use_host = nvfs.control_flags & kAllowCompatMode;
+  if (may_use_host && compat == CompatMode::kRefused) {
     return none("libcufile may read through host memory",
                 "set properties.allow_compat_mode to false in /etc/cufile.json");
   }
   // Without nvidia-fs the kernel's own peer-to-peer DMA is used.
   storage->description_ =
-      nvfs.major ? "nvidia-fs " + std::to_string(nvfs.major) + "." + std::to_string(nvfs.minor)
-                 : "peer-to-peer DMA";
+      nvfs.major     ? "nvidia-fs " + std::to_string(nvfs.major) + "." + std::to_string(nvfs.minor)
+      : may_use_host ? "compatibility mode"
+                     : "peer-to-peer DMA";
   return storage;
 }
 

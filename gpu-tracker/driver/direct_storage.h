@@ -36,8 +36,11 @@ class DirectStorage {
   };
 
   // Error: why there is none, and what can be done ("why; remedy"). A library that may read
-  // through host memory behind its caller's back (its compatibility mode) counts as none.
-  static Result<std::unique_ptr<DirectStorage>> open(const std::string& library = "libcufile.so.0");
+  // through host memory behind its caller's back counts as none, unless that is wanted: it has the
+  // same results, but no use.
+  enum class CompatMode { kRefused, kAccepted };
+  static Result<std::unique_ptr<DirectStorage>> open(const std::string& library = "libcufile.so.0",
+                                                     CompatMode compat = CompatMode::kRefused);
   ~DirectStorage();
   DirectStorage(const DirectStorage&) = delete;
   DirectStorage& operator=(const DirectStorage&) = delete;
