@@ -12,6 +12,7 @@ namespace {
 
 // For loads that are under way.
 constexpr std::chrono::seconds kPatience{30};
+constexpr std::chrono::milliseconds kUntilAskedAgain{250};
 // A share of a GPU's memory that is not staged in: programs that phosd knows nothing of may be
 // about to allocate some, and find none for seconds.
 constexpr uint64_t kLeftToOthers = 8;
@@ -128,7 +129,8 @@ bool DeviceRoom::reclaim(const std::vector<Claim>& claims, const Freed& before) 
   };
   const auto is_in_use = [&](const GpuUuid& gpu) { return of(in_use_, gpu) != 0; };
   std::unique_lock<std::mutex> hold(mutex_);
-  if (any(is_in_use)) {
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  while (any(is_in_use) && std::chrono::steady_clock::now() < deadline) {
     hold.unlock();
     {
       std::lock_guard<std::mutex> hold_guests(guests_mutex_);
@@ -137,7 +139,8 @@ bool DeviceRoom::reclaim(const std::vector<Claim>& claims, const Freed& before) 
       }
     }
     hold.lock();
-    changed_.wait_for(hold, kPatience, [&] { return !any(is_in_use); });
+    // Some have memory before they can be asked for it.
+    changed_.wait_for(hold, kUntilAskedAgain, [&] { return !any(is_in_use); });
   }
   return any([&](const GpuUuid& gpu) { return of(freed_, gpu) != of(before, gpu); });
 }

@@ -28,8 +28,9 @@ struct OpenGpu {
 class GpuEngines {
  public:
   struct Options {
-    bool direct_storage = false;  // is used where there is one
-    bool stage = false;           // pages that are read ahead go into free GPU memory
+    bool direct_storage = false;              // is used where there is one
+    bool stage = false;                       // pages that are read ahead go into free GPU memory
+    uint64_t stage_slab = uint64_t{1} << 30;  // which is taken in pieces of so many bytes
   };
   // `driver` outlives this object.
   GpuEngines(GpuDriver& driver, const PinnedPoolOptions& pool, Options options);
@@ -70,6 +71,7 @@ class GpuEngines {
   PinnedPool& pool() { return pool_; }
   DeviceRoom& room() { return room_; }
   bool stages() const { return options_.stage; }
+  uint64_t stage_slab() const { return options_.stage_slab; }
   PinnedPool::Statistics pool_statistics() const { return pool_.statistics(); }
 
  private:

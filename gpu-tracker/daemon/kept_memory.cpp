@@ -9,12 +9,12 @@
 
 namespace phos {
 
-KeptMemory::KeptMemory(GpuEngines::User user, const GpuUuid& gpu, DeviceRoom& room, uint64_t bytes,
-                       uint32_t part_pages)
+KeptMemory::KeptMemory(GpuEngines::User user, const GpuUuid& gpu, GpuEngines& engines,
+                       uint64_t bytes)
     : uuid_(gpu),
-      part_pages_(part_pages),
+      part_pages_(static_cast<uint32_t>(engines.pool().buffer_bytes() / kImagePageSize)),
       user_(std::move(user)),
-      stage_(std::make_unique<PageStage>(*user_, gpu, room, bytes)) {
+      stage_(std::make_unique<PageStage>(*user_, gpu, engines, bytes)) {
   stage_->reserve();
 }
 
@@ -22,17 +22,16 @@ std::unique_ptr<KeptMemory> KeptMemory::begin(GpuEngines& engines, const GpuUuid
                                               const PageHashKey& key, uint64_t bytes) {
   auto user = engines.use(gpu, key);
   if (!user) return nullptr;
-  const auto part_pages = static_cast<uint32_t>(engines.pool().buffer_bytes() / kImagePageSize);
-  return std::unique_ptr<KeptMemory>(
-      new KeptMemory(std::move(*user), gpu, engines.room(), bytes, part_pages));
+  return std::unique_ptr<KeptMemory>(new KeptMemory(std::move(*user), gpu, engines, bytes));
 }
 
 void KeptMemory::add(uint64_t address, uint64_t from, uint64_t size) {
-  for (uint64_t page = 0, pages = 0; page * kImagePageSize < size; page += pages) {
+  for (uint64_t page = 0, pages = 0; !full_ && page * kImagePageSize < size; page += pages) {
     const uint64_t offset = page * kImagePageSize;
     const uint64_t bytes = std::min<uint64_t>(size - offset, part_pages_ * kImagePageSize);
     const uint64_t at = stage_->keep(from + offset, bytes);
-    if (!at) return;
+    full_ = !at;
+    if (full_) return;
     pages = (bytes + kImagePageSize - 1) / kImagePageSize;
     parts_.push_back({address, at, static_cast<uint32_t>(page), static_cast<uint32_t>(pages)});
   }

@@ -18,7 +18,8 @@ namespace phos {
 class KeptMemory {
  public:
   // Takes free memory of the GPU for so many bytes, as far as there is some that others do not
-  // need. Null: the GPU cannot be opened. `engines` outlives it.
+  // need. Null: the GPU cannot be opened. `engines` outlives it. Until a PagePrefetch has it,
+  // nobody can ask for that memory.
   static std::unique_ptr<KeptMemory> begin(GpuEngines& engines, const GpuUuid& gpu,
                                            const PageHashKey& key, uint64_t bytes);
 
@@ -29,6 +30,9 @@ class KeptMemory {
   // Nobody needs what add() was given any more. Returns the bytes that are kept; 0 if the GPU has
   // failed.
   uint64_t finish();
+
+  // Free memory of the GPU, as the driver says. Any thread.
+  Result<GpuMemoryInfo> memory_info() const { return stage_->memory_info(); }
 
   // What is kept, as batches of the image's.
   std::vector<LoadBatch> batches(const PageChain& chain) const;
@@ -41,14 +45,14 @@ class KeptMemory {
     uint64_t address, at;
     uint32_t first_page, pages;
   };
-  KeptMemory(GpuEngines::User user, const GpuUuid& gpu, DeviceRoom& room, uint64_t bytes,
-             uint32_t part_pages);
+  KeptMemory(GpuEngines::User user, const GpuUuid& gpu, GpuEngines& engines, uint64_t bytes);
 
   const GpuUuid uuid_;
   const uint32_t part_pages_;  // of one part at most
   GpuEngines::User user_;
   std::unique_ptr<PageStage> stage_;
   std::vector<Part> parts_;
+  bool full_ = false;
 };
 
 }  // namespace phos

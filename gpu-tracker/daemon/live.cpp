@@ -260,6 +260,7 @@ Result<void> Session::complete_copy(int pid, Held* held) {
   held->copy_completed = done.ok();
   if (done) return {};
   held->copy.reset();
+  held->kept.clear();
   if (has_ended(pid, held->restore_tid, held->start_time, done.error())) return done;
   log(LogLevel::kWarn, "daemon", "%s: the copy of its GPU memory is given up: %s",
       process(pid).c_str(), done.error().message().c_str());

@@ -392,7 +392,6 @@ std::function<std::vector<std::unique_ptr<KeptMemory>>()> LiveCopy::room_to_keep
 }
 
 uint64_t LiveCopy::keep(const std::vector<std::unique_ptr<KeptMemory>>& kept) const {
-  uint64_t bytes = 0;
   for (const auto& k : kept) {
     for (const auto& m : gpus_) {
       if (!(images_.gpus[static_cast<size_t>(m->gpu_index())] == k->gpu())) continue;
@@ -400,8 +399,9 @@ uint64_t LiveCopy::keep(const std::vector<std::unique_ptr<KeptMemory>>& kept) co
         if (is_releasable(copied.seen)) m->keep(address, k.get());
       }
     }
-    bytes += k->finish();
   }
+  uint64_t bytes = 0;  // of GPUs that have been at work side by side
+  for (const auto& k : kept) bytes += k->finish();
   return bytes;
 }
 

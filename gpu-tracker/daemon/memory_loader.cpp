@@ -64,8 +64,22 @@ Result<void> MemoryLoader::settle() {
 }
 
 void MemoryLoader::prefetch() {
-  if (!key_ || prefetch_) return;
-  prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_, std::exchange(kept_, {}));
+  if (!key_ || begun_) return;
+  if (!prefetch_) prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_);
+  begun_ = true;
+  prefetch_->begin();
+}
+
+void MemoryLoader::keep(std::vector<std::unique_ptr<KeptMemory>> kept) {
+  if (!key_ || prefetch_ || kept.empty()) return;
+  prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_, std::move(kept));
+}
+
+std::vector<std::unique_ptr<KeptMemory>> MemoryLoader::take_kept() {
+  if (!prefetch_ || begun_) return {};
+  auto kept = prefetch_->take_kept();
+  prefetch_.reset();
+  return kept;
 }
 
 Result<void> MemoryLoader::check(const std::vector<MemoryToLoad>& memory) const {
@@ -104,7 +118,7 @@ Result<LoadReport> MemoryLoader::load(std::vector<MemoryToLoad> memory, std::sto
   std::vector<LoadBatch> warm;
   std::vector<GpuEngines::User> open;
   std::vector<std::unique_ptr<PageStage>> stages;
-  if (!kept_.empty()) prefetch();
+  begun_ = false;
   if (auto prefetch = std::exchange(prefetch_, nullptr)) {
     warm = prefetch->take();
     open = prefetch->take_gpus();

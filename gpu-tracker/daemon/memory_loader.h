@@ -67,8 +67,10 @@ class MemoryLoader {
   // and takes longer.
   void prefetch();
 
-  // Instead of reading this, prefetch(), or load() without, takes what is kept of the memory.
-  void keep(std::vector<std::unique_ptr<KeptMemory>> kept) { kept_ = std::move(kept); }
+  // What prefetch() and load() need not read, as long as nobody needs its room. Before prefetch().
+  void keep(std::vector<std::unique_ptr<KeptMemory>> kept);
+  // Of that, what has not been used; for another loader, or to be given up.
+  std::vector<std::unique_ptr<KeptMemory>> take_kept();
 
   // What prefetch() has read so far, and load() has not taken. Any thread, but not beside load().
   ReadAhead read_ahead() const { return prefetch_ ? prefetch_->so_far() : ReadAhead(); }
@@ -96,8 +98,8 @@ class MemoryLoader {
   const PageChain& chain_;
   GpuEngines& engines_;
   const std::optional<PageHashKey> key_;  // none: no pages are saved
-  std::vector<std::unique_ptr<KeptMemory>> kept_;
   std::unique_ptr<PagePrefetch> prefetch_;
+  bool begun_ = false;                    // and reads
   std::future<Result<void>> letting_go_;  // its end waits
 };
 

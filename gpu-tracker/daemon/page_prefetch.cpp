@@ -39,11 +39,18 @@ uint64_t buffers_for_others(const PinnedPool& pool) {
 
 PagePrefetch::PagePrefetch(const PageChain& chain, GpuEngines& engines, const PageHashKey& key,
                            std::vector<std::unique_ptr<KeptMemory>> kept)
-    : chain_(chain), engines_(engines), key_(key) {
-  plan(take_over(std::move(kept)));
-  if (!to_read_.empty() || !staged_.empty()) engines_.room().enter(this);
-  if (to_read_.empty()) return;
-  may_stage_ = engines_.stages();
+    : chain_(chain), engines_(engines), key_(key), kept_(std::move(kept)) {
+  engines_.room().enter(this);
+}
+
+void PagePrefetch::begin() {
+  {
+    std::lock_guard<std::mutex> hold(mutex_);
+    begun_ = true;
+    plan(take_over_kept());
+    if (to_read_.empty()) return;
+    may_stage_ = engines_.stages();
+  }
   threads_.emplace_back([this, stop = stop_.get_token()] { open_gpus(stop); });
   const size_t readers = std::min<size_t>(reader_threads(), to_read_.size());
   for (size_t i = 0; i < readers; i++) {
@@ -51,10 +58,16 @@ PagePrefetch::PagePrefetch(const PageChain& chain, GpuEngines& engines, const Pa
   }
 }
 
-PagePrefetch::Intervals PagePrefetch::take_over(std::vector<std::unique_ptr<KeptMemory>> kept) {
+std::vector<std::unique_ptr<KeptMemory>> PagePrefetch::take_kept() {
+  std::lock_guard<std::mutex> hold(mutex_);
+  return std::move(kept_);
+}
+
+// With the mutex held.
+PagePrefetch::Intervals PagePrefetch::take_over_kept() {
   Intervals there;
   const auto& gpus = chain_.image().gpus;
-  for (auto& k : kept) {
+  for (auto& k : std::exchange(kept_, {})) {
     auto gpu = std::find_if(gpus.begin(), gpus.end(),
                             [&](const GpuInfo& g) { return g.uuid == k->gpu(); });
     if (gpu == gpus.end()) continue;
@@ -71,7 +84,7 @@ PagePrefetch::Intervals PagePrefetch::take_over(std::vector<std::unique_ptr<Kept
 }
 
 // Of each GPU in turn, so that all of them have something to begin with. What the driver restores
-// is not asked for.
+// is not asked for. With the mutex held.
 void PagePrefetch::plan(const Intervals& except) {
   static const std::vector<PageInterval> kNone;
   std::map<int, LoadPlan> plans;
@@ -134,7 +147,7 @@ bool PagePrefetch::begin_staging(Gpu& gpu, OpenGpu& open) {
   std::lock_guard<std::mutex> hold(mutex_);
   if (given_up_) return false;
   if (!gpu.stage) {
-    gpu.stage = std::make_unique<PageStage>(open, gpu.uuid, engines_.room(), gpu.bytes);
+    gpu.stage = std::make_unique<PageStage>(open, gpu.uuid, engines_, gpu.bytes);
   }
   stagers_++;
   return true;
@@ -183,10 +196,14 @@ void PagePrefetch::make_room(const GpuUuid& uuid, uint64_t bytes) {
   bool is_short = false;
   {
     std::lock_guard<std::mutex> hold(mutex_);
-    for (auto& [index, gpu] : gpus_) {
-      if (!gpu.stage || !(gpu.uuid == uuid)) continue;
-      const auto memory = gpu.stage->memory_info();
+    const auto look = [&](const Result<GpuMemoryInfo>& memory) {
       is_short = is_short || !memory || memory->free < bytes;
+    };
+    for (auto& k : kept_) {
+      if (k->gpu() == uuid) look(k->memory_info());
+    }
+    for (auto& [index, gpu] : gpus_) {
+      if (gpu.stage && gpu.uuid == uuid) look(gpu.stage->memory_info());
     }
   }
   if (is_short) give_up();
@@ -195,8 +212,10 @@ void PagePrefetch::make_room(const GpuUuid& uuid, uint64_t bytes) {
 // What has been staged is read once more when it is needed.
 void PagePrefetch::give_up() {
   std::vector<std::unique_ptr<PageStage>> stages;
+  std::vector<std::unique_ptr<KeptMemory>> kept;
   std::unique_lock<std::mutex> hold(mutex_);
   given_up_ = true;
+  kept.swap(kept_);
   changed_.notify_all();
   changed_.wait(hold, [&] { return stagers_ == 0; });
   staged_.clear();
@@ -204,7 +223,7 @@ void PagePrefetch::give_up() {
     if (gpu.stage) stages.push_back(std::move(gpu.stage));
   }
   hold.unlock();
-  if (!stages.empty()) {
+  if (!stages.empty() || !kept.empty()) {
     log(LogLevel::kInfo, "daemon",
         "process %d: pages are not read ahead into GPU memory: others need it", chain_.image().pid);
   }
@@ -291,6 +310,10 @@ ReadAhead PagePrefetch::so_far() const {
 // Those in host memory first: they take longer, and others wait for the buffers.
 std::vector<LoadBatch> PagePrefetch::take() {
   stop();
+  if (!begun_) {
+    std::lock_guard<std::mutex> hold(mutex_);
+    (void)take_over_kept();
+  }
   std::vector<LoadBatch> all;
   for (auto& [index, gpu] : gpus_) {
     std::move(gpu.read.begin(), gpu.read.end(), std::back_inserter(all));

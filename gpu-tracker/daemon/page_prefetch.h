@@ -36,13 +36,18 @@ struct ReadAhead {
   uint64_t gpu_bytes = 0;   // waiting in GPU memory
 };
 
-// Works on threads of its own, and opens the GPUs meanwhile.
+// One thread at a time, but for what says otherwise.
 class PagePrefetch : private DeviceRoom::Guest {
  public:
-  // Begins, with what is there already. All outlive this object.
+  // Has what is kept already. All outlive this object.
   PagePrefetch(const PageChain& chain, GpuEngines& engines, const PageHashKey& key,
                std::vector<std::unique_ptr<KeptMemory>> kept = {});
   ~PagePrefetch() override { stop(); }
+
+  // Begins to read the rest, on threads of its own, and opens the GPUs meanwhile. Once.
+  void begin();
+  // What is kept, for another one; before begin().
+  std::vector<std::unique_ptr<KeptMemory>> take_kept();
 
   // Thread-safe.
   ReadAhead so_far() const;
@@ -64,7 +69,7 @@ class PagePrefetch : private DeviceRoom::Guest {
   };
 
   using Intervals = std::map<size_t, std::vector<PageInterval>>;  // by allocation
-  Intervals take_over(std::vector<std::unique_ptr<KeptMemory>> kept);
+  Intervals take_over_kept();
   void plan(const Intervals& except);
   void open_gpus(const std::stop_token& stop);
   bool begin_staging(Gpu& gpu, OpenGpu& open);
@@ -82,6 +87,8 @@ class PagePrefetch : private DeviceRoom::Guest {
   std::stop_source stop_;
   mutable std::mutex mutex_;
   std::condition_variable_any changed_;
+  std::vector<std::unique_ptr<KeptMemory>> kept_;  // until begin(), or take()
+  bool begun_ = false;
   std::deque<LoadBatch> to_read_;
   std::vector<GpuEngines::User> users_;
   std::map<int, Gpu> gpus_;  // by their places in the image; before users_ go

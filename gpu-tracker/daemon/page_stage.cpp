@@ -7,17 +7,13 @@
 #include "gpu-tracker/base/log.h"
 
 namespace phos {
-namespace {
 
-// Allocated at a time: the driver is asked once for many batches.
-constexpr uint64_t kSlab = uint64_t{1} << 30;
-// Nothing smaller is taken in advance.
-constexpr uint64_t kLeastReserved = uint64_t{64} << 20;
-
-}  // namespace
-
-PageStage::PageStage(OpenGpu& gpu, const GpuUuid& uuid, DeviceRoom& room, uint64_t bytes)
-    : context_(*gpu.context), uuid_(uuid), room_(room), wanted_(bytes) {
+PageStage::PageStage(OpenGpu& gpu, const GpuUuid& uuid, GpuEngines& engines, uint64_t bytes)
+    : context_(*gpu.context),
+      uuid_(uuid),
+      room_(engines.room()),
+      slab_(engines.stage_slab()),
+      wanted_(bytes) {
   auto stream = context_.create_stream();
   failed_ = !stream;
   if (stream) stream_ = *stream;
@@ -34,9 +30,10 @@ PageStage::~PageStage() {
   for (const Slab& slab : slabs_) room_.free(context_, uuid_, slab.address, slab.bytes);
 }
 
-// One that has room for so many bytes, and for what else is wanted; its size, or 0: there is none.
+// The driver is asked once for many batches. One that has room for so many bytes, and for what else
+// is wanted; its size, or 0: there is none.
 uint64_t PageStage::take_slab(uint64_t bytes) {
-  uint64_t size = std::max(bytes, std::min(kSlab, wanted_)), at = 0;
+  uint64_t size = std::max(bytes, std::min(slab_, wanted_)), at = 0;
   while (!(at = room_.allocate(context_, uuid_, size))) {
     if (size == bytes) return 0;
     size = std::max(bytes, size / 2);
@@ -49,7 +46,7 @@ uint64_t PageStage::take_slab(uint64_t bytes) {
 void PageStage::reserve() {
   const uint64_t wanted = wanted_;
   for (uint64_t size = 1; wanted_ && size; wanted_ -= std::min(wanted_, size)) {
-    size = take_slab(std::min(kLeastReserved, wanted_));
+    size = take_slab(std::min(slab_ / 16, wanted_));  // smaller ones when they are needed
   }
   wanted_ = wanted;
 }

@@ -18,9 +18,9 @@ namespace phos {
 // One thread at a time. Its memory goes with it.
 class PageStage {
  public:
-  // `gpu` (whose UUID is `uuid`) is open, and `room` there, as long as this object lives. `bytes`:
-  // what is to be staged at most.
-  PageStage(OpenGpu& gpu, const GpuUuid& uuid, DeviceRoom& room, uint64_t bytes);
+  // `gpu` (whose UUID is `uuid`) is open, and `engines` there, as long as this object lives.
+  // `bytes`: what is to be staged at most.
+  PageStage(OpenGpu& gpu, const GpuUuid& uuid, GpuEngines& engines, uint64_t bytes);
   ~PageStage();
   PageStage(const PageStage&) = delete;
   PageStage& operator=(const PageStage&) = delete;
@@ -57,6 +57,7 @@ class PageStage {
   GpuContext& context_;
   const GpuUuid uuid_;
   DeviceRoom& room_;
+  const uint64_t slab_;
   uint64_t wanted_;  // bytes yet to come
   std::vector<Slab> slabs_;
   size_t unused_ = 0;             // of these, at the end, but for the one in use

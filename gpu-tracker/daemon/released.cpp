@@ -273,6 +273,7 @@ Result<void> Session::release_memory(int pid, Held* held) {
   }
   if (failed) {
     if (results) log_lost(pid, *held, *results);
+    held->loader->take_kept();  // what is lost may need its room
     if (auto r = bring_memory_back(pid, held); !r) return r;
     // The driver is about to checkpoint it.
     if (auto r = held->loader ? held->loader->settle() : Result<void>(); !r) return r;
@@ -353,6 +354,7 @@ Result<void> Session::open_saved_anew(Held* held, const ProcessImage& image) con
   auto opened = std::make_unique<PageChain>(std::move(*chain));
   auto loader = MemoryLoader::create(*opened, *engines_);
   if (!loader) return loader.error();
+  if (held->loader) (*loader)->keep(held->loader->take_kept());
   held->loader = std::move(*loader);
   held->chain = std::move(opened);
   return {};

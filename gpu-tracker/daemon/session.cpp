@@ -310,6 +310,8 @@ Result<void> Session::undo_one(int pid, Held* held) {
   held->locked = false;
   if (auto r = bring_memory_back(pid, held); !r) return r;
   held->room = {};
+  held->kept.clear();
+  if (held->loader) held->loader->take_kept();
   return held->release ? held->release->let_go() : Result<void>();
 }
 
