@@ -245,6 +245,213 @@ TEST_F(ManagedTest, RandomMemoryAmongOthersIsNativeAgain) {
   }
 }
 
+// Takes all of it away and brings it back, in each way in which that is done: each finds its
+// address and its contents.
+class ManagedAddresses : public ManagedTest {
+ protected:
+  // Filled with its own number.
+  void add(uint64_t size) {
+    blocks_.push_back(allocate_managed(size));
+    ASSERT_EQ(target_.ask(fill_command(blocks_.back().address, size, number_)), "ok");
+    seeds_.push_back(number_++);
+  }
+
+  void remove(size_t i) {
+    ASSERT_EQ(target_.ask("free " + blocks_[i].address), "ok");
+    blocks_.erase(blocks_.begin() + static_cast<long>(i));
+    seeds_.erase(seeds_.begin() + static_cast<long>(i));
+  }
+
+  uint64_t at(size_t i) const { return address_of(blocks_[i].address); }
+
+  void expect_all() {
+    for (size_t i = 0; i < blocks_.size(); i++) {
+      EXPECT_EQ(target_.ask(check_command(blocks_[i], seeds_[i])), "ok 0") << i;
+    }
+  }
+
+  void go_and_come_back(Agent& agent, bool checkpoint, int losses) {
+    const auto memory = managed(agent);
+    ASSERT_EQ(memory.size(), blocks_.size());
+    const auto contents = read(agent, memory, true);
+    ASSERT_NO_FATAL_FAILURE(release(agent, memory));
+    if (checkpoint) {
+      ASSERT_NO_FATAL_FAILURE(driver_checkpoint(target_.pid()));
+    }
+    for (int i = 0; i < losses; i++) {
+      ASSERT_EQ(map_back(agent).size(), memory.size());
+      auto away = agent.take_away_managed();
+      ASSERT_TRUE(away) << away.error().message();
+      for (const ReleasedMemory& m : *away) {
+        if (m.memory.kind != AllocationKind::kManaged) continue;
+        EXPECT_EQ(m.state, ReleasedState::kReserved) << std::hex << m.memory.address;
+      }
+    }
+    const auto back = map_back(agent);
+    ASSERT_EQ(back.size(), memory.size());
+    ASSERT_NO_FATAL_FAILURE(load(agent, back, contents));
+    auto left = agent.contents_loaded();
+    ASSERT_TRUE(left);
+    EXPECT_TRUE(left->empty());
+    expect_all();
+  }
+
+  void expect_back() {
+    auto agent = attach();
+    ASSERT_TRUE(agent) << agent.error().message();
+    for (const bool checkpoint : {false, true}) {
+      for (const int losses : {0, 3}) {
+        ASSERT_NO_FATAL_FAILURE(go_and_come_back(*agent, checkpoint, losses));
+      }
+    }
+    // And nothing is left of what kept it.
+    while (!blocks_.empty()) ASSERT_NO_FATAL_FAILURE(remove(0));
+    EXPECT_TRUE(managed(*agent).empty());
+    EXPECT_TRUE(agent->unload());
+  }
+
+  std::vector<Block> blocks_;
+  std::vector<int> seeds_;
+  int number_ = 1;
+};
+
+constexpr uint64_t kRegion = 32 * kMiB;
+
+TEST_F(ManagedAddresses, SmallOnes) {
+  for (const uint64_t size : {4, 4096, 65536, 700, 1048576, 512}) add(size);
+  EXPECT_EQ(at(5) / (2 * kMiB), at(0) / (2 * kMiB));
+  expect_back();
+}
+
+// Of which the first ones in their chunk are free, or all but the last.
+TEST_F(ManagedAddresses, SmallOnesWithGaps) {
+  for (int i = 0; i < 24; i++) add(200000);
+  for (const size_t i : {18, 17, 9, 5, 4, 2, 0}) remove(i);
+  expect_back();
+}
+
+TEST_F(ManagedAddresses, SmallOnesAmongLargeOnes) {
+  for (int i = 0; i < 8; i++) {
+    add(4);
+    add(3 * kMiB);
+    add(1500000);
+    add(2 * kMiB + 4);
+  }
+  for (const size_t i : {20, 13, 6, 3, 0}) remove(i);
+  expect_back();
+}
+
+TEST_F(ManagedAddresses, GapAtTheBeginning) {
+  add(6 * kMiB);
+  add(4 * kMiB);
+  remove(0);
+  EXPECT_EQ(at(0) % kRegion, 6 * kMiB);
+  expect_back();
+}
+
+TEST_F(ManagedAddresses, GapInTheMiddle) {
+  for (int i = 0; i < 3; i++) add(6 * kMiB);
+  remove(1);
+  expect_back();
+}
+
+TEST_F(ManagedAddresses, AllButTheEndIsFree) {
+  add(30 * kMiB);
+  add(100);
+  remove(0);
+  EXPECT_EQ(at(0) % kRegion, 30 * kMiB);
+  expect_back();
+}
+
+TEST_F(ManagedAddresses, EndsWithItsRegion) {
+  add(6 * kMiB);
+  add(26 * kMiB);
+  EXPECT_EQ((at(1) + 26 * kMiB) % kRegion, 0u);
+  expect_back();
+}
+
+TEST_F(ManagedAddresses, FillsARegion) {
+  add(64 * kMiB);
+  expect_back();
+}
+
+// What has made it has gone since.
+TEST_F(ManagedAddresses, RegionIsLargerThanWhatIsInIt) {
+  add(100 * kMiB);
+  add(8 * kMiB);
+  add(4);
+  remove(0);
+  add(5 * kMiB);
+  EXPECT_EQ(at(2), at(0) + 10 * kMiB);
+  expect_back();
+}
+
+TEST_F(ManagedAddresses, RegionIsLargerAndItsBeginningIsInUse) {
+  add(100 * kMiB);
+  add(28 * kMiB);
+  const uint64_t begin = at(0);
+  remove(0);
+  add(4);
+  EXPECT_EQ(at(1), begin);
+  add(28 * kMiB);
+  expect_back();
+}
+
+TEST_F(ManagedAddresses, SeveralRegions) {
+  for (int i = 0; i < 5; i++) add(20 * kMiB);
+  for (int i = 0; i < 3; i++) add(40 * kMiB);
+  add(4);
+  for (int i = 0; i < 4; i++) add(9 * kMiB);
+  remove(6);
+  remove(2);
+  expect_back();
+}
+
+TEST_F(ManagedAddresses, ThousandsOfSmallOnes) {
+  std::minstd_rand random(4712);
+  for (int i = 0; i < 3000; i++) blocks_.push_back(allocate_managed(4 + random() % 8000));
+  for (size_t i = blocks_.size(); i-- > 0;) {
+    if (random() % 3 == 0) {
+      ASSERT_EQ(target_.ask("free " + blocks_[i].address), "ok");
+      blocks_.erase(blocks_.begin() + static_cast<long>(i));
+    }
+  }
+  seeds_.assign(blocks_.size(), 1);
+  for (const Block& b : blocks_) ASSERT_EQ(target_.ask(fill_command(b.address, b.size, 1)), "ok");
+  auto agent = attach();
+  ASSERT_NO_FATAL_FAILURE(go_and_come_back(*agent, true, 1));
+}
+
+TEST_F(ManagedAddresses, RandomMix) {
+  std::minstd_rand random(4713);
+  std::vector<Block> device;
+  for (int round = 0; round < 4; round++) {
+    for (int i = 0; i < 40; i++) {
+      const uint64_t kind = random() % 8;
+      const uint64_t size = kind == 0   ? 1 + random() % 5000
+                            : kind == 1 ? 1 + random() % (2 * kMiB)
+                            : kind == 2 ? kRegion * (1 + random() % 2)
+                                        : kMiB + random() % (18 * kMiB);
+      if (random() % 4) {
+        add(size & ~3ull ? size & ~3ull : 4);
+      } else {
+        device.push_back(allocate(size));
+      }
+      if (random() % 2 == 0 && !blocks_.empty()) remove(random() % blocks_.size());
+      if (random() % 6 == 0 && !device.empty()) {
+        const size_t gone = random() % device.size();
+        ASSERT_EQ(target_.ask("free " + device[gone].address), "ok");
+        device.erase(device.begin() + static_cast<long>(gone));
+      }
+    }
+    auto agent = attach();
+    ASSERT_TRUE(agent) << agent.error().message();
+    ASSERT_TRUE(agent->release(large(*agent)));
+    ASSERT_NO_FATAL_FAILURE(go_and_come_back(*agent, round % 2, round / 2));
+    EXPECT_TRUE(agent->unload());
+  }
+}
+
 TEST_F(ManagedTest, NothingHoldsALockOfTheAllocators) {
   auto agent = attach();
   auto r = agent->check_no_locks();
