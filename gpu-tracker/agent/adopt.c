@@ -197,7 +197,7 @@ int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
     struct released* e = table_entry(i);
     if (!e->managed) bring_back_native(driver, e, withheld, &misses);
   }
-  refill_bring_back(driver);
+  if (withheld->steered) refill_bring_back(driver);
   steer_end();
   give_back_withheld(driver, withheld);
   for (uint32_t i = 0; i < table_count(); i++) {

@@ -25,6 +25,7 @@
 #define SMALLEST 512ull /* to a multiple of which small memory is allocated */
 /* It is finite what is free in libcuda's regions; that it asks for another one is seen. */
 #define MAX_MISSES 16384
+#define MAX_TURNS (4u * MAX_MISSES)
 /* Of each entry: below it, in its chunk and beside that, and above it in its chunk. */
 #define MAX_FILLERS (4u * PHOS_MAILBOX_MAX_ALLOCATIONS)
 
@@ -44,6 +45,7 @@ struct fill {
   bool made;             /* libcuda has the region */
   struct filler* holder; /* of its last 2 MiB, so that it stays while there is nothing else */
   int result;            /* the last CUresult */
+  uint32_t turns;        /* among others, of all entries */
 };
 
 static uint64_t block_of(uint64_t address) {
@@ -140,6 +142,7 @@ static bool allocate_region(struct fill* f, uint64_t context, uint64_t size, uin
 
 /* Allocates exactly [at, at + size). What comes elsewhere was free there, and is not any more. */
 static bool get(struct fill* f, uint64_t context, uint64_t at, uint64_t size) {
+  trace_restart();
   for (uint32_t misses = 0; misses < MAX_MISSES; misses++) {
     uint64_t got = 0;
     const bool makes = !f->made;
@@ -255,32 +258,36 @@ static struct released* first_away_in(uint64_t begin, uint64_t end) {
 }
 
 /*
- * Into a region that libcuda still has. Where it would rather give another place, which memory is
- * to have that is away too, that comes first, and what is free below that before it.
+ * Into a region that libcuda still has. Where it would rather give a place which memory is to have
+ * that is away too, that comes first, and what is free below that before it: for that it may have
+ * yet another place, in a newer region or a smaller piece, so that this ends.
  */
 static bool get_among_others(struct fill* f, struct released* e) {
-  for (uint32_t misses = 0; misses < MAX_MISSES; misses++) {
-    uint64_t at = 0;
-    struct released* wanted = e;
-    uint64_t size = e->size;
+  struct released* wanted = e; /* null: a filler */
+  uint64_t context = e->context, size = e->size, at = 0;
+  trace_restart();
+  while (f->turns++ < MAX_TURNS) {
     steer_saw_region();
-    if (allocate(f, e->context, size, &at)) return false;
-    if (at != e->address && first_away_in(at, at + managed_up(size))) {
-      wanted = first_away_in(at, at + managed_up(size));
-      free_in_context(f->driver, e->context, at);
-      size = at < wanted->address ? wanted->address - at : wanted->size;
-      if (allocate(f, wanted->context, size, &at)) return false;
-    }
-    if (at == wanted->address && size == wanted->size) {
+    if (allocate(f, context, size, &at)) return false;
+    struct released* other = first_away_in(at, at + managed_up(size));
+    if (wanted && at == wanted->address) {
       bring_back(wanted);
       faults_writable(wanted->address, wanted->size);
       if (wanted == e) return true;
-    } else if (first_away_in(at, at + managed_up(size))) {
-      free_in_context(f->driver, f->context, at);
-    } else if (!add_filler(f->driver, at, f->context)) {
+    } else if (other) {
+      free_in_context(f->driver, context, at);
+      const uint64_t block = block_of(other->address);
+      const uint64_t gap = (at < block ? block : other->address) - at;
+      wanted = at < other->address ? NULL : other;
+      context = other->context;
+      size = wanted ? other->size : gap;
+      continue;
+    } else if (!add_filler(f->driver, at, context) || steer_saw_region()) {
       return false;
     }
-    if (steer_saw_region()) return false;
+    wanted = e;
+    context = e->context;
+    size = e->size;
   }
   return false;
 }
@@ -316,7 +323,6 @@ void refill_bring_back(const struct driver* driver) {
     const uint64_t end = region.address + region.size;
     const uint32_t fillers = g_filler_count;
     struct fill f = {.driver = driver, .begin = region.address, .end = end, .next = region.address};
-    trace_restart();
     if (!refill_all_of(&f)) give_up(&f, fillers);
   }
   free_fillers(driver, 0);

@@ -341,7 +341,7 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
     m->allocations[i] = a;
   }
   table_order();
-  refill_settle(driver);
+  if (withheld->steered) refill_settle(driver);
   note_what_stayed(m, count);
   /* Until it is mapped back the driver may checkpoint the process. */
   if (any) steer_note_copies(m);

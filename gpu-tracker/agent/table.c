@@ -207,6 +207,9 @@ const struct part* table_part(uint32_t index) {
 
 bool table_add_region(uint64_t address, uint64_t size) {
   struct table* t = g_table;
+  for (uint32_t i = 0; i < t->region_count; i++) {
+    if (t->regions[i].address == address) return t->regions[i].size == size;
+  }
   if (t->region_count == CAPACITY) return false;
   struct region* r = &t->regions[t->region_count];
   *r = (struct region){.address = address, .size = size};

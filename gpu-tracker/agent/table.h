@@ -86,7 +86,7 @@ void table_forget_parts(uint64_t address, uint64_t size);
 uint32_t table_part_count(void);
 const struct part* table_part(uint32_t index);
 
-/* Regions; false: there is no room. */
+/* Regions, in no order; false: there is no room. */
 bool table_add_region(uint64_t address, uint64_t size);
 void table_drop_region(uint32_t index);
 uint32_t table_region_count(void);
