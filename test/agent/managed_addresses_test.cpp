@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <random>
+#include <set>
 
 #include "test/agent/managed_fixture.h"
 
@@ -146,6 +147,42 @@ TEST_F(ManagedAddresses, RandomMix) {
     ASSERT_NO_FATAL_FAILURE(go_and_come_back(*agent, round % 2, round / 2));
     EXPECT_TRUE(agent->unload());
   }
+}
+
+class ManagedOnTwoDevices : public ManagedAddresses {
+ protected:
+  static void SetUpTestSuite() {
+    machine() = testing::TempDir() + "managed-machine-" + std::to_string(getpid());
+    std::ofstream out(machine());
+    for (const char digit : {'1', '2'}) {
+      out << "gpu " << std::string(32, digit) << " " << (uint64_t{4} << 30) << " GPU\n";
+    }
+    setenv("PHOS_SIM_MACHINE", machine().c_str(), 1);
+  }
+  static void TearDownTestSuite() {
+    unsetenv("PHOS_SIM_MACHINE");
+    unlink(machine().c_str());
+  }
+  static std::string& machine() {
+    static std::string path;
+    return path;
+  }
+};
+
+TEST_F(ManagedOnTwoDevices, ComesBackToItsOwn) {
+  if (target_.ask("use-device 1") != "ok") GTEST_SKIP() << "one device only";
+  std::minstd_rand random(4714);
+  for (int i = 0; i < 60; i++) {
+    ASSERT_EQ(target_.ask("use-device " + std::to_string(random() % 2)), "ok");
+    add(random() % 2 ? 4 + random() % 500000 : kMiB + random() % (12 * kMiB));
+    if (random() % 3 == 0) remove(random() % blocks_.size());
+  }
+  std::set<int> devices;
+  auto agent = attach();
+  for (const AgentAllocation& a : managed(*agent)) devices.insert(a.device);
+  EXPECT_EQ(devices.size(), 2u);
+  EXPECT_TRUE(agent->unload());
+  expect_back();
 }
 
 // Something fails, once: nothing is lost.
