@@ -120,6 +120,31 @@ TEST_F(ManagedTest, ThreadsThatTouchItWait) {
   }
 }
 
+// Of which several share a page.
+TEST_F(ManagedTest, ThreadsThatTouchSmallMemoryWait) {
+  std::vector<Block> blocks;
+  for (int i = 0; i < 3; i++) blocks.push_back(allocate_managed(4));
+  ASSERT_EQ(address_of(blocks[0].address) / 4096, address_of(blocks[2].address) / 4096);
+  for (const Block& b : blocks) ASSERT_EQ(target_.ask("poke " + b.address + " 5"), "ok");
+  auto agent = attach();
+  const auto memory = managed(*agent);
+  for (const bool away : {false, true}) {
+    const auto contents = read(*agent, memory, true);
+    if (away) {
+      ASSERT_NO_FATAL_FAILURE(release(*agent, memory));
+    }
+    const std::string touch = "poke " + blocks[1].address + " 5";
+    auto waiting = std::async(std::launch::async, [&] { return target_.ask(touch); });
+    EXPECT_EQ(waiting.wait_for(std::chrono::milliseconds(200)), std::future_status::timeout);
+    if (away) {
+      ASSERT_NO_FATAL_FAILURE(load(*agent, map_back(*agent), contents));
+    }
+    ASSERT_TRUE(agent->contents_loaded());
+    EXPECT_EQ(waiting.get(), "ok");
+    for (const Block& b : blocks) EXPECT_EQ(target_.ask("peek " + b.address), "ok 5");
+  }
+}
+
 TEST_F(ManagedTest, WhatCannotBeLoadedGoesAgain) {
   const Block b = allocate_managed(4 * kMiB);
   ASSERT_EQ(target_.ask(fill_command(b.address, b.size, 9)), "ok");
