@@ -133,8 +133,14 @@ static void bring_back(struct released* e) {
   set_entry_state(e, PHOS_RELEASED_NATIVE);
 }
 
-/* Has libcuda find its next region where the old one was. True: it has taken it. */
+/*
+ * Has libcuda find its next region where the old one was. True: it has taken it. Should the first
+ * managed memory of a context, as there is none now, need a region for something else, it gets
+ * that before.
+ */
 static bool allocate_region(struct fill* f, uint64_t context, uint64_t size, uint64_t* at) {
+  uint64_t first = 0;
+  if (!allocate(f, context, 1, &first)) free_in_context(f->driver, context, first);
   steer_offer(f->begin, f->end - f->begin);
   allocate(f, context, size, at);
   return steer_withdraw();

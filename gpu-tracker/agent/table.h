@@ -23,7 +23,7 @@
 struct released {
   uint64_t address;
   uint64_t size;     /* bytes, as the application asked for */
-  uint64_t reserved; /* bytes of addresses: a multiple of 2 MiB, or of 512 (small_of) */
+  uint64_t reserved; /* bytes of addresses: a multiple of 2 MiB, or 512 (refill.h) */
   uint64_t context;  /* CUcontext that owned it */
   uint64_t peers;    /* bit n: device n can reach it too */
   int32_t device;
