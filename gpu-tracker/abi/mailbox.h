@@ -59,7 +59,9 @@ enum phos_agent_command {
    * the driver, or enter it; a thread that is stopped at an entry point's first instruction, or
    * behind it, is not in it. All of them may take the hooks out (gpu-tracker/agent/hooks.h).
    */
-  PHOS_COMMAND_RELEASE = 16,  /* in: allocations (address, buffer_id); out: their status, result */
+  /* in: allocations (address, buffer_id), managed ones in ascending order, of which all must be
+   * among them; out: their status, result */
+  PHOS_COMMAND_RELEASE = 16,
   PHOS_COMMAND_MAP_BACK = 17, /* in: argument; out: as RELEASED */
   PHOS_COMMAND_RELEASED = 18, /* out: allocations with a phos_released_state; needs no guarantee */
   PHOS_COMMAND_LOADED = 19,   /* what was mapped back has its contents again; out: as RELEASED */
@@ -104,18 +106,18 @@ enum phos_agent_result {
 
 /* phos_allocation.status after RELEASE */
 enum phos_release_status {
-  PHOS_RELEASE_DONE = 0,        /* freed; its addresses are reserved */
+  PHOS_RELEASE_DONE = 0,        /* freed; its addresses are kept */
   PHOS_RELEASE_STALE = 1,       /* no such memory any more, or another allocation there */
   PHOS_RELEASE_UNSUITABLE = 2,  /* of a kind or size that is left to the driver; untouched */
   PHOS_RELEASE_FAILED = 3,      /* untouched; `result` says what the driver answered */
-  PHOS_RELEASE_REALLOCATED = 4, /* freed; no reservation to be had there, so allocated anew there */
+  PHOS_RELEASE_REALLOCATED = 4, /* freed, could not be kept there, and so allocated anew there */
   PHOS_RELEASE_LOST = 5,        /* freed, and somebody else has its addresses; RELEASE stopped */
   PHOS_RELEASE_NOT_REACHED = 6, /* RELEASE had stopped before; untouched */
 };
 
 /* phos_allocation.status after MAP_BACK, RELEASED and LOADED */
 enum phos_released_state {
-  PHOS_RELEASED_RESERVED = 1, /* no memory, but its addresses are reserved */
+  PHOS_RELEASED_RESERVED = 1, /* no memory, but its addresses are kept */
   PHOS_RELEASED_LOST = 2,     /* neither; MAP_BACK tries again */
   PHOS_RELEASED_NATIVE = 3,   /* the driver's own memory again, without its contents */
   PHOS_RELEASED_ADOPTED = 4,  /* VMM memory in its place, without its contents */
@@ -140,8 +142,13 @@ enum phos_export_type {
 };
 
 struct phos_address_range {
-  uint64_t begin; /* the scan starts at the next multiple of 2 MiB */
+  uint64_t begin; /* the scan starts at the next multiple of 2 MiB; and phos_range_flags */
   uint64_t end;
+};
+
+/* Of the ranges of ENUMERATE, in `begin`. */
+enum phos_range_flags {
+  PHOS_RANGE_MANAGED = 1, /* only managed memory is mapped there, at multiples of 512 bytes */
 };
 
 struct phos_allocation {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Brings released memory back at its addresses: the driver's own where cuMemAlloc gives the old
- * address, else VMM memory that takes its place (hooks.h). Nothing can take that of managed memory.
- * The contents are phosd's to load.
+ * address, else VMM memory that takes its place (hooks.h). Nothing can take that of managed memory
+ * (refill.c). The contents are phosd's to load.
  *
  * All that is free of libcuda's own is withheld from it (regain.c), so that cuMemAlloc finds
  * nothing but what has just been given up. Where that is not so it misses, and what it has come by
@@ -11,6 +11,7 @@
 #include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
 #include "gpu-tracker/agent/policy.h"
+#include "gpu-tracker/agent/refill.h"
 #include "gpu-tracker/agent/release.h"
 #include "gpu-tracker/agent/steer.h"
 #include "gpu-tracker/agent/trace.h"
@@ -183,19 +184,20 @@ int run_map_back(const struct driver* driver, struct phos_mailbox* m) {
   if (!table_check()) return PHOS_RESULT_BAD_TABLE;
   table_order();
   trace_to(m);
-  struct withheld* withheld = begin_withholding(steer_begin());
+  struct withheld* withheld = begin_withholding(steer_begin(refill_keeps));
   steer_place_copy(false);
   /* Before anything is withheld, which might be these. */
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    if (state_of(e) != PHOS_RELEASED_LOST) continue;
+    if (e->managed || state_of(e) != PHOS_RELEASED_LOST) continue;
     find_lost(driver, withheld, e);
     give_back_withheld(driver, withheld); /* the next one's addresses may be among them */
   }
   for (uint32_t i = 0; i < table_count(); i++) {
     struct released* e = table_entry(i);
-    bring_back_native(driver, e, withheld, &misses);
+    if (!e->managed) bring_back_native(driver, e, withheld, &misses);
   }
+  if (withheld->steered) refill_bring_back(driver);
   steer_end();
   give_back_withheld(driver, withheld);
   for (uint32_t i = 0; i < table_count(); i++) {

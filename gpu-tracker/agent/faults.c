@@ -4,13 +4,14 @@
 #include <sys/mman.h>
 
 #include "gpu-tracker/abi/mailbox.h"
+#include "gpu-tracker/agent/refill.h"
 #include "gpu-tracker/agent/signals.h"
 
 #define RANGES PHOS_MAILBOX_MAX_ALLOCATIONS
+#define PAGE 4096ull
 
 /* Only added to while the handler is installed, so that it needs no lock. */
 static struct phos_address_range g_ranges[RANGES];
-static bool g_read_only[RANGES];
 static uint32_t g_count;
 static uint32_t g_away;    /* futex: 1 while they are */
 static uint32_t g_waiting; /* threads */
@@ -57,9 +58,15 @@ static bool is_ours(void) {
   return sys_sigaction(SIGSEGV, NULL, &now) == 0 && now.handler == (uint64_t)on_fault;
 }
 
-static bool protect(uint32_t i, int protection) {
-  const struct phos_address_range r = g_ranges[i];
-  return sys3(SYS_mprotect, (long)r.begin, (long)(r.end - r.begin), protection) == 0;
+static bool protect(const struct phos_address_range* r, int protection) {
+  return sys3(SYS_mprotect, (long)r->begin, (long)(r->end - r->begin), protection) == 0;
+}
+
+/* Memory that shares pages with other managed memory: all of the 2 MiB that libcuda maps for it. */
+static struct phos_address_range pages_of(uint64_t address, uint64_t size) {
+  const uint64_t alignment = size < WHOLE_BLOCKS ? GRANULARITY : PAGE;
+  return (struct phos_address_range){address & ~(alignment - 1),
+                                     (address + size + alignment - 1) & ~(alignment - 1)};
 }
 
 static bool install(void) {
@@ -79,25 +86,23 @@ bool faults_hold(uint64_t address, uint64_t size) {
   /* Those of an earlier dump. */
   if (!g_away) __atomic_store_n(&g_count, 0, __ATOMIC_RELEASE);
   const uint32_t i = g_count;
+  const struct phos_address_range pages = pages_of(address, size);
+  if (i && g_ranges[i - 1].begin == pages.begin && g_ranges[i - 1].end == pages.end) return true;
   if (i == RANGES) return false;
-  g_ranges[i] = (struct phos_address_range){address, (address + size + 4095) & ~4095ull};
+  g_ranges[i] = pages;
   __atomic_store_n(&g_count, i + 1, __ATOMIC_RELEASE);
   __atomic_store_n(&g_away, 1, __ATOMIC_RELEASE);
-  g_read_only[i] = install() && protect(i, PROT_READ);
-  return g_read_only[i];
+  return install() && protect(&pages, PROT_READ);
 }
 
-void faults_gone(uint64_t address) {
-  for (uint32_t i = 0; i < g_count; i++) {
-    if (g_ranges[i].begin == address) g_read_only[i] = false;
-  }
+void faults_writable(uint64_t address, uint64_t size) {
+  const struct phos_address_range pages = pages_of(address, size);
+  protect(&pages, PROT_READ | PROT_WRITE);
 }
 
 void faults_end(void) {
-  for (uint32_t i = 0; i < g_count; i++) {
-    if (g_read_only[i]) protect(i, PROT_READ | PROT_WRITE);
-    g_read_only[i] = false;
-  }
+  /* What has gone has come back writable. */
+  for (uint32_t i = 0; g_away && i < g_count; i++) protect(&g_ranges[i], PROT_READ | PROT_WRITE);
   __atomic_store_n(&g_ended, monotonic_ns(), __ATOMIC_RELEASE);
   __atomic_store_n(&g_away, 0, __ATOMIC_RELEASE);
   futex_wake_all(&g_away);

@@ -18,8 +18,11 @@
  * memory not be protected, or there is no room.
  */
 bool faults_hold(uint64_t address, uint64_t size);
-/* It has gone. What comes there later is not protected. */
-void faults_gone(uint64_t address);
+/*
+ * It has gone, and is there again, without its contents: they are to be written, which the GPU
+ * cannot do either where the CPU cannot. So can be the pages that it shares with what has stayed.
+ */
+void faults_writable(uint64_t address, uint64_t size);
 /*
  * All of it is there, and can be written again: threads go on. The handler stays for those that had
  * faulted before, until faults_forget().

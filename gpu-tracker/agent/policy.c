@@ -93,7 +93,7 @@ int policy_note(const struct driver* driver, uint64_t address, uint64_t size, in
         .place = place_of(&a, is_with_cpu(pagemap, address + done, part), device),
         .read_mostly = a.read_mostly != 0,
     };
-    table_add_part(&noted);
+    table_add_part(&noted, !done);
   }
   if (pagemap >= 0) sys3(SYS_close, pagemap, 0, 0);
   if (result) table_forget_parts(address, size);

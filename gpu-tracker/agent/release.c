@@ -3,9 +3,10 @@
  * Frees memory and keeps its addresses, one allocation at a time: the driver honours the hint of a
  * reservation for what has just been freed (regain.c; test/contract/release_test.cpp), and so soon
  * nobody else has taken it. Released is what begins and ends with its own 2 MiB blocks: cuMemAlloc
- * memory above 2 MiB, and what was adopted before; and managed memory that has been read. Not VMM
- * memory of the application's: with a handle to it, of which the driver does not tell, it would
- * keep the old memory alive, and map that elsewhere.
+ * memory above 2 MiB, and what was adopted before; and managed memory that has been read, whose
+ * addresses are kept in another way (refill.c). Not VMM memory of the application's: with a handle
+ * to it, of which the driver does not tell, it would keep the old memory alive, and map that
+ * elsewhere.
  */
 #include "gpu-tracker/agent/release.h"
 
@@ -13,6 +14,7 @@
 #include "gpu-tracker/agent/faults.h"
 #include "gpu-tracker/agent/hooks.h"
 #include "gpu-tracker/agent/policy.h"
+#include "gpu-tracker/agent/refill.h"
 #include "gpu-tracker/agent/steer.h"
 #include "gpu-tracker/agent/trace.h"
 
@@ -23,9 +25,6 @@
 #define RDMA_WITH_VMM_SUPPORTED \
   110 /* CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED */
 #define CONCURRENT_MANAGED_ACCESS 89 /* CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS */
-#define ATTACH_GLOBAL 1              /* CU_MEM_ATTACH_GLOBAL */
-#define MEMORY_TYPE_ATTRIBUTE 2      /* CU_POINTER_ATTRIBUTE_MEMORY_TYPE */
-#define SMALLEST 512ull              /* to a multiple of which memory is allocated */
 #define MAX_DEVICES 64
 
 int alloc_like(const struct driver* driver, const struct released* e, uint64_t size,
@@ -33,8 +32,7 @@ int alloc_like(const struct driver* driver, const struct released* e, uint64_t s
   void* current = (void*)e->context;
   int result = driver->ctx_push(current);
   if (result) return result;
-  result = e->managed ? driver->mem_alloc_managed(out, size, ATTACH_GLOBAL)
-                      : driver->mem_alloc(out, size);
+  result = driver->mem_alloc(out, size);
   trace(PHOS_CALL_MEM_ALLOC, 0, size, result ? 0 : *out, result);
   driver->ctx_pop(&current);
   return result;
@@ -139,18 +137,6 @@ static int find_out_access(const struct driver* driver, struct released* e) {
   return result;
 }
 
-/* Is there other memory in the block that [..., end) ends in? It would be in the way of both. */
-static bool shares_its_block(const struct driver* driver, uint64_t end) {
-  const uint64_t block_end = (end + GRANULARITY - 1) & ~(GRANULARITY - 1);
-  for (uint64_t at = (end + SMALLEST - 1) & ~(SMALLEST - 1); at < block_end; at += SMALLEST) {
-    uint64_t type = 0;
-    int attribute = MEMORY_TYPE_ATTRIBUTE;
-    void* data = &type;
-    if (driver->pointer_get_attributes(1, &attribute, &data, at) || type) return true;
-  }
-  return false;
-}
-
 /*
  * To what a stream has it attached the driver does not tell, which is of no consequence where both
  * sides may use it at once. What it holds must have been read before.
@@ -160,9 +146,8 @@ static int check_managed(const struct driver* driver, const struct phos_allocati
   int concurrent = 0;
   const int result =
       driver->device_get_attribute(&concurrent, CONCURRENT_MANAGED_ACCESS, a->device);
-  *suitable = concurrent && a->context && a->address % GRANULARITY == 0 &&
-              policy_is_noted(a->address, a->size) &&
-              !shares_its_block(driver, a->address + a->size);
+  *suitable = concurrent && a->context && refill_knows(a->address, a->size) &&
+              policy_is_noted(a->address, a->size);
   return result;
 }
 
@@ -201,7 +186,6 @@ static uint32_t free_and_keep(const struct driver* driver, struct withheld* with
     steer_let_go();
     return PHOS_RELEASE_FAILED;
   }
-  if (e->managed) faults_gone(e->address);
   bool got = false;
   *result = reserve_exactly(driver, e->address, e->reserved, &got);
   if (!got) got = regain(driver, withheld, e->address, e->reserved);
@@ -217,16 +201,14 @@ static uint32_t free_and_keep(const struct driver* driver, struct withheld* with
 
 static uint32_t release_native(const struct driver* driver, const struct phos_allocation* found,
                                struct withheld* withheld, struct phos_allocation* a) {
-  const bool managed = found->kind == PHOS_KIND_MANAGED;
   struct released values = {
       .address = found->address,
       .size = found->size,
       .reserved = (found->size + GRANULARITY - 1) & ~(GRANULARITY - 1),
       .context = found->context,
       .device = found->device,
-      .managed = managed,
   };
-  if (!managed) a->result = find_out_access(driver, &values);
+  a->result = find_out_access(driver, &values);
   if (a->result) return PHOS_RELEASE_FAILED;
   if (!can_be_kept(driver, withheld, values.address)) return PHOS_RELEASE_UNSUITABLE;
   struct released* e = table_add(&values, STATE_NONE);
@@ -237,25 +219,76 @@ static uint32_t release_native(const struct driver* driver, const struct phos_al
   return free_and_keep(driver, withheld, e, &a->result);
 }
 
-static uint32_t release_one(const struct driver* driver, struct withheld* withheld,
-                            struct phos_allocation* a) {
+static uint32_t release_managed(const struct driver* driver, const struct phos_allocation* found,
+                                struct phos_allocation* a) {
+  const struct released values = {
+      .address = found->address,
+      .size = found->size,
+      .reserved = managed_up(found->size),
+      .context = found->context,
+      .device = found->device,
+      .managed = true,
+  };
+  struct released* e = table_add(&values, STATE_NONE);
+  a->kind = PHOS_KIND_MANAGED;
+  a->result = e ? refill_take_away(driver, e) : CU_OUT_OF_MEMORY;
+  return a->result ? PHOS_RELEASE_FAILED : PHOS_RELEASE_DONE;
+}
+
+/* A phos_release_status: of an allocation that is the one which was meant, DONE. */
+static uint32_t look_at(const struct driver* driver, struct phos_allocation* a,
+                        struct phos_allocation* found) {
   struct memory_facts facts;
-  struct phos_allocation found;
   a->result = driver_facts(driver, a->address, &facts);
   if (a->result) return PHOS_RELEASE_FAILED;
-  if (!describe(&facts, a->address, &found) || found.address != a->address ||
-      found.buffer_id != a->buffer_id) {
-    return PHOS_RELEASE_STALE;
-  }
+  const bool is_it = describe(&facts, a->address, found) && found->address == a->address &&
+                     found->buffer_id == a->buffer_id;
+  return is_it ? PHOS_RELEASE_DONE : PHOS_RELEASE_STALE;
+}
+
+static uint32_t release_one(const struct driver* driver, struct withheld* withheld,
+                            struct phos_allocation* a) {
+  struct phos_allocation found;
+  const uint32_t status = look_at(driver, a, &found);
+  if (status) return status;
+  if (found.kind == PHOS_KIND_MANAGED) return release_managed(driver, &found, a);
   struct released* known = table_find(a->address);
   if (known && known->address == a->address && is_adopted(known)) {
     return release_adopted(driver, known, a);
   }
-  bool suitable = is_suitable(&found);
-  if (found.kind == PHOS_KIND_MANAGED) a->result = check_managed(driver, &found, &suitable);
-  if (a->result) return PHOS_RELEASE_FAILED;
-  if (!suitable) return PHOS_RELEASE_UNSUITABLE;
+  if (!is_suitable(&found)) return PHOS_RELEASE_UNSUITABLE;
   return release_native(driver, &found, withheld, a);
+}
+
+/*
+ * Before anything is freed: of managed memory all goes, or none. That which cannot has its status
+ * then; if there is none: as many as there are.
+ */
+static uint32_t first_that_cannot_go(const struct driver* driver, struct phos_mailbox* m,
+                                     bool steered) {
+  uint64_t end = 0;
+  for (uint32_t i = 0; i < m->count; i++) {
+    struct phos_allocation a = m->allocations[i], found;
+    if (look_at(driver, &a, &found) || found.kind != PHOS_KIND_MANAGED) continue;
+    bool suitable = false;
+    a.result = check_managed(driver, &found, &suitable);
+    a.status = a.result ? PHOS_RELEASE_FAILED : PHOS_RELEASE_UNSUITABLE;
+    m->allocations[i] = a;
+    if (a.result || !suitable || !steered || found.address < end) return i;
+    end = found.address + managed_up(found.size);
+  }
+  return m->count;
+}
+
+/* Managed memory that is not away after all. */
+static void note_what_stayed(struct phos_mailbox* m, uint32_t count) {
+  for (uint32_t i = 0; i < count; i++) {
+    struct phos_allocation* a = &m->allocations[i];
+    const struct released* e = a->status == PHOS_RELEASE_DONE ? table_find(a->address) : NULL;
+    if (!e || !e->managed || state_of(e) == PHOS_RELEASED_RESERVED) continue;
+    a->status = state_of(e) == PHOS_RELEASED_NATIVE ? PHOS_RELEASE_REALLOCATED : PHOS_RELEASE_LOST;
+    a->result = e->result;
+  }
 }
 
 /* What the last map back gave to the driver again is the driver's: it is released, or not, anew. */
@@ -294,22 +327,27 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
   if (m->driver_result) return PHOS_RESULT_NO_HOOKS;
   if (is_of_another_dump(m)) forget_native();
   trace_to(m);
-  struct withheld* withheld = begin_withholding(steer_begin());
-  bool stop = false, any = false;
+  struct withheld* withheld = begin_withholding(steer_begin(refill_keeps));
+  const uint32_t bad = first_that_cannot_go(driver, m, withheld->steered);
+  bool stop = bad < count, any = false;
   for (uint32_t i = 0; i < count; i++) {
     struct phos_allocation a = m->allocations[i];
+    if (i == bad) continue;
     stop = stop || __atomic_load_n(&m->cancel, __ATOMIC_RELAXED);
     a.status = stop ? PHOS_RELEASE_NOT_REACHED : release_one(driver, withheld, &a);
     stop = stop || a.status == PHOS_RELEASE_LOST;
+    stop = stop || (a.kind == PHOS_KIND_MANAGED && a.status != PHOS_RELEASE_DONE);
     any = any || a.status == PHOS_RELEASE_DONE;
     m->allocations[i] = a;
   }
+  table_order();
+  if (withheld->steered) refill_settle(driver);
+  note_what_stayed(m, count);
   /* Until it is mapped back the driver may checkpoint the process. */
   if (any) steer_note_copies(m);
   if (any) steer_place_copy(true);
   steer_end();
   give_back_withheld(driver, withheld);
-  table_order();
   tidy_hooks();
   return PHOS_RESULT_OK;
 }
@@ -317,13 +355,14 @@ int run_release(const struct driver* driver, struct phos_mailbox* m) {
 int run_take_away(const struct driver* driver, struct phos_mailbox* m) {
   if (!table_check()) return PHOS_RESULT_BAD_TABLE;
   trace_to(m);
-  struct withheld* withheld = begin_withholding(steer_begin());
-  for (uint32_t i = 0; i < table_count(); i++) {
+  table_order();
+  const bool steered = steer_begin(refill_keeps);
+  for (uint32_t i = 0; steered && i < table_count(); i++) {
     struct released* e = table_entry(i);
     if (!e->managed || state_of(e) != PHOS_RELEASED_NATIVE) continue;
-    if (can_be_kept(driver, withheld, e->address)) free_and_keep(driver, withheld, e, &e->result);
+    e->result = refill_take_away(driver, e);
   }
+  if (steered) refill_settle(driver);
   steer_end();
-  give_back_withheld(driver, withheld);
   return run_released(driver, m);
 }

@@ -8,7 +8,7 @@
 
 #define GRANULARITY (2ull << 20)
 
-/* cuMemAlloc or cuMemAllocManaged, as `e` was, and cuMemFree as the owning context does them. */
+/* cuMemAlloc and cuMemFree as the owning context does them. */
 int alloc_like(const struct driver* driver, const struct released* e, uint64_t size, uint64_t* out);
 int free_in_context(const struct driver* driver, uint64_t context, uint64_t address);
 /* cuMemAddressReserve and cuMemAddressFree. */

@@ -3,13 +3,15 @@
  * Finds device memory by asking the driver about addresses. Every allocation above 1 MiB, every VMM
  * mapping and every block of smaller ones begins at a multiple of 2 MiB (test/contract), so one
  * probe each 2 MiB finds them all. A block of small or pool memory whose first bytes are free is
- * not found; both kinds stay with the driver anyway.
+ * not found; both kinds stay with the driver anyway. Not so small managed memory: where such is
+ * mapped each 512 bytes are probed that belong to none yet.
  */
 #include "gpu-tracker/agent/agent.h"
 #include "gpu-tracker/agent/sys.h"
 #include "gpu-tracker/agent/table.h"
 
 #define STEP (2ull << 20)
+#define SMALL_STEP 512ull
 #define SMALL (1ull << 20) /* up to here cuMemAlloc packs several into one block */
 
 /* cuda.h */
@@ -18,8 +20,8 @@
 #define MEMORY_TYPE_UNIFIED 4   /* CU_MEMORYTYPE_UNIFIED */
 #define HANDLE_TYPE_FD 1        /* CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR */
 
-static uint64_t step_up(uint64_t address) {
-  return (address + STEP - 1) & ~(STEP - 1);
+static uint64_t step_up(uint64_t address, uint64_t step) {
+  return (address + step - 1) & ~(step - 1);
 }
 
 static bool holds(uint64_t begin, uint64_t size, uint64_t address) {
@@ -119,20 +121,22 @@ static void add_uuid(struct scan* s, struct phos_allocation* a) {
 }
 
 /* Looks at `at`, where a probe has met memory. Sets *next to where the scan goes on. */
-static int visit(struct scan* s, uint64_t at, uint64_t* next) {
+static int visit(struct scan* s, uint64_t at, uint64_t step, uint64_t* next) {
   struct memory_facts facts;
   struct phos_allocation found;
-  *next = at + STEP;
+  *next = at + step;
   s->calls++;
   const int result = driver_facts(s->driver, at, &facts);
   if (result) return result;
   if (!describe(&facts, at, &found)) {
     /* Host memory, or freed since the probe. */
     const uint64_t end = facts.range_address + facts.range_size;
-    if (facts.memory_type && holds(facts.range_address, facts.range_size, at)) *next = step_up(end);
+    if (facts.memory_type && holds(facts.range_address, facts.range_size, at)) {
+      *next = step_up(end, step);
+    }
     return CU_SUCCESS;
   }
-  *next = step_up(found.address + found.size);
+  *next = step_up(found.address + found.size, step);
   if (found.address < s->end) return CU_SUCCESS; /* seen from the range before this one */
   add_uuid(s, &found);
   s->end = found.address + found.size;
@@ -141,7 +145,8 @@ static int visit(struct scan* s, uint64_t at, uint64_t* next) {
 }
 
 static int scan_range(struct scan* s, struct phos_address_range range) {
-  uint64_t at = step_up(range.begin);
+  const uint64_t step = range.begin & PHOS_RANGE_MANAGED ? SMALL_STEP : STEP;
+  uint64_t at = step_up(range.begin & ~(uint64_t)PHOS_RANGE_MANAGED, step);
   while (at < range.end) {
     if (__atomic_load_n(&s->mailbox->cancel, __ATOMIC_RELAXED)) return PHOS_RESULT_CANCELLED;
     if (!is_guarded(s->mailbox, s->guard)) return PHOS_RESULT_UNGUARDED;
@@ -160,10 +165,10 @@ static int scan_range(struct scan* s, struct phos_address_range range) {
     s->calls++;
     int result = s->driver->pointer_get_attributes(1, &attribute, &data, at);
     if (!result && !type) {
-      at += STEP;
+      at += step;
       continue;
     }
-    if (!result) result = visit(s, at, &at);
+    if (!result) result = visit(s, at, step, &at);
     if (result) {
       s->mailbox->driver_result = result;
       return PHOS_RESULT_DRIVER;

@@ -48,6 +48,7 @@ static struct {
   uint64_t head, head_size;
 } g_kept;
 
+static bool (*g_keeps)(uint64_t address, uint64_t size);
 static int* (*g_errno)(void);
 
 /* As the C library's functions answer. */
@@ -143,18 +144,30 @@ static void* steered_mmap(void* address, size_t length, int protection, int flag
 }
 
 /* What has been there goes, the addresses stay. */
-static bool empty(void) {
-  const long at = sys6(SYS_mmap, (long)g_kept.address, (long)g_kept.size, PROT_NONE,
+static bool empty(uint64_t address, uint64_t size) {
+  const long at = sys6(SYS_mmap, (long)address, (long)size, PROT_NONE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   return !sys_failed(at);
+}
+
+/* A region of managed memory has all been made inaccessible by then: should the kernel refuse to
+ * do so once more, it is kept all the same. */
+static bool keep_region(uint64_t address, uint64_t size) {
+  if (!g_steering || address % REGION || size % REGION || !g_keeps(address, size)) return false;
+  empty(address, size);
+  return true;
 }
 
 static int steered_munmap(void* start, size_t length) {
   const uint64_t address = (uint64_t)start;
   if (is_ours()) {
     const uint64_t end = address + length, kept_end = g_kept.address + g_kept.size;
-    const bool all =
-        g_kept.size && address <= g_kept.address && end >= kept_end && (g_kept.held || empty());
+    if (keep_region(address, length)) {
+      trace(PHOS_CALL_MUNMAP_KEPT, address, length, 0, 0);
+      return 0;
+    }
+    const bool all = g_kept.size && address <= g_kept.address && end >= kept_end &&
+                     (g_kept.held || empty(g_kept.address, g_kept.size));
     g_kept.held = g_kept.held || all;
     if (g_kept.head_size && address < g_kept.address && end > g_kept.head) {
       if (all || (address == g_kept.head && end == g_kept.address)) g_kept.head_size = 0;
@@ -287,7 +300,8 @@ static bool update_slots(void) {
   return all;
 }
 
-bool steer_begin(void) {
+bool steer_begin(bool (*keeps)(uint64_t address, uint64_t size)) {
+  g_keeps = keeps;
   if (g_steering) return true;
   if (!g_complete) return false;
   g_kept.size = g_kept.head_size = 0;
@@ -376,4 +390,16 @@ void steer_let_go(void) {
   if (g_kept.held) sys3(SYS_munmap, (long)g_kept.address, (long)g_kept.size, 0);
   g_kept.held = false;
   g_kept.size = g_kept.head_size = 0;
+}
+
+void steer_offer(uint64_t address, uint64_t size) {
+  steer_keep(address, size);
+  g_kept.held = true;
+}
+
+bool steer_withdraw(void) {
+  const bool taken = steer_settled();
+  g_kept.held = false;
+  g_kept.size = g_kept.head_size = 0;
+  return taken;
 }

@@ -10,7 +10,8 @@
  *
  * Seen of 580: cuMemFree and cuMemAddressFree munmap(region); cuMemAddressReserve
  * mmap(address, region); cuMemAlloc mmap(NULL, region + 32 MiB - 4 KiB), then munmap of what is
- * before the first multiple of 32 MiB. A libcuda that does otherwise gets what the kernel gives it.
+ * before the first multiple of 32 MiB, as cuMemAllocManaged does. A libcuda that does otherwise
+ * gets what the kernel gives it.
  */
 #ifndef PHOS_AGENT_STEER_H
 #define PHOS_AGENT_STEER_H
@@ -29,8 +30,12 @@ static inline uint64_t region_up(uint64_t n) {
 /* Finds where libcuda keeps the addresses of mmap and munmap. The C library's two may be null. */
 void steer_find(int (*dlinfo)(void* handle, int request, void* out), int* (*errno_location)(void),
                 void* libcuda);
-/* For the time of a command, of the calling thread. False: this libcuda cannot be steered. */
-bool steer_begin(void);
+/*
+ * For the time of a command, of the calling thread. False: this libcuda cannot be steered. `keeps`
+ * is asked of each region that libcuda gives back: if it says so, that stays mapped, accessible to
+ * nobody, also after steer_end().
+ */
+bool steer_begin(bool (*keeps)(uint64_t address, uint64_t size));
 void steer_end(void);
 /*
  * From now on, also after steer_end(): where the driver copies this process's memory to when it
@@ -61,5 +66,12 @@ bool steer_settled(void);
 bool steer_holds(void);
 /* Ends that. What libcuda has not taken again goes back to the kernel. */
 void steer_let_go(void);
+/*
+ * The other way round: [address, address + size), which is mapped, is what libcuda gets if it asks
+ * for a region of that size, until steer_withdraw(). That says whether it has taken it; if not, it
+ * stays mapped.
+ */
+void steer_offer(uint64_t address, uint64_t size);
+bool steer_withdraw(void);
 
 #endif

@@ -8,9 +8,9 @@
 
 /* "PHOSTABL" in memory. */
 #define TABLE_MAGIC 0x4c424154534f4850ull
-#define TABLE_VERSION 2u
+#define TABLE_VERSION 3u
 #define CAPACITY PHOS_MAILBOX_MAX_ALLOCATIONS
-#define PARTS 65536u
+#define PARTS (2 * CAPACITY)
 
 struct table {
   uint64_t magic;
@@ -18,8 +18,11 @@ struct table {
   uint32_t count;
   uint32_t ordered; /* the first so many entries are in ascending order */
   uint32_t part_count;
+  uint32_t region_count;
+  uint32_t padding;
   struct released entries[CAPACITY];
   struct part parts[PARTS];
+  struct region regions[CAPACITY];
 };
 
 static struct table* g_table;
@@ -38,6 +41,10 @@ static uint64_t checksum(const struct released* e) {
 
 static uint64_t part_checksum(const struct part* p) {
   return sum_of(p, offsetof(struct part, checksum));
+}
+
+static uint64_t region_checksum(const struct region* r) {
+  return sum_of(r, offsetof(struct region, checksum));
 }
 
 bool table_make(void) {
@@ -81,6 +88,10 @@ bool table_check(void) {
   if (t->part_count > PARTS) return false;
   for (uint32_t i = 0; i < t->part_count; i++) {
     if (t->parts[i].checksum != part_checksum(&t->parts[i])) return false;
+  }
+  if (t->region_count > CAPACITY) return false;
+  for (uint32_t i = 0; i < t->region_count; i++) {
+    if (t->regions[i].checksum != region_checksum(&t->regions[i])) return false;
   }
   return true;
 }
@@ -159,11 +170,11 @@ static bool is_same_policy(const struct part* a, const struct part* b) {
          a->place.id == b->place.id && a->read_mostly == b->read_mostly;
 }
 
-void table_add_part(const struct part* values) {
+void table_add_part(const struct part* values, bool first) {
   struct table* t = g_table;
-  struct part* last = t->part_count ? &t->parts[t->part_count - 1] : NULL;
+  struct part* last = t->part_count && !first ? &t->parts[t->part_count - 1] : NULL;
   const bool follows = last && last->address + last->size == values->address;
-  if (follows && (is_same_policy(last, values) || t->part_count == PARTS)) {
+  if (follows && (is_same_policy(last, values) || t->part_count >= PARTS - CAPACITY)) {
     last->size += values->size;
     last->checksum = part_checksum(last);
     return;
@@ -192,4 +203,31 @@ uint32_t table_part_count(void) {
 
 const struct part* table_part(uint32_t index) {
   return &g_table->parts[index];
+}
+
+bool table_add_region(uint64_t address, uint64_t size) {
+  struct table* t = g_table;
+  for (uint32_t i = 0; i < t->region_count; i++) {
+    if (t->regions[i].address == address) return t->regions[i].size == size;
+  }
+  if (t->region_count == CAPACITY) return false;
+  struct region* r = &t->regions[t->region_count];
+  *r = (struct region){.address = address, .size = size};
+  r->checksum = region_checksum(r);
+  t->region_count++;
+  return true;
+}
+
+void table_drop_region(uint32_t index) {
+  struct table* t = g_table;
+  t->regions[index] = t->regions[t->region_count - 1];
+  t->region_count--;
+}
+
+uint32_t table_region_count(void) {
+  return g_table ? g_table->region_count : 0;
+}
+
+const struct region* table_region(uint32_t index) {
+  return &g_table->regions[index];
 }

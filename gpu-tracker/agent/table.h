@@ -23,7 +23,7 @@
 struct released {
   uint64_t address;
   uint64_t size;     /* bytes, as the application asked for */
-  uint64_t reserved; /* bytes of addresses: a multiple of 2 MiB */
+  uint64_t reserved; /* bytes of addresses: a multiple of 2 MiB, or 512 (refill.h) */
   uint64_t context;  /* CUcontext that owned it */
   uint64_t peers;    /* bit n: device n can reach it too */
   int32_t device;
@@ -49,6 +49,16 @@ struct part {
   uint64_t checksum; /* of what stands above */
 };
 
+/*
+ * Addresses that libcuda has given back with the managed memory that was in them, and that are kept
+ * from everybody (refill.c): mapped, and not accessible.
+ */
+struct region {
+  uint64_t address;
+  uint64_t size;     /* a multiple of 32 MiB */
+  uint64_t checksum; /* of what stands above */
+};
+
 /* Makes the table if there is none. False: no memory. */
 bool table_make(void);
 /* Takes it out of the process. */
@@ -68,12 +78,19 @@ struct released* table_find(uint64_t address);
 
 /*
  * Parts are added in ascending order, after the old ones of that memory have been forgotten. If
- * there is no room for more, the last one covers the rest: what is noted is of use, not of need.
+ * there is no room for more but the first of each allocation, the last one covers the rest: what is
+ * noted is of use, not of need.
  */
-void table_add_part(const struct part* values);
+void table_add_part(const struct part* values, bool first);
 void table_forget_parts(uint64_t address, uint64_t size);
 uint32_t table_part_count(void);
 const struct part* table_part(uint32_t index);
+
+/* Regions, in no order; false: there is no room. */
+bool table_add_region(uint64_t address, uint64_t size);
+void table_drop_region(uint32_t index);
+uint32_t table_region_count(void);
+const struct region* table_region(uint32_t index);
 
 static inline uint32_t state_of(const struct released* e) {
   return __atomic_load_n(&e->state, __ATOMIC_ACQUIRE);

@@ -16,7 +16,6 @@ using std::chrono::steady_clock;
 
 // Nothing is submitted while all threads stand still.
 constexpr unsigned kRelockMs = 10000;
-constexpr uint64_t kBlock = 2 << 20;
 
 uint64_t bytes_of(const std::vector<AgentAllocation>& memory) {
   uint64_t sum = 0;
@@ -31,27 +30,13 @@ Error refuse_managed(int pid, const std::vector<AgentAllocation>& managed, const
                          why);
 }
 
-// What would not come back to the same addresses is not taken away.
-const char* unsuitable(const std::vector<AgentAllocation>& managed) {
-  uint64_t end = 0;
-  for (const AgentAllocation& a : managed) {
-    if (a.address % kBlock || a.address < end)
-      return "some of it shares its 2 MiB with other memory";
-    end = (a.address + a.size + kBlock - 1) / kBlock * kBlock;
-  }
-  return nullptr;
-}
-
 }  // namespace
 
 Result<void> Session::check_managed(int pid, const Held& held) {
   if (held.managed.empty()) return {};
-  if (!held.release) {
-    return refuse_managed(pid, held.managed,
-                          held.not_released.empty() ? "which it cannot take" : held.not_released);
-  }
-  const char* why = unsuitable(held.managed);
-  return why ? Result<void>(refuse_managed(pid, held.managed, why)) : Result<void>();
+  if (held.release) return {};
+  return refuse_managed(pid, held.managed,
+                        held.not_released.empty() ? "which it cannot take" : held.not_released);
 }
 
 std::vector<FoundProcess> Session::with_managed_memory() const {

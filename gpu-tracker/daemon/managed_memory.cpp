@@ -142,8 +142,10 @@ Result<uint64_t> load_managed(Agent& agent, const PageChain& chain,
     memory.push_back(target);
     bytes += target.size;
     for (const PageRun& run : chain.runs(work[i].allocation)) {
-      // It is new, and so holds zeros; as everything else, they are looked at below.
-      for (uint32_t at = 0; at < run.pages && !run.is_zero(); at += kPagesInPiece) {
+      // It is new, and so holds zeros; as everything else, they are looked at below. Small memory
+      // may be where there was other before.
+      if (run.is_zero() && target.size >= kManagedPiece) continue;
+      for (uint32_t at = 0; at < run.pages; at += kPagesInPiece) {
         const uint32_t count = std::min(run.pages - at, kPagesInPiece);
         const uint64_t offset = uint64_t{run.first_page + at} * kPageBytes;
         const uint64_t end = std::min(offset + uint64_t{count} * kPageBytes, target.size);

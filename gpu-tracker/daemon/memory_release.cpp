@@ -221,7 +221,8 @@ Result<MemoryRelease::Plan> MemoryRelease::plan(const PageChain& chain,
     if (m.state != ReleasedState::kNative && m.state != ReleasedState::kAdopted) {
       const std::string code =
           m.driver_result ? " (CUDA error " + std::to_string(m.driver_result) + ")" : "";
-      if (m.state == ReleasedState::kLost) log_address_events(pid_, *agent_);
+      const bool managed = m.memory.kind == AllocationKind::kManaged;
+      if (managed || m.state == ReleasedState::kLost) log_address_events(pid_, *agent_);
       return cannot_come_back(pid_, m.memory, reason_of(m) + code);
     }
     auto of_image = std::find_if(saved.begin(), saved.end(), [&](const AllocationInfo& a) {

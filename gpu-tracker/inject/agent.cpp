@@ -55,6 +55,33 @@ bool is_managed_mapping(const ProcMapping& m) {
   return m.perms[3] == 's' && m.path.find("/dev/nvidia-uvm") != std::string::npos;
 }
 
+// Adds the range, or makes the last one longer by it.
+void add_to(std::vector<AddressRange>* ranges, const AddressRange& r) {
+  if (!ranges->empty() && ranges->back().end == r.begin) {
+    ranges->back().end = r.end;
+  } else {
+    ranges->push_back(r);
+  }
+}
+
+// The ranges in ascending order, cut where managed memory begins and ends.
+std::vector<phos_address_range> with_managed(std::span<const AddressRange> ranges,
+                                             const std::vector<AddressRange>& managed) {
+  std::vector<phos_address_range> cut;
+  auto m = managed.begin();
+  for (AddressRange r : ranges) {
+    while (r.begin < r.end) {
+      while (m != managed.end() && m->end <= r.begin) ++m;
+      const bool more = m != managed.end() && m->begin < r.end;
+      const bool inside = more && m->begin <= r.begin;
+      const uint64_t end = inside ? std::min(m->end, r.end) : more ? m->begin : r.end;
+      cut.push_back({r.begin | (inside ? PHOS_RANGE_MANAGED : 0), end});
+      r.begin = end;
+    }
+  }
+  return cut;
+}
+
 Result<AgentAllocation> decode(int pid, const phos_allocation& a) {
   if (a.kind > PHOS_KIND_IMPORTED || a.export_type > PHOS_EXPORT_FD || !a.size ||
       a.address + a.size < a.address) {
@@ -107,12 +134,7 @@ Result<std::vector<AddressRange>> device_address_ranges(int pid) {
   std::vector<AddressRange> ranges;
   for (const ProcMapping& m : *maps) {
     const bool reserved = m.path.empty() && !strcmp(m.perms, "---p");
-    if (!reserved && !is_managed_mapping(m)) continue;
-    if (!ranges.empty() && ranges.back().end == m.start) {
-      ranges.back().end = m.end;
-    } else {
-      ranges.push_back({m.start, m.end});
-    }
+    if (reserved || is_managed_mapping(m)) add_to(&ranges, {m.start, m.end});
   }
   return ranges;
 }
@@ -216,17 +238,23 @@ Result<std::vector<AgentAllocation>> Agent::enumerate(AgentGuard guard) {
 
 Result<std::vector<AgentAllocation>> Agent::enumerate(std::span<const AddressRange> ranges,
                                                       AgentGuard guard) {
-  if (ranges.size() > PHOS_MAILBOX_MAX_RANGES) {
+  auto maps = read_proc_maps(pid_);
+  if (!maps) return maps.error();
+  std::vector<AddressRange> managed;
+  for (const ProcMapping& m : *maps) {
+    if (is_managed_mapping(m)) add_to(&managed, {m.start, m.end});
+  }
+  std::vector<phos_address_range> left = with_managed(ranges, managed);
+  if (left.size() > PHOS_MAILBOX_MAX_RANGES) {
     return process_error(pid_, E2BIG, "it has too many address ranges to look through");
   }
-  std::vector<AddressRange> left(ranges.begin(), ranges.end());
   std::vector<AgentAllocation> all;
   cost_ = {};
-  for (const AddressRange& r : left) cost_.probed_bytes += r.end - r.begin;
+  for (const AddressRange& r : ranges) cost_.probed_bytes += r.end - r.begin;
   while (!left.empty()) {
     if (auto r = settle(); !r) return r.error();
     for (size_t i = 0; i < left.size(); i++) {
-      mailbox_->payload().ranges[i] = {left[i].begin, left[i].end};
+      memcpy(&mailbox_->payload().ranges[i], &left[i], sizeof left[i]);
     }
     mailbox_->shared().argument = static_cast<uint32_t>(guard);
     if (auto r = run(PHOS_COMMAND_ENUMERATE, static_cast<uint32_t>(left.size())); !r) {
@@ -240,9 +268,11 @@ Result<std::vector<AgentAllocation>> Agent::enumerate(std::span<const AddressRan
     // 0, or the scan was cut short for want of room; each time something must have been found.
     const uint64_t next = mailbox_->shared().next_address;
     if (!next || some->empty()) break;
-    left.erase(left.begin(), std::find_if(left.begin(), left.end(),
-                                          [&](const AddressRange& r) { return r.end > next; }));
-    if (!left.empty()) left.front().begin = std::max(left.front().begin, next);
+    left.erase(left.begin(),
+               std::find_if(left.begin(), left.end(), [&](const auto& r) { return r.end > next; }));
+    if (left.empty()) continue;
+    const uint64_t flags = left.front().begin & PHOS_RANGE_MANAGED;
+    left.front().begin = std::max(left.front().begin, next | flags);
   }
   return all;
 }

@@ -3,85 +3,14 @@
 #include <future>
 #include <random>
 
-#include "test/agent/release_fixture.h"
+#include "test/agent/managed_fixture.h"
 #include "test/sim/test_kernels.h"
 
 namespace agent_test {
 namespace {
 
-using phos::ManagedPiece;
-using Bytes = std::vector<uint8_t>;
-
 // cuda.h
 constexpr int kReadMostly = 1, kPreferred = 3, kAccessedBy = 5;
-
-class ManagedTest : public ReleaseTest {
- protected:
-  Block allocate_managed(uint64_t size) {
-    return {value_of(target_.ask("managed " + std::to_string(size))), size};
-  }
-
-  static std::vector<AgentAllocation> managed(Agent& agent) {
-    auto all = agent.enumerate();
-    EXPECT_TRUE(all) << all.error().message();
-    return of_kind(*all, AllocationKind::kManaged);
-  }
-
-  static std::vector<Bytes> read(Agent& agent, const std::vector<AgentAllocation>& memory,
-                                 bool to_release) {
-    std::vector<Bytes> out;
-    for (const AgentAllocation& a : memory) out.emplace_back(a.size);
-    auto r = agent.read_managed(memory, to_release, [&](const ManagedPiece& piece) {
-      std::copy_n(piece.data, piece.bytes,
-                  out[piece.allocation].begin() + static_cast<long>(piece.offset));
-      return phos::Result<void>();
-    });
-    EXPECT_TRUE(r) << r.error().message();
-    return out;
-  }
-
-  static void load(Agent& agent, const std::vector<AgentAllocation>& memory,
-                   const std::vector<Bytes>& contents) {
-    std::vector<ManagedPiece> pieces;
-    for (size_t i = 0; i < memory.size(); i++) {
-      for (uint64_t at = 0; at < memory[i].size; at += phos::kManagedPiece) {
-        const uint64_t bytes = std::min<uint64_t>(memory[i].size - at, phos::kManagedPiece);
-        pieces.push_back({.allocation = i, .offset = at, .bytes = static_cast<uint32_t>(bytes)});
-      }
-    }
-    auto r = agent.load_managed(memory, pieces, [&](const ManagedPiece& piece) {
-      std::copy_n(contents[piece.allocation].begin() + static_cast<long>(piece.offset), piece.bytes,
-                  piece.data);
-      return phos::Result<void>();
-    });
-    ASSERT_TRUE(r) << r.error().message();
-  }
-
-  static void release(Agent& agent, const std::vector<AgentAllocation>& memory) {
-    auto results = agent.release(memory);
-    ASSERT_TRUE(results) << results.error().message();
-    for (const AgentRelease& r : *results) {
-      EXPECT_EQ(r.status, ReleaseStatus::kReleased) << r.driver_result;
-    }
-  }
-
-  static std::vector<AgentAllocation> map_back(Agent& agent) {
-    auto back = agent.map_back();
-    EXPECT_TRUE(back) << back.error().message();
-    std::vector<AgentAllocation> found;
-    for (const ReleasedMemory& m : *back) {
-      EXPECT_EQ(m.state, ReleasedState::kNative) << std::hex << m.memory.address;
-      if (m.memory.kind == AllocationKind::kManaged) found.push_back(m.memory);
-    }
-    return found;
-  }
-
-  static uint32_t word(const Bytes& bytes, size_t i) {
-    uint32_t value;
-    memcpy(&value, &bytes[i * 4], 4);
-    return value;
-  }
-};
 
 TEST_F(ManagedTest, ContentsGoAndComeThroughTheWindow) {
   std::vector<Block> blocks;
@@ -188,6 +117,31 @@ TEST_F(ManagedTest, ThreadsThatTouchItWait) {
     ASSERT_TRUE(agent->contents_loaded());
     EXPECT_EQ(waiting.get(), away ? "ok 5" : "ok");
     EXPECT_EQ(target_.ask("peek " + b.address), "ok 5");
+  }
+}
+
+// Of which several share a page.
+TEST_F(ManagedTest, ThreadsThatTouchSmallMemoryWait) {
+  std::vector<Block> blocks;
+  for (int i = 0; i < 3; i++) blocks.push_back(allocate_managed(4));
+  ASSERT_EQ(address_of(blocks[0].address) / 4096, address_of(blocks[2].address) / 4096);
+  for (const Block& b : blocks) ASSERT_EQ(target_.ask("poke " + b.address + " 5"), "ok");
+  auto agent = attach();
+  const auto memory = managed(*agent);
+  for (const bool away : {false, true}) {
+    const auto contents = read(*agent, memory, true);
+    if (away) {
+      ASSERT_NO_FATAL_FAILURE(release(*agent, memory));
+    }
+    const std::string touch = "poke " + blocks[1].address + " 5";
+    auto waiting = std::async(std::launch::async, [&] { return target_.ask(touch); });
+    EXPECT_EQ(waiting.wait_for(std::chrono::milliseconds(200)), std::future_status::timeout);
+    if (away) {
+      ASSERT_NO_FATAL_FAILURE(load(*agent, map_back(*agent), contents));
+    }
+    ASSERT_TRUE(agent->contents_loaded());
+    EXPECT_EQ(waiting.get(), "ok");
+    for (const Block& b : blocks) EXPECT_EQ(target_.ask("peek " + b.address), "ok 5");
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // What saving managed memory, freeing it and having it again relies on
-// (gpu-tracker/agent/managed.c, policy.c, faults.c).
+// (gpu-tracker/agent/managed.c, refill.c, policy.c, faults.c).
 #include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/wait.h>
@@ -17,6 +17,9 @@
 
 namespace contract {
 namespace {
+
+// In which libcuda has addresses from the kernel.
+constexpr uint64_t kRegion = 32 * kMiB;
 
 class Managed : public CudaTest {
  protected:
@@ -51,10 +54,34 @@ TEST_F(Managed, ItsContextIsTold) {
   EXPECT_EQ(cuMemFree(p), CUDA_SUCCESS);
 }
 
-TEST_F(Managed, EachAllocationHasBlocksOfItsOwn) {
+TEST_F(Managed, SmallOnesShareABlock) {
   std::vector<CUdeviceptr> p;
-  for (const uint64_t size : {4ul, 4096ul, 65537ul, 3 * kMiB, 4ul}) p.push_back(allocate(size));
-  for (const CUdeviceptr at : p) EXPECT_EQ(at % (2 * kMiB), 0u);
+  for (const uint64_t size : {4ul, 4096ul, 65537ul, 4ul}) p.push_back(allocate(size));
+  EXPECT_EQ(p[0] % kRegion, 0u);
+  EXPECT_EQ(p[1], p[0] + 512);
+  EXPECT_EQ(p[2], p[1] + 4096);
+  EXPECT_EQ(p[3], p[2] + 66048);
+  // The smallest piece that is large enough.
+  EXPECT_EQ(cuMemFree(p[1]), CUDA_SUCCESS);
+  p[1] = allocate(700);
+  EXPECT_EQ(p[1], p[0] + 512);
+  p.push_back(allocate(2 * kMiB - 1));
+  EXPECT_EQ(p.back(), p[0] + 2 * kMiB);
+  for (const CUdeviceptr at : p) EXPECT_EQ(cuMemFree(at), CUDA_SUCCESS);
+}
+
+TEST_F(Managed, LargeOnesHaveBlocksOfTheirOwn) {
+  std::vector<CUdeviceptr> p;
+  for (const uint64_t size : {4 * kMiB, 2 * kMiB, 2 * kMiB + 4, 3 * kMiB}) {
+    p.push_back(allocate(size));
+  }
+  EXPECT_EQ(p[0] % kRegion, 0u);
+  EXPECT_EQ(p[1], p[0] + 4 * kMiB);
+  EXPECT_EQ(p[2], p[1] + 2 * kMiB);
+  EXPECT_EQ(p[3], p[2] + 4 * kMiB);
+  const CUdeviceptr small = allocate(4);
+  EXPECT_EQ(small, p[3] + 4 * kMiB);
+  EXPECT_EQ(cuMemFree(small), CUDA_SUCCESS);
   for (const CUdeviceptr at : p) EXPECT_EQ(cuMemFree(at), CUDA_SUCCESS);
 }
 
@@ -157,16 +184,38 @@ TEST_F(Managed, CanBeReadByTheGpuAndFreedWhileItIsReadOnly) {
   }
 }
 
-TEST_F(Managed, AddressesOfFreedMemoryCanBeReserved) {
-  for (const uint64_t size : {2 * kMiB, 6 * kMiB, 34 * kMiB}) {
-    const CUdeviceptr below = allocate(size), p = allocate(size), above = allocate(size);
+// Nothing else gets into a region of managed memory.
+TEST_F(Managed, HasRegionsOfItsOwn) {
+  const CUdeviceptr p = allocate(34 * kMiB), next = allocate(20 * kMiB);
+  EXPECT_EQ(p % kRegion, 0u);
+  EXPECT_EQ(next, p + 34 * kMiB);
+  ASSERT_EQ(cuMemFree(p), CUDA_SUCCESS);
+  CUdeviceptr at = 0, device = 0;
+  ASSERT_EQ(cuMemAddressReserve(&at, 30 * kMiB, 0, p, 0), CUDA_SUCCESS);
+  ASSERT_EQ(cuMemAlloc(&device, 3 * kMiB), CUDA_SUCCESS);
+  EXPECT_TRUE(at + 30 * kMiB <= p || at >= p + 2 * kRegion) << std::hex << at << " " << p;
+  EXPECT_TRUE(device + 4 * kMiB <= p || device >= p + 2 * kRegion) << std::hex << device;
+  EXPECT_EQ(cuMemAddressFree(at, 30 * kMiB), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemFree(device), CUDA_SUCCESS);
+  // Managed memory does.
+  EXPECT_EQ(allocate(20 * kMiB), p);
+  EXPECT_EQ(cuMemFree(p), CUDA_SUCCESS);
+  EXPECT_EQ(cuMemFree(next), CUDA_SUCCESS);
+}
+
+TEST_F(Managed, EmptyRegionGoesBackToTheKernel) {
+  for (const uint64_t size : {64 * kMiB, 200 * kMiB}) {
+    const CUdeviceptr p = allocate(size);
     ASSERT_EQ(cuMemFree(p), CUDA_SUCCESS);
+    EXPECT_EQ(msync(reinterpret_cast<void*>(p), kRegion, MS_ASYNC), -1);
+    EXPECT_EQ(errno, ENOMEM);
     CUdeviceptr at = 0;
     ASSERT_EQ(cuMemAddressReserve(&at, size, 0, p, 0), CUDA_SUCCESS);
     EXPECT_EQ(at, p) << size;
+    const CUdeviceptr elsewhere = allocate(size);
+    EXPECT_NE(elsewhere, p);
     EXPECT_EQ(cuMemAddressFree(at, size), CUDA_SUCCESS);
-    EXPECT_EQ(cuMemFree(below), CUDA_SUCCESS);
-    EXPECT_EQ(cuMemFree(above), CUDA_SUCCESS);
+    EXPECT_EQ(cuMemFree(elsewhere), CUDA_SUCCESS);
   }
 }
 

@@ -25,6 +25,10 @@ STEPS_BACK = {
 }
 
 
+# Two; another one between them is freed, as the first call.
+SMALL = ('--managed-small', '2')
+
+
 class ManagedTest(ReleasedTest):
     def counter(self, *args, **kwargs):
         return super().counter('--managed-mib', '8', *args, **kwargs)
@@ -40,7 +44,8 @@ class ManagedTest(ReleasedTest):
 
     def managed(self, images=None):
         process, = self.show(images)
-        found, = (a for a in process['allocations'] if a['kind'] == 'managed')
+        found, = (a for a in process['allocations']
+                  if a['kind'] == 'managed' and a['size'] >= 4 * MIB)
         return found
 
 
@@ -61,6 +66,21 @@ class DumpAndRestore(ManagedTest):
                                             ('managed', 'released', 8 * MIB)})
             self.restore_and_check(target)
             self.assert_left_alone(target)
+
+    def test_many_small_ones(self):
+        """Which share their pages, and the 2 MiB in which the driver maps them."""
+        target = self.counter('--managed-small', '200')
+        for i, options in enumerate([['--leave-running'], []]):
+            self.images_in(str(i))
+            self.dump_ok(target, *options)
+            if options:
+                self.assert_left_alone(target)
+        process, = self.show()
+        managed = [a for a in process['allocations'] if a['kind'] == 'managed']
+        self.assertEqual({a['path'] for a in managed}, {'released'})
+        self.assertEqual(len(managed), 201)
+        self.restore_and_check(target)
+        self.assert_left_alone(target)
 
     def test_packed_and_encrypted(self):
         key = os.path.join(self.directory, 'key')
@@ -144,8 +164,8 @@ class GoesOn(ManagedTest):
             self.assertIn('8 MiB of managed memory loaded and verified', self.log('dump.log'))
             self.assert_left_alone(target)
 
-    def fails_and_goes_on(self, why, *faults, mib='16'):
-        target = self.counter('--mib', mib)
+    def fails_and_goes_on(self, why, *faults, mib='16', options=()):
+        target = self.counter('--mib', mib, *options)
         self.fail_in_driver(*faults)
         self.assertNotEqual(self.dump(target).returncode, 0)
         self.assertTrue(any(why in e for e in self.errors()), self.errors())
@@ -174,12 +194,13 @@ class GoesOn(ManagedTest):
         self.fails_and_goes_on('lock', 'cuCheckpointProcessLock 5 999')
 
     def test_addresses_are_lost(self):
-        # Freed, and neither reserved nor, at once, had again.
-        self.fails_and_goes_on('(status 5, CUDA error 2)', 'cuMemAllocManaged 2 2',
-                               'cuMemAddressReserve 15+ 2', mib='1')
+        # Of three the first two are freed, and their region stays: they are not to be had at once.
+        self.fails_and_goes_on('(status 5, CUDA error 2)', 'cuMemFree 4 999',
+                               'cuMemAllocManaged 5 2', mib='1', options=SMALL)
 
     def test_it_is_there_again_at_once(self):
-        self.fails_and_goes_on('(status 4, CUDA error 2)', 'cuMemAddressReserve 15+ 2', mib='1')
+        self.fails_and_goes_on('(status 4, CUDA error 0)', 'cuMemFree 4 999', mib='1',
+                               options=SMALL)
 
     def test_it_cannot_be_loaded_at_first(self):
         """CRIU lets the process go before it is back: threads that need it wait for it."""

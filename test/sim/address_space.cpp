@@ -25,8 +25,6 @@ namespace {
 constexpr CUdeviceptr kLowBegin = 0x302000000;
 constexpr CUdeviceptr kLowEnd = kLowBegin + (uint64_t{1} << 36);
 
-constexpr uint64_t kRegion = 32 << 20;
-
 constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 struct Region {
@@ -48,17 +46,6 @@ void* get(CUdeviceptr where, uint64_t size) {
 
 void put(CUdeviceptr where, uint64_t size) {
   if (size) munmap(reinterpret_cast<void*>(where), size);
-}
-
-CUdeviceptr map_anywhere(uint64_t size, uint64_t alignment) {
-  const uint64_t spare = std::max(alignment, kRegion) - 4096;
-  void* p = get(0, size + spare);
-  if (p == MAP_FAILED) return 0;
-  const auto start = reinterpret_cast<CUdeviceptr>(p);
-  const CUdeviceptr base = round_up(start, std::max(alignment, kRegion));
-  put(start, base - start);
-  put(base + size, start + spare - base);
-  return base;
 }
 
 CUdeviceptr take(Region& region, std::map<CUdeviceptr, CUdeviceptr>::iterator gap, CUdeviceptr at,
@@ -126,7 +113,7 @@ CUdeviceptr take_new(CUdeviceptr hint, uint64_t size, uint64_t alignment) {
   static uint64_t born;
   const uint64_t whole = round_up(size, kRegion);
   CUdeviceptr base = hint ? map_near(hint, whole, alignment) : 0;
-  if (!base) base = map_anywhere(whole, alignment);
+  if (!base) base = map_region(whole, alignment);
   if (!base) return 0;
   Region& region = regions()[base];
   region.size = whole;
@@ -186,6 +173,17 @@ void note_others() {
     memmove(buffer, next, have);
   }
   if (fd >= 0) close(fd);
+}
+
+CUdeviceptr map_region(uint64_t size, uint64_t alignment) {
+  const uint64_t spare = std::max(alignment, kRegion) - 4096;
+  void* p = get(0, size + spare);
+  if (p == MAP_FAILED) return 0;
+  const auto start = reinterpret_cast<CUdeviceptr>(p);
+  const CUdeviceptr base = round_up(start, std::max(alignment, kRegion));
+  put(start, base - start);
+  put(base + size, start + spare - base);
+  return base;
 }
 
 CUdeviceptr reserve(uint64_t size, uint64_t alignment, CUdeviceptr hint) {

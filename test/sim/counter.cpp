@@ -43,6 +43,7 @@ struct Options {
   unsigned even_kib = 0;  // of each 64 KiB, the last so many hold one value: they can be compressed
   unsigned malloc_threads = 0;  // that do nothing else
   uint64_t managed_mib = 0;     // besides, of which a thread goes on writing half with the CPU
+  uint64_t managed_small = 0;   // allocations
   unsigned blocked_ms = 0;      // how often a thread wakes up that has all signals blocked; 0: none
 };
 
@@ -65,6 +66,8 @@ bool parse(int argc, char** argv, Options* o) {
       o->malloc_threads = static_cast<unsigned>(value);
     else if (!strcmp(argv[i], "--managed-mib"))
       o->managed_mib = value;
+    else if (!strcmp(argv[i], "--managed-small"))
+      o->managed_small = value;
     else if (!strcmp(argv[i], "--even-kib") && value < 64)
       o->even_kib = static_cast<unsigned>(value);
     else if (!strcmp(argv[i], "--device"))
@@ -98,6 +101,7 @@ class Counter {
         first_even_((64 - options.even_kib) << 8),
         ordinal_(options.device),
         managed_mib_(options.managed_mib),
+        managed_small_(options.managed_small),
         chunk_(kChunk),
         small_(kCounters) {}
 
@@ -124,6 +128,7 @@ class Counter {
       expected_ = mix(expected_, even ? kEven : phos_test::fill_value(kSeed, i));
     }
     if (managed_mib_ && !managed_.start(managed_mib_, increment_)) return false;
+    if (!small_managed_.start(managed_small_)) return false;
     return check_big();
   }
 
@@ -138,11 +143,13 @@ class Counter {
       fprintf(stderr, "counter: counter %u is %u at tick %lu\n", i, small_[i], ticks_);
       return false;
     }
+    if (!small_managed_.tick(static_cast<uint32_t>(ticks_))) return false;
     return !managed_mib_ || managed_.tick(ticks_);
   }
 
   bool check_big() {
     if (managed_mib_ && !managed_.check()) return false;
+    if (!small_managed_.check()) return false;
     uint32_t sum = 0;
     for (uint32_t at = 0; at < elements_; at += kChunk) {
       const uint32_t n = std::min(kChunk, elements_ - at);
@@ -178,8 +185,9 @@ class Counter {
   uint32_t elements_;
   uint32_t first_even_;  // element of each kPage
   int ordinal_;
-  uint64_t managed_mib_;
+  uint64_t managed_mib_, managed_small_;
   ManagedCounter managed_;
+  SmallManaged small_managed_;
   std::vector<uint32_t> chunk_, small_;
   CUcontext context_ = nullptr;
   CUmodule module_ = nullptr;
@@ -224,7 +232,7 @@ int main(int argc, char** argv) {
     fprintf(stderr,
             "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n"
             "               [--spin-ms N] [--device N] [--blocked-ms N] [--even-kib N]\n"
-            "               [--managed-mib N] [--malloc-threads N]\n");
+            "               [--managed-mib N] [--managed-small N] [--malloc-threads N]\n");
     return 2;
   }
   struct sigaction action = {};

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // cuMemAlloc and its relatives: device, managed, pool and host memory.
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include "test/sim/engine.h"
 #include "test/sim/memory.h"
@@ -27,20 +26,6 @@ CUresult release(CUdeviceptr p, bool (*may_free)(Kind)) {
   return CUDA_SUCCESS;
 }
 
-// Managed memory shows in /proc/PID/maps as a shared mapping of the managed memory driver's file,
-// and a forked child does not have it.
-bool map_managed(CUdeviceptr at, uint64_t size) {
-  const int fd = memfd_create("/dev/nvidia-uvm", MFD_CLOEXEC);
-  if (fd < 0) return false;
-  void* p = MAP_FAILED;
-  if (ftruncate(fd, static_cast<off_t>(size)) == 0) {
-    p = mmap(reinterpret_cast<void*>(at), size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
-             0);
-  }
-  close(fd);
-  return p != MAP_FAILED && madvise(p, size, MADV_DONTFORK) == 0;
-}
-
 // Memory that the CPU can touch: pinned, or managed.
 CUresult allocate_touchable(Kind kind, size_t size, CUdeviceptr* out) {
   if (!size) return CUDA_ERROR_INVALID_VALUE;
@@ -51,17 +36,12 @@ CUresult allocate_touchable(Kind kind, size_t size, CUdeviceptr* out) {
   r.device = device_of(r.context);
   std::lock_guard<std::mutex> hold(memory().mutex);
   r.map_size = round_up(size, kGranularity);
-  r.base = reserve(r.map_size);
+  r.base = kind == Kind::kManaged ? reserve_managed(r.context, size) : reserve(r.map_size);
   if (!r.base) return CUDA_ERROR_OUT_OF_MEMORY;
-  if (kind == Kind::kManaged) {
-    if (!map_managed(r.base, r.map_size)) {
-      unreserve(r.base, r.map_size);
-      return CUDA_ERROR_OUT_OF_MEMORY;
-    }
-  } else {
+  if (kind == Kind::kHostAlloc) {
     mprotect(reinterpret_cast<void*>(r.base), r.map_size, PROT_READ | PROT_WRITE);
   }
-  r.map_base = r.base;
+  r.map_base = r.base / kGranularity * kGranularity;
   r.id = memory().next_id++;
   *out = r.base;
   memory().ranges[r.base] = r;

@@ -34,7 +34,8 @@ uint64_t bit_of(const CUmemLocation& l) {
 template <typename Visit>
 bool for_each_policy(CUdeviceptr p, uint64_t size, Visit visit) {
   Range* r = find_range(p);
-  if (!size || !r || r->kind != Kind::kManaged || size > r->base + r->map_size - p) return false;
+  if (!size || !r || r->kind != Kind::kManaged || size > r->map_base + r->map_size - p)
+    return false;
   if (r->policies.empty()) r->policies.resize(r->map_size / kPage);
   for (uint64_t i = (p - r->base) / kPage; i <= (p + size - 1 - r->base) / kPage; i++) {
     visit(r->policies[i]);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // The managed memory of `counter`: counters that the GPU increments and the CPU reads, a pattern,
 // and pages that a thread goes on writing with the CPU, whatever happens to the process. A write
-// that is lost, or seen before the one that came first, ends the program.
+// that is lost, or seen before the one that came first, ends the program. And many small
+// allocations, each with a number of the CPU's own.
 #pragma once
 
 #include <cuda.h>
@@ -9,9 +10,72 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <thread>
+#include <vector>
 
 #include "test/sim/test_kernels.h"
+
+// From 4 bytes to 1 MiB, with gaps between them.
+class SmallManaged {
+ public:
+  bool start(uint64_t count) {
+    constexpr uint64_t kSizes[] = {4, 700, 4096, 65537, 300000, 1 << 20, 12, 30000};
+    std::vector<CUdeviceptr> gaps;
+    for (uint64_t i = 0; i < count; i++) {
+      const uint64_t size = kSizes[i % std::size(kSizes)];
+      CUdeviceptr p = 0;
+      if (cuMemAllocManaged(&p, size, CU_MEM_ATTACH_GLOBAL)) return false;
+      all_.push_back({reinterpret_cast<volatile uint32_t*>(p), size / 4});
+      // Of several sizes, so that the first one in a chunk is among them.
+      if (i % 3 == 0 && cuMemAllocManaged(&gaps.emplace_back(), size, CU_MEM_ATTACH_GLOBAL)) {
+        return false;
+      }
+    }
+    for (const CUdeviceptr p : gaps) {
+      if (cuMemFree(p)) return false;
+    }
+    for (const One& one : all_) {
+      for (uint64_t i = 0; i < one.words; i++) one.at[i] = value(one, i);
+    }
+    return true;
+  }
+
+  // The first word of each counts.
+  bool tick(uint32_t ticks) {
+    for (const One& one : all_) {
+      const uint32_t before = value(one, 0) + ticks - 1;
+      if (one.at[0] != before) return wrong(one, 0);
+      one.at[0] = before + 1;
+    }
+    return true;
+  }
+
+  bool check() const {
+    for (const One& one : all_) {
+      for (uint64_t i = 1; i < one.words; i++) {
+        if (one.at[i] != value(one, i)) return wrong(one, i);
+      }
+    }
+    return true;
+  }
+
+ private:
+  struct One {
+    volatile uint32_t* at;
+    uint64_t words;
+  };
+  static uint32_t value(const One& one, uint64_t i) {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(one.at) / 512 + i * 2654435761u);
+  }
+  static bool wrong(const One& one, uint64_t i) {
+    fprintf(stderr, "counter: word %lu of %lu managed bytes holds %08x\n", i, one.words * 4,
+            one.at[i]);
+    return false;
+  }
+
+  std::vector<One> all_;
+};
 
 class ManagedCounter {
  public:

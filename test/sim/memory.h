@@ -21,6 +21,10 @@ inline constexpr uint64_t kGranularity = 2 << 20;
 inline constexpr uint64_t kSmall = 1 << 20;
 // Memory pools carve their allocations out of blocks of this size.
 inline constexpr uint64_t kPoolBlock = 32 << 20;
+// Small allocations are multiples of this.
+inline constexpr uint64_t kSmallAlignment = 512;
+// In which addresses come from the kernel.
+inline constexpr uint64_t kRegion = 32 << 20;
 
 inline uint64_t round_up(uint64_t n, uint64_t to) {
   return (n + to - 1) / to * to;
@@ -118,7 +122,12 @@ CUdeviceptr reserve(uint64_t size, uint64_t alignment = kGranularity,
                     CUdeviceptr hint = 0);  // 0: none left
 CUdeviceptr reserve_low(uint64_t size);     // where pools live
 void unreserve(CUdeviceptr where, uint64_t size);
+CUdeviceptr map_region(uint64_t size, uint64_t alignment = kRegion);  // from the kernel; 0: none
 void note_others();  // reads what else is mapped; allocates nothing on the heap
+
+// managed_heap.cpp: addresses with memory at them. The memory mutex is held.
+CUdeviceptr reserve_managed(CUcontext context, uint64_t bytes);  // 0: none left
+void unreserve_managed(CUcontext context, CUdeviceptr at, uint64_t bytes);
 
 // ranges.cpp. The memory mutex is held, unless noted.
 Range* find_range(CUdeviceptr address);

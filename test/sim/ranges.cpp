@@ -8,8 +8,6 @@
 namespace phos_sim {
 namespace {
 
-constexpr uint64_t kSmallAlignment = 512;
-
 uint64_t block_size(Kind kind) {
   return kind == Kind::kPool ? kPoolBlock : kGranularity;
 }
@@ -125,7 +123,11 @@ void free_range(CUdeviceptr base) {
     m.blocks.erase(block);
   }
   const bool reserved_here = r.kind != Kind::kVmm && r.kind != Kind::kHostRegistered;
-  if (reserved_here) unreserve(r.map_base, r.map_size);
+  if (r.kind == Kind::kManaged) {
+    unreserve_managed(r.context, r.base, r.size);
+  } else if (reserved_here) {
+    unreserve(r.map_base, r.map_size);
+  }
 }
 
 void free_ranges_of(CUcontext context) {
