@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -127,6 +128,45 @@ Result<void> ManagedCopy::finish(ProcessImage* image) {
   return {};
 }
 
+namespace {
+
+// Of the allocation's pages, in order: whole windows full, whatever they are made of, since each
+// piece costs both sides a wait. Left out is what is zeros only: the memory is new, and so holds
+// zeros; as everything else, they are looked at later. Small memory may be where there was other
+// before.
+void plan_pieces(const PageChain& chain, const ManagedToLoad& work, size_t number,
+                 std::vector<ManagedPiece>* pieces, std::vector<std::vector<PageRun>>* runs) {
+  const uint64_t size = work.target.size;
+  std::vector<PageRun> parts;
+  uint32_t first = 0, pages = 0;
+  const auto end_piece = [&] {
+    const bool zero =
+        std::all_of(parts.begin(), parts.end(), [](const PageRun& part) { return part.is_zero(); });
+    if (!zero || size < kManagedPiece) {
+      const uint64_t offset = uint64_t{first} * kPageBytes;
+      const uint64_t bytes = std::min(uint64_t{pages} * kPageBytes, size - offset);
+      pieces->push_back(
+          {.allocation = number, .offset = offset, .bytes = static_cast<uint32_t>(bytes)});
+      runs->push_back(std::move(parts));
+    }
+    parts.clear();
+    first += pages;
+    pages = 0;
+  };
+  for (const PageRun& run : chain.runs(work.allocation)) {
+    for (uint32_t at = 0; at < run.pages;) {
+      const uint32_t count = std::min(run.pages - at, kPagesInPiece - pages);
+      parts.push_back(run.part(run.first_page + at, count));
+      pages += count;
+      at += count;
+      if (pages == kPagesInPiece) end_piece();
+    }
+  }
+  if (pages) end_piece();
+}
+
+}  // namespace
+
 Result<uint64_t> load_managed(Agent& agent, const PageChain& chain,
                               const std::vector<ManagedToLoad>& work) {
   if (work.empty()) return uint64_t{0};
@@ -134,26 +174,14 @@ Result<uint64_t> load_managed(Agent& agent, const PageChain& chain,
   if (!key) return key.error();
   std::vector<AgentAllocation> memory;
   std::vector<ManagedPiece> pieces;
-  std::vector<PageRun> runs;  // of each piece
+  std::vector<std::vector<PageRun>> runs;  // of each piece
   uint64_t bytes = 0;
   for (size_t i = 0; i < work.size(); i++) {
     const AgentAllocation& target = work[i].target;
     if (auto r = check_saved(chain, work[i].allocation); !r) return r.error();
     memory.push_back(target);
     bytes += target.size;
-    for (const PageRun& run : chain.runs(work[i].allocation)) {
-      // It is new, and so holds zeros; as everything else, they are looked at below. Small memory
-      // may be where there was other before.
-      if (run.is_zero() && target.size >= kManagedPiece) continue;
-      for (uint32_t at = 0; at < run.pages; at += kPagesInPiece) {
-        const uint32_t count = std::min(run.pages - at, kPagesInPiece);
-        const uint64_t offset = uint64_t{run.first_page + at} * kPageBytes;
-        const uint64_t end = std::min(offset + uint64_t{count} * kPageBytes, target.size);
-        pieces.push_back(
-            {.allocation = i, .offset = offset, .bytes = static_cast<uint32_t>(end - offset)});
-        runs.push_back(run.part(run.first_page + at, count));
-      }
-    }
+    plan_pieces(chain, work[i], i, &pieces, &runs);
   }
   const auto name_of = [&](const ManagedPiece& piece, uint64_t page) {
     const AgentAllocation& a = work[piece.allocation].target;
@@ -161,11 +189,18 @@ Result<uint64_t> load_managed(Agent& agent, const PageChain& chain,
            std::to_string(page * kPageBytes) + ": ";
   };
   auto loaded = agent.load_managed(memory, pieces, [&](const ManagedPiece& piece) -> Result<void> {
-    const PageRun& run = runs[piece.number];
-    auto read = chain.read(run, piece.data);
-    if (read) return {};
-    return read.error().wrap(name_of(piece, run.first_page) + "it is not what was saved (" +
-                             chain.describe(run) + ")");
+    uint64_t at = 0;
+    for (const PageRun& run : runs[piece.number]) {
+      const uint64_t bytes = std::min(uint64_t{run.pages} * kPageBytes, piece.bytes - at);
+      auto read = run.is_zero() ? Result<void>() : chain.read(run, piece.data + at);
+      if (!read) {
+        return read.error().wrap(name_of(piece, run.first_page) + "it is not what was saved (" +
+                                 chain.describe(run) + ")");
+      }
+      if (run.is_zero()) memset(piece.data + at, 0, bytes);
+      at += bytes;
+    }
+    return {};
   });
   if (!loaded) return loaded.error();
   auto proved = agent.read_managed(memory, false, [&](const ManagedPiece& piece) -> Result<void> {
