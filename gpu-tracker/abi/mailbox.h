@@ -19,14 +19,14 @@
 
 /* "PHOSMBOX" in memory. */
 #define PHOS_MAILBOX_MAGIC 0x584f424d534f4850ull
-#define PHOS_MAILBOX_VERSION 3u
+#define PHOS_MAILBOX_VERSION 4u
 /*
  * Names end in the version: agents of different versions live side by side in one process, and each
  * phosd sees only its own. In /proc/PID/maps: "/memfd:<name> (deleted)".
  */
 #define PHOS_MAILBOX_NAME "phos-mailbox-3"
-#define PHOS_AGENT_MEMFD_PREFIX "phos-agent-3-" /* and random hex digits */
-#define PHOS_AGENT_THREAD_NAME "phos-agent-3"
+#define PHOS_AGENT_MEMFD_PREFIX "phos-agent-4-" /* and random hex digits */
+#define PHOS_AGENT_THREAD_NAME "phos-agent-4"
 #define PHOS_HOOKS_PAGE_SIZE 4096u
 
 enum phos_agent_state {

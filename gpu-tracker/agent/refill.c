@@ -19,6 +19,7 @@
 
 #include "gpu-tracker/agent/faults.h"
 #include "gpu-tracker/agent/steer.h"
+#include "gpu-tracker/agent/sys.h"
 #include "gpu-tracker/agent/trace.h"
 
 #define ATTACH_GLOBAL 1 /* CU_MEM_ATTACH_GLOBAL */
@@ -142,7 +143,12 @@ static bool allocate_region(struct fill* f, uint64_t context, uint64_t size, uin
   uint64_t first = 0;
   if (!allocate(f, context, 1, &first)) free_in_context(f->driver, context, first);
   steer_offer(f->begin, f->end - f->begin);
-  allocate(f, context, size, at);
+  /* A libcuda that does not rid itself at once of what it believes to have before the region would
+   * do so when nobody sees to it that others' memory there stays. */
+  if (!allocate(f, context, size, at) && !steer_owns_no_more()) {
+    free_in_context(f->driver, context, *at);
+    f->result = CU_OUT_OF_MEMORY;
+  }
   return steer_withdraw();
 }
 
@@ -328,6 +334,10 @@ void refill_bring_back(const struct driver* driver) {
   while (next_region(region.address + region.size, &region)) {
     const uint64_t end = region.address + region.size;
     const uint32_t fillers = g_filler_count;
+    if (!first_away_in(region.address, end)) { /* libcuda gave it back, and then failed */
+      sys3(SYS_munmap, (long)region.address, (long)region.size, 0);
+      continue;
+    }
     struct fill f = {.driver = driver, .begin = region.address, .end = end, .next = region.address};
     if (!refill_all_of(&f)) give_up(&f, fillers);
   }

@@ -3,6 +3,7 @@
 // for it but the released one; and threads reach it without the driver, so that it is saved and
 // taken away only when CRIU has frozen them.
 #include <algorithm>
+#include <string>
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/daemon/managed_memory.h"
@@ -16,6 +17,8 @@ using std::chrono::steady_clock;
 
 // Nothing is submitted while all threads stand still.
 constexpr unsigned kRelockMs = 10000;
+// Each costs calls of the driver, and looks at those of others, while the process stands still.
+constexpr size_t kMostManaged = 16384;
 
 uint64_t bytes_of(const std::vector<AgentAllocation>& memory) {
   uint64_t sum = 0;
@@ -34,6 +37,10 @@ Error refuse_managed(int pid, const std::vector<AgentAllocation>& managed, const
 
 Result<void> Session::check_managed(int pid, const Held& held) {
   if (held.managed.empty()) return {};
+  if (held.managed.size() > kMostManaged) {
+    return refuse_managed(pid, held.managed,
+                          "which is for at most " + std::to_string(kMostManaged) + " allocations");
+  }
   if (held.release) return {};
   return refuse_managed(pid, held.managed,
                         held.not_released.empty() ? "which it cannot take" : held.not_released);

@@ -2,11 +2,12 @@
 """Managed memory: saved, taken away and brought back while CRIU holds all threads. The target's CPU
 goes on writing to it in a thread of its own, which finds out any write that is lost."""
 import os
+import random
 import re
 import signal
 import subprocess
 
-from harness import BUILD, REAL_GPU, REPO, Target, alive, children, wait_until
+from harness import BUILD, REAL_GPU, REPO, Block, Target, Worker, alive, children, wait_until
 from test_released import MIB, ReleasedTest
 from test_released_killed import Steps
 
@@ -27,6 +28,16 @@ STEPS_BACK = {
 
 # Two; another one between them is freed, as the first call.
 SMALL = ('--managed-small', '2')
+
+
+class ManagedBlock(Block):
+    """Which holds zeros."""
+
+    def __init__(self, worker, size, rng):
+        self.worker, self.size, self.rng = worker, size, rng
+        self.file = f'{worker.output}-block'
+        self.address = int(worker.ask('managed', size).split()[1], 16)
+        self.bytes = bytearray(size)
 
 
 class ManagedTest(ReleasedTest):
@@ -82,6 +93,25 @@ class DumpAndRestore(ManagedTest):
         self.assertEqual(len(managed), 201)
         self.restore_and_check(target)
         self.assert_left_alone(target)
+
+    def test_windows_of_zeros(self):
+        """Memory of which some goes through the agent's window, some need not, and the end is short."""
+        worker = Worker(self.directory, self.env())
+        self.targets.append(worker)
+        block = ManagedBlock(worker, 10 * MIB + 70000, random.Random(7))
+        block.write(0, 1 * MIB)
+        block.write(5 * MIB - 5, 100)
+        block.write(7 * MIB, 64 << 10)
+        rest = ManagedBlock(worker, 6 * MIB + 12345, random.Random(8))
+        rest.write(6 * MIB + 12000, 345)
+        for i in range(2):
+            self.images_in(str(i))
+            self.dump_ok(worker)
+            wait_until(worker.gone, 'the dumped process to be gone')
+            self.restore_ok()
+            for b in (block, rest):
+                self.assertEqual(b.read(), b.bytes)
+                b.write(3 * MIB, 10)
 
     def test_packed_and_encrypted(self):
         key = os.path.join(self.directory, 'key')
