@@ -27,6 +27,9 @@ using std::chrono::steady_clock;
 // How often threads are let finish the call they are in, until none is.
 constexpr int kQuietAttempts = 5;
 constexpr milliseconds kBetweenAttempts{5};
+// The same with the gate open in between, of a process that has no other path.
+constexpr int kTurns = 6;
+constexpr milliseconds kBetweenTurns{20};
 // For several processes, which may wait for each other's next step: one parked in front of it and
 // one behind it never meet.
 constexpr milliseconds kTogether{1000};
@@ -174,11 +177,29 @@ Result<bool> Session::lock_parked(const std::vector<int>& pids, steady_clock::ti
   return try_lock(now, static_cast<unsigned>(limit.count()));
 }
 
+// A thread that waits for one which is parked stays where it is, however often it is looked at.
+Result<bool> Session::lock_behind_gates(const std::vector<int>& pids,
+                                        steady_clock::time_point deadline, unsigned timeout_ms) {
+  for (int turn = 1;; turn++) {
+    auto locked = lock_behind_closed_gates(pids, deadline, timeout_ms);
+    if (!locked || !*locked || turn == kTurns || pids.size() != 1) return locked;
+    auto it = held_.find(pids.front());
+    if (it == held_.end() || it->second.release || !it->second.copy ||
+        it->second.copy->managed().empty() || steady_clock::now() + kTogether > deadline) {
+      return locked;
+    }
+    if (auto r = unlock_all(pids); !r) return r.error();
+    it->second.not_released.clear();
+    std::this_thread::sleep_for(kBetweenTurns * turn);
+  }
+}
+
 // The first lock may find threads in libcuda, waiting for it there. Unlocked they finish their
 // call, and park at the next one; after the second lock none is in libcuda, which check_quiet()
 // proves.
-Result<bool> Session::lock_behind_gates(const std::vector<int>& pids,
-                                        steady_clock::time_point deadline, unsigned timeout_ms) {
+Result<bool> Session::lock_behind_closed_gates(const std::vector<int>& pids,
+                                               steady_clock::time_point deadline,
+                                               unsigned timeout_ms) {
   if (!release_wanted_) return false;
   close_gates(pids);
   if (!has_gates()) return false;

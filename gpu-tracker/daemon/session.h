@@ -235,6 +235,9 @@ class Session {
   Result<bool> lock_behind_gates(const std::vector<int>& pids,
                                  std::chrono::steady_clock::time_point deadline,
                                  unsigned timeout_ms);
+  Result<bool> lock_behind_closed_gates(const std::vector<int>& pids,
+                                        std::chrono::steady_clock::time_point deadline,
+                                        unsigned timeout_ms);
   // Opens the gate; the driver's path is taken.
   void give_up_release(int pid, Held* held, const std::string& why);
   static void leave_to_driver(Held* held);
