@@ -95,7 +95,14 @@ fi
 printf 'phos demo on %s\nusing %s\n' "$gpu" "$("$PHOS_CRIU" --version | tr '\n' ' ')"
 
 title "A CUDA program runs. It holds $mib MiB of GPU memory and checks it at each tick."
-setsid "$B/test/counter" --mib "$mib" </dev/null >"$work/counter.log" 2>&1 &
+# Without what our caller has left open: CRIU may not know it.
+(
+  for fd in /proc/self/fd/*; do
+    fd=${fd##*/}
+    [[ $fd -gt 2 ]] && eval "exec $fd>&-"
+  done
+  exec setsid "$B/test/counter" --mib "$mib"
+) </dev/null >"$work/counter.log" 2>&1 &
 pid=$!
 disown  # bash is to reap it without a word: it will be killed, and restoring needs its pid
 wait_until 'the first ticks' ticked_to 3
