@@ -50,17 +50,8 @@ class KeptTest : public MemoryLoaderTest {
     kept.push_back(std::move(k));
     return kept;
   }
-  uint64_t free_bytes() {
-    auto gpu = engines_->use(gpus_[0].uuid, key_);
-    EXPECT_TRUE(gpu);
-    auto info = (*gpu)->context->memory_info();
-    EXPECT_TRUE(info);
-    return info ? info->free : 0;
-  }
   uint64_t whole() const { return all_pages() * kPage; }
-  static uint64_t slack() { return contract::on_simulation() ? 0 : 32 * kMiB; }
 
-  const phos::PageHashKey key_ = *phos::PageHashKey::generate();
   uint64_t kept_ = 0;
 };
 

@@ -266,6 +266,20 @@ class MemoryLoaderTest : public LoaderTest {
     ASSERT_NO_FATAL_FAILURE(open_chain(1));
   }
 
+  phos::GpuMemoryInfo memory_info() {
+    auto gpu = engines_->use(gpus_[0].uuid, key_);
+    EXPECT_TRUE(gpu);
+    auto info = (*gpu)->context->memory_info();
+    EXPECT_TRUE(info);
+    return info ? *info : phos::GpuMemoryInfo();
+  }
+  uint64_t free_bytes() { return memory_info().free; }
+  uint64_t total_bytes() { return memory_info().total; }
+
+  // On a GPU the driver takes and gives memory of its own beside ours.
+  static uint64_t slack() { return contract::on_simulation() ? 0 : 32 * kMiB; }
+  const phos::PageHashKey key_ = *phos::PageHashKey::generate();
+
   // Changes one byte of what is saved. Returns the name of the file.
   std::string damage(size_t allocation, uint64_t page, uint64_t byte) {
     const auto run = chain_->locate(allocation, page);

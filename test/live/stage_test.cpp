@@ -28,10 +28,7 @@ class StageTest : public MemoryLoaderTest {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
   }
-  const phos::PageHashKey key_ = *phos::PageHashKey::generate();
   uint64_t saved_bytes() const { return (all_pages() - kZeroPages) * kPage; }
-  // On a GPU the driver takes and gives memory of its own beside ours.
-  static uint64_t slack() { return contract::on_simulation() ? 0 : 32 * kMiB; }
   static void expect_free(uint64_t now, uint64_t expected) {
     EXPECT_GE(now + slack(), expected);
     EXPECT_LE(now, expected + slack());
@@ -41,15 +38,6 @@ class StageTest : public MemoryLoaderTest {
     claims.push_back(engines_->room().claim(gpus_[0].uuid, 1));
     return engines_->room().reclaim(claims, before);
   }
-  phos::GpuMemoryInfo memory_info() {
-    auto gpu = engines_->use(gpus_[0].uuid, key_);
-    EXPECT_TRUE(gpu);
-    auto info = (*gpu)->context->memory_info();
-    EXPECT_TRUE(info);
-    return info ? *info : phos::GpuMemoryInfo();
-  }
-  uint64_t free_bytes() { return memory_info().free; }
-  uint64_t total_bytes() { return memory_info().total; }
 };
 
 // All of it, though it is many times what the host buffers hold.
