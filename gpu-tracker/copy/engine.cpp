@@ -106,7 +106,7 @@ Result<void> CopyEngine::set_up() {
   }
 
   for (GpuEvent& event : pieces_) {
-    auto created = context_.create_event();
+    auto created = context_.create_event(GpuContext::EventKind::kPoll);
     if (!created) return created.error();
     event = *created;
   }
@@ -146,6 +146,9 @@ Result<void> CopyEngine::set_up_lanes(std::vector<Lane>& lanes, uint32_t pages, 
       if (!created) return created.error();
       *event = *created;
     }
+    auto arrived = context_.create_event(GpuContext::EventKind::kPoll);
+    if (!arrived) return arrived.error();
+    lane.arrived = *arrived;
   }
   return {};
 }
@@ -158,8 +161,8 @@ CopyEngine::~CopyEngine() {
   };
   for (auto* lanes : {&slots_, &batches_}) {
     for (Lane& lane : *lanes) {
-      for (GpuEvent event :
-           {lane.ready, lane.begin, lane.hashed, lane.done, lane.sending, lane.sent}) {
+      for (GpuEvent event : {lane.ready, lane.begin, lane.hashed, lane.done, lane.sending,
+                             lane.sent, lane.arrived}) {
         if (event) note(context_.destroy_event(event));
       }
     }

@@ -54,8 +54,8 @@ Result<double> parse_percentage(std::string text) {
   double value = 0;
   const char* last = text.data() + text.size();
   auto [end, error] = std::from_chars(text.data(), last, value);
-  if (error != std::errc() || end != last || !(value > 0 && value <= 100)) {
-    return usage("must be a percentage above 0 and up to 100");
+  if (error != std::errc() || end != last || !(value >= 0 && value <= 100)) {
+    return usage("must be a percentage from 0 to 100");
   }
   return value;
 }
@@ -149,7 +149,8 @@ constexpr Setting kSettings[] = {
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_number(text, 1, kMaxSessions), &config->max_sessions);
      }},
-    {"max-slowdown", "percent that copying may slow a running process down by (default: 3)",
+    {"max-slowdown",
+     "percent that copying may slow a running process down by; 0: no limit (default: 3)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_percentage(text), &config->max_slowdown);
      }},
@@ -159,7 +160,7 @@ constexpr Setting kSettings[] = {
      }},
     {"release",
      "auto: GPU memory is saved by phos alone where that can be; off: by the driver too "
-     "(default: off)",
+     "(default: auto)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_auto(text), &config->release);
      }},
@@ -194,7 +195,7 @@ constexpr Setting kSettings[] = {
      }},
     {"read-ahead",
      "where a restore's pages wait for their process: gpu, memory of the GPU that is free, or host "
-     "(default: host)",
+     "(default: gpu)",
      [](const std::string& text, DaemonConfig* config) {
        return assign(parse_read_ahead(text), &config->read_ahead_to_gpu);
      }},

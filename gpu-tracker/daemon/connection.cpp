@@ -303,6 +303,8 @@ Result<void> Connection::copy(const Phos__Wire__Copy& request) {
   if (request.has_max_rounds) limits.max_rounds = request.max_rounds;
   if (request.has_budget_ms) limits.budget = std::chrono::milliseconds(request.budget_ms);
   if (request.has_max_slowdown) limits.max_slowdown = request.max_slowdown;
+  // No limit. 0 is the last round, which makes no buffers beforehand.
+  if (limits.max_slowdown <= 0) limits.max_slowdown = 1;
   std::stop_source gone;
   // A client that is killed says so by hanging up.
   std::jthread watch([this, &gone](const std::stop_token& copied) {

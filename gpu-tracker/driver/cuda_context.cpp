@@ -160,10 +160,14 @@ class CudaContext final : public GpuContext {
     return {};
   }
 
-  Result<GpuEvent> create_event() override {
+  using GpuContext::create_event;
+  Result<GpuEvent> create_event(EventKind kind) override {
     CUevent event = nullptr;
     CUresult r = enter();
-    if (!r) r = cu_.cuEventCreate(&event, CU_EVENT_BLOCKING_SYNC);
+    if (!r) {
+      r = cu_.cuEventCreate(&event,
+                            kind == EventKind::kPoll ? CU_EVENT_DEFAULT : CU_EVENT_BLOCKING_SYNC);
+    }
     if (r) return error("creating a CUDA event", r);
     return reinterpret_cast<GpuEvent>(event);
   }

@@ -56,8 +56,9 @@ class FaultContext final : public GpuContext {
   Result<void> wait(GpuStream stream, GpuEvent event) override {
     return plan_.run<void>("wait", [&] { return context_->wait(stream, event); });
   }
-  Result<GpuEvent> create_event() override {
-    return plan_.run<GpuEvent>("create_event", [&] { return context_->create_event(); });
+  using GpuContext::create_event;
+  Result<GpuEvent> create_event(EventKind kind) override {
+    return plan_.run<GpuEvent>("create_event", [&] { return context_->create_event(kind); });
   }
   Result<void> destroy_event(GpuEvent event) override {
     return plan_.run<void>("destroy_event", [&] { return context_->destroy_event(event); });

@@ -73,8 +73,12 @@ class GpuContext {
   // Later work of the stream waits for what `event` was last recorded for.
   virtual Result<void> wait(GpuStream stream, GpuEvent event) = 0;
 
-  // ---- events. They take times; synchronize() sleeps, it does not spin.
-  virtual Result<GpuEvent> create_event() = 0;
+  // ---- events. They take times; synchronize() sleeps, it does not spin: the GPU interrupts the
+  // CPU when such an event has come. Where they come often, and only query() is called, kPoll has
+  // none.
+  enum class EventKind { kInterrupt, kPoll };
+  virtual Result<GpuEvent> create_event(EventKind kind) = 0;
+  Result<GpuEvent> create_event() { return create_event(EventKind::kInterrupt); }
   virtual Result<void> destroy_event(GpuEvent event) = 0;
   virtual Result<void> record(GpuEvent event, GpuStream stream) = 0;
   virtual Result<void> synchronize(GpuEvent event) = 0;

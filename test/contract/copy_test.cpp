@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <set>
 #include <thread>
 
 #include "test/contract/copy_fixture.h"
@@ -122,6 +123,23 @@ TEST_F(CopyTest, CopyBesideOthersIsDmaOnly) {
     EXPECT_EQ(std::count(calls.begin() + static_cast<ptrdiff_t>(before), calls.end(), "launch"),
               pace == &pace_ ? 2 : 0);
   }
+}
+
+// Nor does it have the GPU interrupt the CPUs for each piece of it: others run there.
+TEST_F(CopyTest, CopyBesideOthersWaitsWithoutInterrupts) {
+  std::set<ptrdiff_t> waits;
+  for (const uint64_t size : {3 * kMiB, 41 * kMiB}) {
+    const auto bytes = random_bytes(size, 10);
+    const auto pages = pages_of(upload(bytes), bytes.size());
+    const auto before = static_cast<ptrdiff_t>(faults_->calls().size());
+    Copy copy;
+    ASSERT_OK(engine_->copy(pages, into(copy), beside_others_));
+    EXPECT_EQ(copy.bytes, bytes);
+    const auto& calls = faults_->calls();
+    EXPECT_GT(std::count(calls.begin() + before, calls.end(), "query"), 0);
+    waits.insert(std::count(calls.begin() + before, calls.end(), "synchronize"));
+  }
+  EXPECT_EQ(waits.size(), 1u);  // however much is copied: to measure the link
 }
 
 TEST_F(CopyTest, NothingToDoIsDone) {

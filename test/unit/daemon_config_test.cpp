@@ -101,7 +101,7 @@ TEST_F(DaemonConfigTest, ErrorsNameTheFileAndTheLine) {
   EXPECT_EQ(refused("log_level=info\nlog-level=info\n"), at + "2: log-level is set a second time");
   EXPECT_EQ(refused("\n [phosd]\n"), at + "2: there are no sections");
   for (const char* line : {"max_sessions = 0",     "idle_timeout = -1",
-                           "max_slowdown = 0",     "max_slowdown = 101",
+                           "max_slowdown = -1",    "max_slowdown = 101",
                            "max_slowdown = nan",   "log_level = loud",
                            "tracker = none",       "release = on",
                            "socket = relative",    "socket =",

@@ -17,6 +17,7 @@ import argparse
 import bisect
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -175,7 +176,7 @@ def nothing(seconds):
 
 
 def compare(work, bench, ways):
-    """Percent that the workload loses while each of `ways` copies; its quartiles."""
+    """Percent that the workload loses while each of `ways` copies: its median and quartiles."""
     quiet, busy = [], []
     for _ in range(bench.options.windows):
         for _, copy in ways:
@@ -193,11 +194,20 @@ def compare(work, bench, ways):
     loss = [100 * (1 - 2 * rate(points, b[:2]) / (rate(points, before) + rate(points, after)))
             for b, before, after in zip(busy, quiet, quiet[1:])]
     for i, (what, _) in enumerate(ways):
-        mine = loss[i::len(ways)]
+        mine = sorted(loss[i::len(ways)])
         low, median, high = statistics.quantiles(mine, n=4)
+        from_, to = median_interval(mine)
         volume = statistics.median(c / (e - b) / 1e9 for b, e, c in busy[i::len(ways)])
-        print(f'slowdown   {what}: percent {median:6.2f} ({low:.2f} - {high:.2f}, {len(mine)} windows'
-              f' of {bench.options.window} s), copying {volume:.1f} GB/s', flush=True)
+        print(f'slowdown   {what}: percent {median:6.2f}, 95 % sure of {from_:.2f} - {to:.2f} '
+              f'(quartiles {low:.2f} - {high:.2f}, {len(mine)} windows of {bench.options.window} s),'
+              f' copying {volume:.1f} GB/s', flush=True)
+
+
+def median_interval(ordered):
+    """Where the median of what `ordered` samples is, with 95 percent (by ranks, a binomial's)."""
+    n = len(ordered)
+    reach = 0.98 * n ** 0.5
+    return ordered[max(0, math.floor(n / 2 - reach))], ordered[min(n - 1, math.ceil(n / 2 + reach))]
 
 
 def slowdown(bench, name, args):
