@@ -224,7 +224,7 @@ PageRef CopiedMemory::page_ref(const Page& page) {
           static_cast<uint32_t>(std::min<uint64_t>(left, kPageBytes)), page.allocation->number};
 }
 
-Result<void> CopiedMemory::find_dirty(const Pace& pace, const std::stop_token& stop,
+Result<void> CopiedMemory::find_dirty(bool unchanged, const Pace& pace, const std::stop_token& stop,
                                       std::vector<Page>* dirty, CopiedBytes* done) {
   std::vector<Page> saved;
   for (auto& [address, a] : allocations_) {
@@ -233,6 +233,7 @@ Result<void> CopiedMemory::find_dirty(const Pace& pace, const std::stop_token& s
     }
   }
   done->pages = dirty->size() + saved.size();
+  if (unchanged) return {};
   std::vector<PageRef> refs;
   refs.reserve(saved.size());
   for (const Page& p : saved) {
@@ -247,14 +248,15 @@ Result<void> CopiedMemory::find_dirty(const Pace& pace, const std::stop_token& s
   return {};
 }
 
-Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown, const std::stop_token& stop) {
+Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown, const std::stop_token& stop,
+                                             bool unchanged) {
   CopiedBytes done;
   std::lock_guard<std::mutex> hold(gpu_->busy);
   Pace pace;
   pace.set_max_slowdown(max_slowdown);
   if (auto r = gpu_->engine->use_key(key_); !r) return r.error();
   std::vector<Page> dirty;
-  if (auto r = find_dirty(pace, stop, &dirty, &done); !r) return r.error();
+  if (auto r = find_dirty(unchanged, pace, stop, &dirty, &done); !r) return r.error();
   done.dirty_pages = dirty.size();
   for (const Page& p : dirty) done.bytes += page_ref(p).bytes;
   while (!dirty.empty()) {

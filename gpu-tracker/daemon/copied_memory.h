@@ -73,8 +73,9 @@ class CopiedMemory {
   const std::map<uint64_t, CopiedAllocation>& all() const { return allocations_; }
 
   // Hashes all that is saved, copies what differs and what is not saved, and waits until that is
-  // written, or drops it all when asked to stop.
-  Result<CopiedBytes> copy_round(double max_slowdown, const std::stop_token& stop);
+  // written, or drops it all when asked to stop. `unchanged`: what is saved need not be hashed.
+  Result<CopiedBytes> copy_round(double max_slowdown, const std::stop_token& stop,
+                                 bool unchanged = false);
 
   // Begins to copy to `kept` what is mapped of this allocation of the process.
   void keep(uint64_t address, KeptMemory* kept) const;
@@ -104,8 +105,8 @@ class CopiedMemory {
   Result<void> copy_pages(const std::vector<Page>& dirty, const Pace& pace,
                           const std::stop_token& stop, CopiedBytes* done, std::vector<Page>* again);
   static PageRef page_ref(const Page& page);
-  Result<void> find_dirty(const Pace& pace, const std::stop_token& stop, std::vector<Page>* dirty,
-                          CopiedBytes* done);
+  Result<void> find_dirty(bool unchanged, const Pace& pace, const std::stop_token& stop,
+                          std::vector<Page>* dirty, CopiedBytes* done);
 
   GpuEngines::User gpu_;
   const int gpu_index_;

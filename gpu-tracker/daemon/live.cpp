@@ -31,15 +31,28 @@ double gigabytes_a_second(uint64_t bytes, uint64_t us) {
   return us ? static_cast<double>(bytes) / 1e3 / static_cast<double>(us) : 0;
 }
 
+// What is said of a round besides how much it copied.
+std::string remark(const RoundReport& report) {
+  char text[80] = "";
+  if (report.unchanged) {
+    return "; it has called nothing since the last one, so that no page was hashed";
+  }
+  if (report.round.since_us) {
+    snprintf(text, sizeof text, "; %.1f MB/s changed",
+             1e3 * gigabytes_a_second(report.round.bytes, report.round.since_us));
+  }
+  return text;
+}
+
 void log_round(int pid, const char* name, const RoundReport& report) {
   log(LogLevel::kInfo, "daemon",
-      "%s: %s: %llu of %llu pages copied, %.1f MiB in %.1f ms (%.1f GB/s), all in %.1f ms",
+      "%s: %s: %llu of %llu pages copied, %.1f MiB in %.1f ms (%.1f GB/s), all in %.1f ms%s",
       process(pid).c_str(), name, static_cast<unsigned long long>(report.round.dirty_pages),
       static_cast<unsigned long long>(report.round.pages),
       static_cast<double>(report.round.bytes) / (1 << 20),
-      static_cast<double>(report.copy_us) / 1000,
-      gigabytes_a_second(report.round.bytes, report.copy_us),
-      static_cast<double>(report.round.us) / 1000);
+      static_cast<double>(report.round.copy_us) / 1000,
+      gigabytes_a_second(report.round.bytes, report.round.copy_us),
+      static_cast<double>(report.round.us) / 1000, remark(report).c_str());
 }
 
 }  // namespace
@@ -110,6 +123,14 @@ Result<void> Session::start_copy(int pid, Held* held, TrackerChoice tracker) {
   images.store = *store;
   for (const GpuInfo& gpu : gpus_) images.gpus.push_back(gpu.uuid);
   images.previous = open_previous(status->vpid);
+  if (!images.previous) {
+    if (!hash_key_) {
+      auto key = PageHashKey::generate();
+      if (!key) return key.error();
+      hash_key_ = std::move(*key);
+    }
+    images.key = hash_key_;
+  }
   // From here on there is an agent in it, which another phosd will take out.
   (void)note(held).ok();  // said when it is locked
   const auto start = steady_clock::now();

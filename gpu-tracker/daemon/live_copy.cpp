@@ -83,6 +83,7 @@ class Refusals {
 Result<std::unique_ptr<LiveCopy>> LiveCopy::start(const LiveCopyTarget& target,
                                                   LiveCopyImages images, GpuEngines& engines) {
   auto key = images.previous ? PageHashKey::from_bytes(images.previous->hash_key())
+             : images.key    ? *images.key
                              : PageHashKey::generate();
   if (!key) return key.error();
   std::unique_ptr<LiveCopy> copy(new LiveCopy(target, std::move(images), engines, *key));
@@ -258,15 +259,17 @@ Result<void> LiveCopy::forget_gone() {
   return {};
 }
 
-Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_token& stop) {
+Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_token& stop,
+                                         bool unchanged) {
   const auto start = steady_clock::now();
   std::vector<std::future<Result<CopiedBytes>>> parts;
   for (auto& m : gpus_) {
-    parts.push_back(std::async(std::launch::async, [&m, max_slowdown, &stop] {
-      return m->copy_round(max_slowdown, stop);
+    parts.push_back(std::async(std::launch::async, [&m, max_slowdown, &stop, unchanged] {
+      return m->copy_round(max_slowdown, stop, unchanged);
     }));
   }
   RoundReport report;
+  report.unchanged = unchanged;
   std::optional<Error> failed;
   for (auto& part : parts) {
     auto done = part.get();
@@ -278,10 +281,16 @@ Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_to
     report.round.dirty_pages += done->dirty_pages;
     report.round.bytes += done->bytes;
     report.checked_bytes += done->checked_bytes;
-    report.copy_us = std::max(report.copy_us, done->copy_us);  // GPUs work side by side
+    // GPUs work side by side.
+    report.round.copy_us = std::max(report.round.copy_us, done->copy_us);
   }
   if (failed) return failed->wrap("copying GPU memory of " + process(target_.pid));
   report.round.us = static_cast<uint64_t>(since(start).count());
+  if (!rounds_.empty()) {
+    report.round.since_us = static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::microseconds>(start - round_began_).count());
+  }
+  round_began_ = start;
   report.total_bytes = total_bytes();
   rounds_.push_back(report.round);
   return report;
@@ -289,6 +298,7 @@ Result<RoundReport> LiveCopy::copy_round(double max_slowdown, const std::stop_to
 
 Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& stop) {
   postponed_why_.clear();
+  const bool unchanged = !rounds_.empty() && finder_.nothing_called();
   if (auto seen = list(); seen) {
     const std::vector<AgentAllocation> fresh = compare(*seen);
     if (!target_.may_have_managed && !managed_.empty()) {
@@ -302,7 +312,8 @@ Result<RoundReport> LiveCopy::round(double max_slowdown, const std::stop_token& 
   } else {
     return seen.error();
   }
-  auto report = copy_round(max_slowdown, stop);
+  if (!unchanged) finder_.note_calls();
+  auto report = copy_round(max_slowdown, stop, unchanged);
   if (report) {
     report->postponed = !postponed_why_.empty();
     report->postponed_why = postponed_why_;
@@ -352,7 +363,7 @@ Result<RoundReport> LiveCopy::last_round() {
         "may name pages of memory that is no more (%s)",
         process(target_.pid).c_str(), forgotten.error().message().c_str());
   }
-  auto report = copy_round(0, {});
+  auto report = copy_round(0, {}, false);
   leave_process();
   return report;
 }

@@ -46,14 +46,17 @@ struct LiveCopyImages {
   std::shared_ptr<PageStore> store;  // where pages go: the dump's
   // Of the GPUs recorded in phos-<pid>.img, in its order.
   std::vector<GpuUuid> gpus;
-  // What the directory's parent holds of this process, if anything.
+  // What the directory's parent holds of this process, if anything. Its key is used then.
   std::optional<PreviousPages> previous;
+  // Else this one, which others of the dump have, too: equal pages are stored once. None: a new
+  // one.
+  std::optional<PageHashKey> key;
 };
 
 struct RoundReport {
   DumpRound round;
-  uint64_t copy_us = 0;        // of round.us, until all was in host memory
   uint64_t checked_bytes = 0;  // hashed in place
+  bool unchanged = false;      // nothing was, since nothing was called since the last round
   uint64_t total_bytes = 0;    // that phos copies of this process
   // There is memory that could not be had this time, since a thread was allocating or freeing; the
   // next round tries again.
@@ -71,8 +74,10 @@ class LiveCopy {
   // Gives everything back; without finish(), the pages files go.
   ~LiveCopy();
 
-  // Looks for new and freed memory (memory_finder.h), then hashes and copies. The process must not
-  // be locked. EPERM, ENOTSUP: its memory cannot be had while it runs (memory_guard.h).
+  // Looks for new and freed memory (memory_finder.h), then hashes and copies. What a process has
+  // that has called nothing since the last round is not hashed again: work under way then may
+  // still have changed it, which the next round or last_round() finds. The process must not be
+  // locked. EPERM, ENOTSUP: its memory cannot be had while it runs (memory_guard.h).
   // `max_slowdown`: share of its speed the application may lose; 0: no limit. A request to stop
   // ends it within milliseconds, with ECANCELED; the copy is of no use then.
   Result<RoundReport> round(double max_slowdown, const std::stop_token& stop = {});
@@ -125,7 +130,7 @@ class LiveCopy {
   Result<void> finish_guard();
   Result<std::vector<AgentAllocation>> list();
   Result<void> import_new(const std::vector<AgentAllocation>& fresh, MemoryGuard* guard);
-  Result<RoundReport> copy_round(double max_slowdown, const std::stop_token& stop);
+  Result<RoundReport> copy_round(double max_slowdown, const std::stop_token& stop, bool unchanged);
   Result<void> forget(Result<std::vector<AgentAllocation>> seen);
   void leave_process();
 
@@ -142,9 +147,10 @@ class LiveCopy {
   std::vector<uint64_t> gone_;                  // addresses of what is copied and is no more
   std::set<uint64_t> refused_;                  // buffer ids that could not be mapped
   std::vector<DumpRound> rounds_;
-  bool caught_up_ = false;        // with what it has freed and allocated
-  std::string postponed_why_;     // in this round, if anything
-  std::optional<Error> unclean_;  // probes of the guard's are left
+  std::chrono::steady_clock::time_point round_began_;  // the last one
+  bool caught_up_ = false;                             // with what it has freed and allocated
+  std::string postponed_why_;                          // in this round, if anything
+  std::optional<Error> unclean_;                       // probes of the guard's are left
 };
 
 }  // namespace phos

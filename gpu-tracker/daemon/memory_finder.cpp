@@ -242,6 +242,15 @@ std::optional<std::vector<AddressRange>> MemoryFinder::changed_since_list() {
   return merge(std::move(changed));
 }
 
+void MemoryFinder::note_calls() {
+  noted_ = source_ ? source_->calls() : std::nullopt;
+}
+
+bool MemoryFinder::nothing_called() {
+  if (!source_ || !noted_ || choice_ == TrackerChoice::kVerify) return false;
+  return source_->calls() == noted_;
+}
+
 Result<void> MemoryFinder::stop() {
   if (!source_) return stop_failure_ ? Result<void>(*stop_failure_) : Result<void>();
   auto r = source_->stop();

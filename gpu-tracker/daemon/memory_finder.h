@@ -77,6 +77,13 @@ class MemoryFinder {
   // each further call. From now on list() scans.
   Result<void> stop();
 
+  // Before a round looks at memory: calls from here on count for the next one.
+  void note_calls();
+  // Whether the process has certainly called nothing since then that may write, allocate or free.
+  // (The agent's questions and exports count, too.) Work that was under way may still write: only
+  // for rounds after which all is hashed once more. Never with kVerify.
+  bool nothing_called();
+
   const Statistics& statistics() const { return statistics_; }
 
  private:
@@ -91,6 +98,7 @@ class MemoryFinder {
   std::unique_ptr<ActivitySource> source_;  // null: content
   std::vector<AgentAllocation> last_;       // list
   size_t settled_ = 0;                      // events since the mark that last_ has in it
+  std::optional<ActivityCounts> noted_;
   std::optional<Error> stop_failure_;
   Statistics statistics_;
 };

@@ -325,6 +325,7 @@ class Session {
   std::optional<PinnedPool::Peak> pool_peak_;  // of a dump
   std::unique_ptr<UnsyncedFiles> unsynced_;    // null: files are durable when they have their names
   std::shared_ptr<PageStore> store_;           // of the dump's pages; null: none was needed so far
+  std::optional<PageHashKey> hash_key_;        // of its processes that build on nothing
   std::string noted_dir_;                      // not opened yet
   std::string left_dump_;            // of a phosd that died; nothing of it is restored by it
   bool failed_ = false;              // as finish() was told

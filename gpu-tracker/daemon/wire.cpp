@@ -141,7 +141,11 @@ Result<void> send_reply(int socket, const ReplyData& data) {
     rounds[i].copied_bytes = report.round.bytes;
     rounds[i].total_bytes = report.total_bytes;
     rounds[i].microseconds = report.round.us;
-    rounds[i].copy_microseconds = report.copy_us;
+    rounds[i].copy_microseconds = report.round.copy_us;
+    rounds[i].pages = report.round.pages;
+    rounds[i].dirty_pages = report.round.dirty_pages;
+    rounds[i].since_microseconds = report.round.since_us;
+    rounds[i].has_pages = rounds[i].has_dirty_pages = rounds[i].has_since_microseconds = true;
     round_pointers.push_back(&rounds[i]);
   }
   reply.n_rounds = rounds.size();

@@ -309,6 +309,10 @@ Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
     m.dirty_pages = round.dirty_pages;
     m.bytes = round.bytes;
     m.us = round.us;
+    m.copy_us = round.copy_us;
+    m.has_copy_us = round.copy_us != 0;
+    m.since_us = round.since_us;
+    m.has_since_us = round.since_us != 0;
     rounds.push_back(m);
   }
   Phos__Image__Timings timings = PHOS__IMAGE__TIMINGS__INIT;
@@ -435,7 +439,9 @@ Result<ProcessImage> decode_process(const std::vector<uint8_t>& payload) {
   }
   for (size_t i = 0; i < m->n_rounds; i++) {
     const Phos__Image__Round& round = *m->rounds[i];
-    image.rounds.push_back({round.pages, round.dirty_pages, round.bytes, round.us});
+    image.rounds.push_back({round.pages, round.dirty_pages, round.bytes, round.us,
+                            round.has_copy_us ? round.copy_us : 0,
+                            round.has_since_us ? round.since_us : 0});
   }
   for (size_t i = 0; i < m->n_other_files; i++) {
     const Phos__Image__PagesFile& file = *m->other_files[i];

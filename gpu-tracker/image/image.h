@@ -155,6 +155,8 @@ struct DumpRound {
   uint64_t dirty_pages = 0;
   uint64_t bytes = 0;
   uint64_t us = 0;
+  uint64_t copy_us = 0;   // of it, until all was in host memory; 0: not known
+  uint64_t since_us = 0;  // from the last round's beginning, in which pages became dirty; 0: none
   auto operator<=>(const DumpRound&) const = default;
 };
 

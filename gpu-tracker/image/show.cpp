@@ -116,7 +116,10 @@ void write_saved(JsonWriter& json, const ProcessImage& p, const std::vector<Chai
   json.key("rounds").begin_array();
   for (const DumpRound& round : p.rounds) {
     json.begin_object().member("pages", round.pages).member("dirty_pages", round.dirty_pages);
-    json.member("bytes", round.bytes).member("us", round.us).end_object();
+    json.member("bytes", round.bytes).member("us", round.us);
+    if (round.copy_us) json.member("copy_us", round.copy_us);
+    if (round.since_us) json.member("since_us", round.since_us);
+    json.end_object();
   }
   json.end_array().key("chain").begin_array();
   for (const ChainLevel& level : chain) {
@@ -228,15 +231,28 @@ std::string runs_table(const ProcessImage& p, const std::vector<std::vector<Show
   return out;
 }
 
+// A second; "-": not known.
+std::string rate(uint64_t bytes, uint64_t us) {
+  if (!us) return "-";
+  return human_bytes(
+             static_cast<uint64_t>(static_cast<double>(bytes) * 1e6 / static_cast<double>(us))) +
+         "/s";
+}
+
 // What phos saved itself, and where it is.
 std::string saved_table(const ProcessImage& p, const std::vector<ChainLevel>& chain) {
   std::string out = "  pages    " + page_text(count_pages(p)) + "\n";
-  if (!p.rounds.empty()) out += "  round         pages        dirty       written        time\n";
+  if (!p.rounds.empty()) {
+    out +=
+        "  round         pages        dirty       written        time        copied       "
+        "changed\n";
+  }
   for (size_t i = 0; i < p.rounds.size(); i++) {
     const DumpRound& round = p.rounds[i];
     out +=
-        format("  %-5zu  %12" PRIu64 " %12" PRIu64 "  %12s  %10s\n", i + 1, round.pages,
-               round.dirty_pages, human_bytes(round.bytes).c_str(), human_time(round.us).c_str());
+        format("  %-5zu  %12" PRIu64 " %12" PRIu64 "  %12s  %10s  %12s  %12s\n", i + 1, round.pages,
+               round.dirty_pages, human_bytes(round.bytes).c_str(), human_time(round.us).c_str(),
+               rate(round.bytes, round.copy_us).c_str(), rate(round.bytes, round.since_us).c_str());
   }
   if (chain.size() > 1) out += "  level  stage     dumped                   directory\n";
   for (size_t i = 0; chain.size() > 1 && i < chain.size(); i++) {

@@ -82,6 +82,12 @@ LedgerAnswer ActivitySource::allocations() {
   return {LedgerAnswer::Verdict::kEvents, events_, ""};
 }
 
+std::optional<ActivityCounts> ActivitySource::calls() {
+  update();
+  if (!failure_.empty() || !last_.doubts.empty()) return std::nullopt;
+  return last_.counts;
+}
+
 Result<void> ActivitySource::stop() {
   failure_ = "the process is no longer watched";
   return watch_->stop();

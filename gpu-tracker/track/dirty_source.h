@@ -21,6 +21,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -113,6 +114,9 @@ class ActivitySource : public DirtySource {
   // returns later. Work in flight does not matter: streams and graphs allocate and free only what
   // pools and graphs own.
   virtual LedgerAnswer allocations();
+
+  // Calls so far; nothing if some may not have been counted.
+  std::optional<ActivityCounts> calls();
 
   // Takes the probes away (ActivityWatch::stop); after that every answer is kMaybeDirty and kScan.
   virtual Result<void> stop();

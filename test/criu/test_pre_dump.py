@@ -48,6 +48,18 @@ class PreDumpTest(CriuTest):
         self.assertIn(says, errors[0])
         return result
 
+    # A process and its child; what the smaller one has is how the other one's memory begins.
+    def two_counters(self, mib, child_mib):
+        program = os.path.join(BUILD, 'test', 'counter')
+        script = (f'{program} --mib {child_mib} --interval-ms 20 > {self.directory}/child & '
+                  f'exec {program} --mib {mib} --interval-ms 20')
+        parent = Target(self.directory, ['/bin/sh', '-c', script], env=self.env())
+        self.targets.append(parent)
+        parent.wait_tick(3)
+        child = parent.other(children(parent.pid)[0], os.path.join(self.directory, 'child'))
+        child.wait_tick(3)
+        return parent, child
+
     def pre_dump(self, target, name, *args, previous=None):
         link = ['--prev-images-dir', self.path(previous)] if previous else []
         return self.ok('pre-dump', '--gpu-only', '-t', str(target.pid), '-D', self.path(name), *link,
@@ -172,19 +184,15 @@ class Chains(PreDumpTest):
         target.check_output(self)
 
     def test_of_a_tree_of_two_processes(self):
-        program = os.path.join(BUILD, 'test', 'counter')
-        script = (f'{program} --mib 4 --interval-ms 20 > {self.directory}/child & '
-                  f'exec {program} --mib 6 --interval-ms 20')
-        parent = Target(self.directory, ['/bin/sh', '-c', script], env=self.env())
-        self.targets.append(parent)
-        parent.wait_tick(3)
-        child = parent.other(children(parent.pid)[0], os.path.join(self.directory, 'child'))
-        child.wait_tick(3)
+        parent, child = self.two_counters(6, 4)
         done = json.loads(self.pre_dump(parent, '1', '--json').stdout)
         self.assertEqual(done['cuda_processes'], 2)
         self.assertEqual({r['pid'] for r in done['rounds']}, {parent.pid, child.pid})
-        pages = {p['pid']: p['pages']['here'] for p in self.show('1')}
-        self.assertEqual(pages, {parent.pid: 6 * 16, child.pid: 4 * 16})
+        # What the child has is the beginning of what its parent has, and stored once.
+        pages = [p['pages'] for p in self.show('1')]
+        self.assertEqual(sum(p['here'] for p in pages), 6 * 16)
+        self.assertEqual(sum(p['other'] for p in pages), 4 * 16)
+        self.assertEqual(sorted(p['here'] + p['other'] for p in pages), [4 * 16, 6 * 16])
         self.dump_and_restore(parent, '2', '1')
         child.wait_more()
         child.check_output(self)
@@ -463,6 +471,21 @@ class EndedEarly(PreDumpTest):
         self.assertIn('round 1', process.stderr.readline())
         self.wait_held(HASH, command=process)
         self.assert_nothing_saved_of_the_dead(target, process)
+
+    # Each of the two waits for pages that the other one is storing, or has its pages in the other
+    # one's file.
+    def test_one_of_two_that_share_pages_is_killed(self):
+        for name in '1', '2', '3':
+            parent, child = self.two_counters(40, 32)
+            process = self.start_phos('pre-dump', '--gpu-only', '-t', str(parent.pid), '-D',
+                                      self.path(name))
+            self.assertIn('round 1', process.stderr.readline())
+            os.kill(child.pid, signal.SIGKILL)  # nobody waits for it
+            _, errors = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 0, errors)
+            self.ok('verify', self.path(name))
+            self.dump_and_restore(parent, name + 'b', name)
+            parent.kill()
 
     def test_target_killed_while_it_is_searched(self):
         search = 'cuPointerGetAttributes 1'

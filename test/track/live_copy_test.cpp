@@ -134,6 +134,56 @@ TEST_F(WatchedCopyTest, FollowsMemoryFromRoundToRound) {
   EXPECT_EQ(claims(image, first), first == second);
 }
 
+// What an idle process has is hashed once more when it is locked, and not before.
+TEST_F(WatchedCopyTest, DoesNotHashWhileNothingIsCalled) {
+  const uint64_t p = alloc();
+  ASSERT_EQ(target_.ask("memset 1 10"), "ok");
+  ASSERT_NO_FATAL_FAILURE(start(TrackerChoice::kActivity));
+  std::vector<phos::RoundReport> reports;
+  const auto next = [&] {
+    auto report = copy_->round(0);
+    ASSERT_TRUE(report) << report.error().message();
+    reports.push_back(*report);
+  };
+  for (int i = 0; i < 3; i++) ASSERT_NO_FATAL_FAILURE(next());
+  ASSERT_EQ(target_.ask("memset 2 1"), "ok");
+  for (int i = 0; i < 3; i++) ASSERT_NO_FATAL_FAILURE(next());
+  const uint64_t second = alloc();
+  ASSERT_NO_FATAL_FAILURE(next());
+  EXPECT_EQ(reports[0].checked_bytes, 0u);
+  EXPECT_FALSE(reports[0].unchanged);
+  for (size_t idle : {1, 2, 4, 5}) {
+    EXPECT_TRUE(reports[idle].unchanged) << idle;
+    EXPECT_EQ(reports[idle].checked_bytes, 0u) << idle;
+    EXPECT_EQ(reports[idle].round.dirty_pages, 0u) << idle;
+    EXPECT_GT(reports[idle].round.since_us, 0u) << idle;
+  }
+  for (size_t busy : {3, 6}) {
+    EXPECT_FALSE(reports[busy].unchanged) << busy;
+    EXPECT_GE(reports[busy].checked_bytes, kBytes) << busy;
+  }
+  EXPECT_TRUE(copy_->stop_watching());
+  ASSERT_TRUE(driver_->lock(target_.pid(), 10000));
+  auto last = copy_->last_round();
+  EXPECT_TRUE(driver_->unlock(target_.pid()));
+  ASSERT_TRUE(last) << last.error().message();
+  EXPECT_FALSE(last->unchanged);
+  EXPECT_GE(last->checked_bytes, 2 * kBytes);
+  EXPECT_TRUE(copy_->release());
+  EXPECT_NE(p, second);
+}
+
+// The self-check looks at everything.
+TEST_F(WatchedCopyTest, HashesAllTheSameToVerify) {
+  alloc();
+  ASSERT_NO_FATAL_FAILURE(start(TrackerChoice::kVerify));
+  ASSERT_NO_FATAL_FAILURE(round());
+  auto report = copy_->round(0);
+  ASSERT_TRUE(report) << report.error().message();
+  EXPECT_FALSE(report->unchanged);
+  EXPECT_GE(report->checked_bytes, kBytes);
+}
+
 TEST_F(WatchedCopyTest, LeavesNoBreakpointWhenItIsGivenUp) {
   alloc();
   ASSERT_NO_FATAL_FAILURE(start(TrackerChoice::kActivity));

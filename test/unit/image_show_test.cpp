@@ -85,6 +85,8 @@ ImageSet saved_set() {
   p.allocations = {p.allocations[3]};
   p.gpus.clear();
   p.stage = DumpStage::kPreDump;
+  p.rounds[1].copy_us = 16;
+  p.rounds[1].since_us = 32768;
   set.processes = {p};
   set.chains = {
       {{"/images/2", kDump, DumpStage::kPreDump, p.created_us, {2, 2, 2}},
@@ -132,7 +134,9 @@ TEST(ImageShow, JsonOfSavedPages) {
           "pages": 6,
           "dirty_pages": 1,
           "bytes": 65536,
-          "us": 20
+          "us": 20,
+          "copy_us": 16,
+          "since_us": 32768
         }
       ],
       "chain": [
@@ -164,9 +168,9 @@ process 4242  py?t) (3  locked
   path      kind      allocations          size
   released  virtual             1     321.0 KiB
   pages    2 here (128.0 KiB), 2 in parents, 2 zero
-  round         pages        dirty       written        time
-  1                 6            4     256.0 KiB      1.5 ms
-  2                 6            1      64.0 KiB      0.0 ms
+  round         pages        dirty       written        time        copied       changed
+  1                 6            4     256.0 KiB      1.5 ms             -             -
+  2                 6            1      64.0 KiB      0.0 ms     3.8 GiB/s     1.9 MiB/s
   level  stage     dumped                   directory
   0      pre-dump  2026-01-01 00:00:00 UTC  /images/2: 2 here (128.0 KiB), 2 in parents, 2 zero
   1      pre-dump  2025-12-31 23:59:00 UTC  /images/1: 6 here (384.0 KiB), 0 in parents, 0 zero

@@ -14,11 +14,14 @@ using Names = std::set<std::string>;
 
 TEST(Image, ProcessRoundTrip) {
   TempDir dir;
-  auto written = write_process_image(dir.fd(), golden_process());
+  ProcessImage p = golden_process();
+  p.rounds[1].copy_us = 19;
+  p.rounds[1].since_us = uint64_t{1} << 40;
+  auto written = write_process_image(dir.fd(), p);
   ASSERT_TRUE(written) << written.error().message();
   auto read = read_process_image(dir.fd(), 4242);
   ASSERT_TRUE(read) << read.error().message();
-  expect_equal(*read, golden_process());
+  expect_equal(*read, p);
 }
 
 TEST(Image, EmptyListsAndExtremeValuesRoundTrip) {

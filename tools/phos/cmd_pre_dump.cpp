@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "gpu-tracker/base/json.h"
+#include "gpu-tracker/image/image.h"
 #include "tools/criu/locate.h"
 #include "tools/phos/capture.h"
 #include "tools/phos/command.h"
@@ -67,13 +68,44 @@ bool kernel_tracks_writes() {
   return ran && ran->code == 0;
 }
 
+double gigabytes_a_second(uint64_t bytes, uint64_t microseconds) {
+  return microseconds ? static_cast<double>(bytes) / 1e3 / static_cast<double>(microseconds) : 0;
+}
+
 void print_round(const PreDumpRound& r) {
-  const double copy = static_cast<double>(r.copy_microseconds) / 1e6;
-  fprintf(
-      stderr, "process %d, round %u: copied %s of %s in %.3f s (%.1f GB/s), written after %.3f s\n",
-      r.pid, r.number, format_bytes(r.copied_bytes).c_str(), format_bytes(r.total_bytes).c_str(),
-      copy, copy > 0 ? static_cast<double>(r.copied_bytes) / 1e9 / copy : 0,
-      static_cast<double>(r.microseconds) / 1e6);
+  char changed[60] = "";
+  if (r.since_microseconds) {
+    snprintf(changed, sizeof changed, ", changed at %.1f MB/s",
+             1e3 * gigabytes_a_second(r.copied_bytes, r.since_microseconds));
+  }
+  fprintf(stderr,
+          "process %d, round %u: copied %llu of %llu pages, %s of %s, in %.3f s (%.1f GB/s), "
+          "written after %.3f s%s\n",
+          r.pid, r.number, static_cast<unsigned long long>(r.dirty_pages),
+          static_cast<unsigned long long>(r.pages), format_bytes(r.copied_bytes).c_str(),
+          format_bytes(r.total_bytes).c_str(), static_cast<double>(r.copy_microseconds) / 1e6,
+          gigabytes_a_second(r.copied_bytes, r.copy_microseconds),
+          static_cast<double>(r.microseconds) / 1e6, changed);
+}
+
+// Of a pre-dump by criu, from what it has left in its images.
+PreDumpResult rounds_of(int image_dir) {
+  PreDumpResult result;
+  auto set = read_image_set(image_dir);
+  if (!set) return result;  // phosd has written them; whoever reads them next is told
+  result.processes = set->processes.size();
+  for (const ProcessImage& p : set->processes) {
+    uint64_t total = 0;
+    for (const AllocationInfo& a : p.allocations) {
+      if (!a.hashes.empty()) total += a.size;
+    }
+    for (size_t i = 0; i < p.rounds.size(); i++) {
+      const DumpRound& r = p.rounds[i];
+      result.rounds.push_back({p.pid, static_cast<unsigned>(i) + 1, r.bytes, total, r.us, r.copy_us,
+                               r.pages, r.dirty_pages, r.since_us});
+    }
+  }
+  return result;
 }
 
 void print_json(int pid, const std::string& directory, bool cpu, double seconds, uint64_t bytes,
@@ -82,19 +114,15 @@ void print_json(int pid, const std::string& directory, bool cpu, double seconds,
   w.begin_object().member("pid", pid).member("directory", directory);
   w.member("milliseconds", static_cast<uint64_t>(seconds * 1000)).member("image_bytes", bytes);
   w.member("cpu_memory", cpu);
-  if (!cpu) {
-    w.member("cuda_processes", gpu.processes).key("rounds").begin_array();
-    for (const PreDumpRound& r : gpu.rounds) {
-      w.begin_object().member("pid", r.pid).member("number", r.number);
-      w.member("checked_bytes", r.checked_bytes).member("copied_bytes", r.copied_bytes);
-      w.member("total_bytes", r.total_bytes)
-          .member("microseconds", r.microseconds)
-          .member("copy_microseconds", r.copy_microseconds)
-          .end_object();
-    }
-    w.end_array();
+  w.member("cuda_processes", gpu.processes).key("rounds").begin_array();
+  for (const PreDumpRound& r : gpu.rounds) {
+    w.begin_object().member("pid", r.pid).member("number", r.number);
+    w.member("pages", r.pages).member("dirty_pages", r.dirty_pages);
+    w.member("copied_bytes", r.copied_bytes).member("total_bytes", r.total_bytes);
+    w.member("microseconds", r.microseconds).member("copy_microseconds", r.copy_microseconds);
+    w.member("since_microseconds", r.since_microseconds).end_object();
   }
-  w.end_object();
+  w.end_array().end_object();
   printf("%s\n", w.str().c_str());
 }
 
@@ -128,7 +156,7 @@ int with_criu(const Parsed& options, int pid, const std::string& comm, DumpDir& 
   }
   const uint64_t bytes = image_bytes(dir.fd.get(), since);
   if (options.has("json")) {
-    print_json(pid, dir.path, true, exit->seconds, bytes, {});
+    print_json(pid, dir.path, true, exit->seconds, bytes, rounds_of(dir.fd.get()));
   } else {
     printf("pre-dumped process %d (%s) to %s in %.2f s: %s of images\n", pid, comm.c_str(),
            dir.path.c_str(), exit->seconds, format_bytes(bytes).c_str());

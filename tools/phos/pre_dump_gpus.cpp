@@ -80,8 +80,8 @@ class PreDump {
       for (size_t i = 0; i < r.n_log; i++) on_log_(r.log[i]->level, r.log[i]->text);
       for (size_t i = 0; i < r.n_rounds; i++) {
         const Phos__Wire__Round& w = *r.rounds[i];
-        on_round_({w.pid, w.number, w.checked_bytes, w.copied_bytes, w.total_bytes, w.microseconds,
-                   w.copy_microseconds});
+        on_round_({w.pid, w.number, w.copied_bytes, w.total_bytes, w.microseconds,
+                   w.copy_microseconds, w.pages, w.dirty_pages, w.since_microseconds});
       }
     });
   }

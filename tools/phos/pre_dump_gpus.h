@@ -22,9 +22,11 @@ struct PreDumpLimits {
 struct PreDumpRound {
   int pid = 0;
   unsigned number = 0;
-  uint64_t checked_bytes = 0, copied_bytes = 0, total_bytes = 0;
+  uint64_t copied_bytes = 0, total_bytes = 0;
   uint64_t microseconds = 0;       // looking, copying, writing
   uint64_t copy_microseconds = 0;  // of those, until all was in host memory
+  uint64_t pages = 0, dirty_pages = 0;
+  uint64_t since_microseconds = 0;  // from the last round's beginning; 0: the first
 };
 
 struct PreDumpResult {
