@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
+#include <iterator>
 #include <thread>
 #include <utility>
 
@@ -178,7 +179,21 @@ Result<void> PinnedPool::reserve(uint64_t bytes) {
 Result<PinnedPool::Buffer> PinnedPool::acquire(std::stop_token stop) {
   std::unique_lock<std::mutex> hold(mutex_);
   bool waited = false;
-  while (free_.empty()) {
+  // In the queue until the end, whatever that is; then it may be the next one's turn.
+  struct Turn {
+    PinnedPool& pool;
+    const uint64_t number = pool.next_number_++;
+    ~Turn() {
+      pool.waiting_.erase(number);
+      pool.changed_.notify_all();
+    }
+  } turn{*this};
+  waiting_.insert(turn.number);
+  const auto is_mine = [&] {
+    const auto before = std::distance(waiting_.begin(), waiting_.find(turn.number));
+    return free_.size() > static_cast<size_t>(before);
+  };
+  while (!is_mine()) {
     if (stop.stop_requested()) {
       return Error(Domain::kErrno, ECANCELED, "waiting for a host buffer was cancelled");
     }
@@ -191,14 +206,14 @@ Result<PinnedPool::Buffer> PinnedPool::acquire(std::stop_token stop) {
     }
     if (!waited && !growing_) statistics_.waits++;
     waited = true;
-    changed_.wait(hold, stop, [&] { return !free_.empty() || (!growing_ && may_grow()); });
+    changed_.wait(hold, stop, [&] { return is_mine() || (!growing_ && may_grow()); });
   }
   return take(hold);
 }
 
 std::optional<PinnedPool::Buffer> PinnedPool::try_acquire() {
   std::unique_lock<std::mutex> hold(mutex_);
-  if (free_.empty()) return {};
+  if (free_.size() <= waiting_.size()) return {};
   return take(hold);
 }
 
@@ -206,7 +221,8 @@ std::optional<PinnedPool::Buffer> PinnedPool::acquire_spare(const Spare& spare,
                                                             std::stop_token stop) {
   const auto deadline = std::chrono::steady_clock::now() + spare.patience;
   std::unique_lock<std::mutex> hold(mutex_);
-  while (free_.size() <= spare.keep) {
+  const auto spared = [&] { return free_.size() > spare.keep + waiting_.size(); };
+  while (!spared()) {
     if (stop.stop_requested()) return {};
     if (growing_) {
       changed_.wait(hold, stop, [&] { return !growing_; });
@@ -215,7 +231,7 @@ std::optional<PinnedPool::Buffer> PinnedPool::acquire_spare(const Spare& spare,
     if (may_grow() && statistics_.buffers < spare.enough) {
       if (grow(hold, options_.step_bytes)) continue;
     }
-    if (!changed_.wait_until(hold, stop, deadline, [&] { return free_.size() > spare.keep; })) {
+    if (!changed_.wait_until(hold, stop, deadline, spared)) {
       return {};
     }
   }

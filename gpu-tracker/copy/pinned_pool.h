@@ -12,6 +12,7 @@
 #include <functional>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <stop_token>
 #include <vector>
 
@@ -101,10 +102,11 @@ class PinnedPool {
   Result<void> reserve(uint64_t bytes);
 
   // A buffer, which is made if none is free and more may be made; else waits for a release. Its
-  // contents are those of an earlier use. Fails with ECANCELED once `stop` is requested, and with
-  // an error if memory is too short for two buffers.
+  // contents are those of an earlier use. Who waits longest is served first, so that of several
+  // sessions none has all. Fails with ECANCELED once `stop` is requested, and with an error if
+  // memory is too short for two buffers.
   Result<Buffer> acquire(std::stop_token stop);
-  // A free buffer, if there is one.
+  // A free buffer, if there is one for which nobody waits.
   std::optional<Buffer> try_acquire();
   // A buffer to be kept for long, if `keep` others stay free; more are made for that if they may be
   // and there are fewer than `enough`. Else it waits for a release, for `patience` at most. Who
@@ -145,6 +147,8 @@ class PinnedPool {
   GpuContext* context_ = nullptr;
   std::vector<Region> regions_;
   std::vector<uint8_t*> free_;  // the last one given back is the warmest
+  std::set<uint64_t> waiting_;  // in acquire(), the first one longest
+  uint64_t next_number_ = 0;
   Statistics statistics_;
   std::vector<Peak*> peaks_;
 };

@@ -46,16 +46,14 @@ Session::Room Session::claim_room(const ProcessImage& image) {
   Room room;
   if (!engines_) return room;
   std::vector<uint64_t> needed(image.gpus.size());
-  uint64_t listed = 0;
   for (const AllocationInfo& a : image.allocations) {
     // Managed memory is the CPU's, where there is no room.
     if (a.gpu < 0 || a.kind == MemoryKind::kManaged) continue;
-    listed += a.size;
     needed[static_cast<size_t>(a.gpu)] += a.size;
   }
   // Contexts, code, and all of what is not listed: on which of its GPUs it is, is not known. Nor,
   // where nothing is listed, which those are.
-  const uint64_t more = image.device_bytes > listed ? image.device_bytes - listed : 0;
+  const uint64_t more = unlisted_bytes(image);
   const bool anywhere = std::all_of(needed.begin(), needed.end(), [](uint64_t n) { return !n; });
   for (size_t i = 0; i < needed.size(); i++) {
     if (!needed[i] && !anywhere) continue;
@@ -85,7 +83,7 @@ std::vector<DeviceRoom::Need> Session::needs_of(const ProcessImage& image) const
   if (all_listed == 0 && image.gpu_bytes.empty() && image.gpus.size() > 1) return {};
   const auto in_use = [&](uint64_t n) { return all_listed == 0 || n; };
   const auto parts = static_cast<uint64_t>(std::count_if(listed.begin(), listed.end(), in_use));
-  const uint64_t more = image.device_bytes > all_listed ? image.device_bytes - all_listed : 0;
+  const uint64_t more = unlisted_bytes(image);
   std::vector<DeviceRoom::Need> needs;
   for (size_t i = 0; i < image.gpus.size(); i++) {
     uint64_t bytes = in_use(listed[i]) ? listed[i] + more / parts : 0;

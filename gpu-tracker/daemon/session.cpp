@@ -182,6 +182,23 @@ Result<ProcessImage> Session::describe(int pid, const Held& held) const {
   return image;
 }
 
+// What becomes of its memory; the log of the release says which of it was released after all.
+void Session::log_memory(int pid, const ProcessImage& image) {
+  uint64_t saved = 0, listed = 0;
+  for (const AllocationInfo& a : image.allocations) {
+    if (a.gpu < 0) continue;
+    listed += a.size;
+    if (!a.hashes.empty()) saved += a.size;
+  }
+  if (image.allocations.empty()) return;
+  log(LogLevel::kInfo, "daemon",
+      "%s: %s of its GPU memory are copied by phos; the driver's are %s that phos cannot copy, and "
+      "%s "
+      "of contexts, code, arrays and what else no address leads to",
+      process(pid).c_str(), megabytes(saved).c_str(), megabytes(listed - saved).c_str(),
+      megabytes(unlisted_bytes(image)).c_str());
+}
+
 Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_time) {
   if (!held->image) {
     auto image = describe(pid, *held);
@@ -190,6 +207,7 @@ Result<void> Session::write_image(int pid, Held* held, microseconds checkpoint_t
       if (auto r = held->copy->finish(&*image); !r) return r;
     }
     held->image = std::move(*image);
+    log_memory(pid, *held->image);
   }
   auto us = [](microseconds t) { return static_cast<uint64_t>(t.count()); };
   Timings& timings = held->image->timings;

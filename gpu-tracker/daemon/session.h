@@ -297,6 +297,7 @@ class Session {
   Result<void> finish_pre_dump();
 
   Result<ProcessImage> describe(int pid, const Held& held) const;
+  static void log_memory(int pid, const ProcessImage& image);
   void log_storage();
   static void log_unencrypted(int pid, const ProcessImage& image, uint64_t copy);
   Result<void> write_image(int pid, Held* held, std::chrono::microseconds checkpoint_time);

@@ -124,6 +124,15 @@ const char* to_string(DumpStage stage) {
   return stage == DumpStage::kPreDump ? "pre-dump" : "dump";
 }
 
+uint64_t unlisted_bytes(const ProcessImage& image) {
+  uint64_t listed = 0;
+  for (const AllocationInfo& a : image.allocations) {
+    // Managed memory is the CPU's, too, and is not accounted as a GPU's.
+    if (a.gpu >= 0 && a.kind != MemoryKind::kManaged) listed += a.size;
+  }
+  return image.device_bytes > listed ? image.device_bytes - listed : 0;
+}
+
 PageCounts count_pages(const AllocationInfo& allocation) {
   PageCounts counts;
   for (const PageExtent& e : allocation.extents) {

@@ -217,6 +217,9 @@ struct PageCounts {
   auto operator<=>(const PageCounts&) const = default;
 };
 PageCounts count_pages(const AllocationInfo& allocation);
+// GPU memory that no allocation stands for: contexts, code, arrays, what the driver keeps free for
+// small memory. 0, too, where `device_bytes` is not known.
+uint64_t unlisted_bytes(const ProcessImage& image);
 PageCounts count_pages(const ProcessImage& image);
 
 // A /dev/nvidia* file to reopen.

@@ -144,7 +144,9 @@ void write_process(JsonWriter& json, const ProcessImage& p, const std::vector<Ch
   }
   json.member("driver_release", p.driver_release).member("driver_api", p.driver_api);
   json.member("created_us", p.created_us).member("phos_version", p.phos_version);
-  if (p.device_bytes) json.member("device_bytes", p.device_bytes);
+  if (p.device_bytes) {
+    json.member("device_bytes", p.device_bytes).member("unlisted_bytes", unlisted_bytes(p));
+  }
   if (p.key_id != KeyId{}) json.member("key_id", format_key_id(p.key_id));
   json.key("gpus").begin_array();
   for (size_t i = 0; i < p.gpus.size(); i++) {
@@ -313,7 +315,13 @@ std::string process_table(const ProcessImage& p, const std::vector<ChainLevel>& 
   };
   if (!sums.empty()) out += "  path      kind      allocations          size\n";
   for (const auto& [key, sum] : sums) row(to_string(key.first), to_string(key.second), sum);
-  if (sums.size() > 1) row("total", "", total);
+  const uint64_t unlisted = sums.empty() ? 0 : unlisted_bytes(p);
+  if (unlisted) {
+    out += format("  %-8s  %-8s  %11s  %12s\n", to_string(MemoryPath::kDriver), "other", "-",
+                  human_bytes(unlisted).c_str());
+    total.bytes += unlisted;
+  }
+  if (sums.size() + (unlisted ? 1 : 0) > 1) row("total", "", total);
   if (!p.hash_key.empty()) out += saved_table(p, chain);
   out += "  timings  scan " + human_time(p.timings.scan_us) + ", lock " +
          human_time(p.timings.lock_us) + ", checkpoint " + human_time(p.timings.checkpoint_us) +

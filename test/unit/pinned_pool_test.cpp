@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <mutex>
 #include <set>
 #include <thread>
 #include <vector>
@@ -112,6 +113,52 @@ TEST(PinnedPool, AcquireWaitsForARelease) {
   auto c = pool.acquire({});
   ASSERT_TRUE(c);
   EXPECT_EQ(c->data(), address);
+}
+
+// One session's copy takes each buffer again as soon as it is back; another one is to get on, too.
+TEST(PinnedPool, WhoWaitsLongestIsServedFirst) {
+  PinnedPool pool(small(4, 4));
+  std::vector<PinnedPool::Buffer> held;
+  for (int i = 0; i < 4; i++) held.push_back(std::move(*pool.acquire({})));
+  std::mutex mutex;
+  std::vector<int> served;
+  std::vector<PinnedPool::Buffer> theirs;
+  std::vector<std::jthread> others;
+  for (int number = 0; number < 3; number++) {
+    others.emplace_back([&, number] {
+      auto buffer = pool.acquire({});
+      std::lock_guard<std::mutex> hold(mutex);
+      served.push_back(number);
+      theirs.push_back(std::move(*buffer));
+    });
+    while (pool.statistics().waits != static_cast<uint64_t>(number) + 1) std::this_thread::yield();
+  }
+  const auto count = [&] {
+    std::lock_guard<std::mutex> hold(mutex);
+    return served.size();
+  };
+  for (size_t given = 1; given <= 3; given++) {
+    held.pop_back();
+    EXPECT_FALSE(pool.try_acquire());
+    EXPECT_FALSE(pool.acquire_spare({}, {}));
+    while (count() != given) std::this_thread::yield();
+  }
+  EXPECT_EQ(served, (std::vector<int>{0, 1, 2}));
+  held.pop_back();
+  EXPECT_TRUE(pool.try_acquire());
+}
+
+// Somebody who gives up waiting keeps nobody else from it.
+TEST(PinnedPool, WhoGivesUpLeavesTheQueue) {
+  PinnedPool pool(small(2, 2));
+  std::vector<PinnedPool::Buffer> held;
+  for (int i = 0; i < 2; i++) held.push_back(std::move(*pool.acquire({})));
+  {
+    std::jthread gives_up([&](const std::stop_token& stop) { EXPECT_FALSE(pool.acquire(stop)); });
+    while (!pool.statistics().waits) std::this_thread::yield();
+  }
+  held.pop_back();
+  EXPECT_TRUE(pool.try_acquire());
 }
 
 TEST(PinnedPool, WaitingCanBeCancelled) {
