@@ -84,6 +84,8 @@ class MemoryRelease {
   // After hold(): has no thread passed the gate since? EBUSY: one has, or could have.
   Result<void> check_closed();
 
+  // When its threads began to park.
+  std::chrono::steady_clock::time_point closed_at() const { return gate_->closed_at(); }
   // Memory is away, or may be.
   bool is_away() const { return away_; }
   // The process is unlocked in the driver. Everything that is away is there again, with the bytes

@@ -111,6 +111,7 @@ void Session::close_gates(const std::vector<int>& pids) {
     auto release = closing.get();
     if (release) {
       held.release = std::move(*release);
+      held.stopped = held.release->closed_at();
     } else if (!has_ended(pid, held.restore_tid, held.start_time)) {
       give_up_release(pid, &held, release.error().message());
     }
@@ -203,7 +204,6 @@ Result<bool> Session::lock_behind_closed_gates(const std::vector<int>& pids,
   if (!release_wanted_) return false;
   close_gates(pids);
   if (!has_gates()) return false;
-  const auto start = steady_clock::now();
   note_stopped(to_lock());
   for (int attempt = 1;; attempt++) {
     for (bool again : {true, false}) {
@@ -233,7 +233,7 @@ Result<bool> Session::lock_behind_closed_gates(const std::vector<int>& pids,
   }
   for (int pid : pids) {
     auto it = held_.find(pid);
-    if (it != held_.end() && it->second.release) it->second.gate_time = since(start);
+    if (it != held_.end() && it->second.release) it->second.gate_time = since(*it->second.stopped);
   }
   return true;
 }

@@ -196,6 +196,7 @@ void Gate::shut() {
   if (!closed_once_) arrived_before_ = load(g.arrived);
   if (!closed_once_) program_->set_arrived_before(arrived_before_);
   closed_once_ = true;
+  closed_at_ = std::chrono::steady_clock::now();
   forget_passed();
   g.lease_ms = static_cast<uint32_t>(std::clamp<int64_t>(options_.lease.count(), 1, UINT_MAX));
   uint32_t now = word();

@@ -133,6 +133,8 @@ class Gate {
   Result<void> release();
   // release(), and waits until every thread that was parked has gone on. ETIMEDOUT: one has not.
   Result<void> let_pass();
+  // When threads began to park, the last time: close() makes the probes first, while they run on.
+  std::chrono::steady_clock::time_point closed_at() const { return closed_at_; }
   // After let_pass(): closes again, at once, by the same handler and probes.
   void close_again();
   // release(), disarm(), and puts the signal's action back once every thread has left the handler.
@@ -193,6 +195,7 @@ class Gate {
   uint64_t arrived_before_ = 0;                     // when the gate closed for the first time
   uint64_t passed_before_ = 0, missed_before_ = 0;  // when it closed the last time
   bool closed_once_ = false;
+  std::chrono::steady_clock::time_point closed_at_;
   bool unclean_ = false;  // probes may be left
   std::string pinned_;    // where they are
   bool shared_ = false;   // of own_offsets_, some may be somebody else's
