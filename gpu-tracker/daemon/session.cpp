@@ -73,6 +73,7 @@ Result<void> Session::begin_dump(UniqueFd image_dir, DumpStage stage, ImageStora
 
 Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
   image_dir_ = std::move(image_dir);
+  if (engines_) pool_peak_.emplace(engines_->pool());
   auto set = read_image_set(image_dir_.get());
   if (!set) return set.error();
   if (auto r = check_stage(*set); !r) return r.error();

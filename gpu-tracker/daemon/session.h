@@ -323,7 +323,7 @@ class Session {
   GpuEngines* const engines_;
   std::function<bool()> client_gone_;  // may be empty
   UniqueFd image_dir_;
-  std::optional<PinnedPool::Peak> pool_peak_;  // of a dump
+  std::optional<PinnedPool::Peak> pool_peak_;  // of a dump or a restore
   std::unique_ptr<UnsyncedFiles> unsynced_;    // null: files are durable when they have their names
   std::shared_ptr<PageStore> store_;           // of the dump's pages; null: none was needed so far
   std::optional<PageHashKey> hash_key_;        // of its processes that build on nothing

@@ -9,7 +9,7 @@ import subprocess
 import time
 import unittest
 
-from harness import (BUILD, REAL_GPU, CriuTest, Target, alive, children, ended,
+from harness import (BUILD, REAL_GPU, CriuTest, Target, children, ended,
                      gpu_device_files, threads_of, wait_until, wait_untouched)
 
 PHOS = os.path.join(BUILD, 'bin', 'phos')
@@ -204,56 +204,6 @@ class Chains(PreDumpTest):
         self.assertEqual(done['rounds'][0]['copied_bytes'], 8 << 20)
         self.assertEqual(done['rounds'][0]['total_bytes'], 8 << 20)
         self.assertFalse(done['cpu_memory'])
-
-
-class BrokenChains(PreDumpTest):
-    def setUp(self):
-        super().setUp()
-        self.target = self.counter('--mib', '8')
-        self.chain(self.target, ['1'])
-        self.ok('dump', '-t', str(self.target.pid), '-D', self.path('2'), '--prev-images-dir',
-                self.path('1'))
-        wait_until(self.target.gone, 'the dumped process to be gone')
-
-    def refused(self, says):
-        self.fails('verify', self.path('2'), says=says)
-        self.fails('restore', '-D', self.path('2'), says=says)
-        wait_until(lambda: not alive(self.target.pid), 'it not to be let go')
-        self.images = self.path('2')
-        result = self.restore()
-        self.assertNotEqual(result.returncode, 0)
-        self.assertIn(says, '\n'.join(self.errors('restore.log')))
-
-    def test_parent_removed(self):
-        shutil.rmtree(self.path('1'))
-        self.refused('parent cannot be followed')
-
-    def test_link_removed(self):
-        os.unlink(self.path('2/parent'))
-        self.refused('there is no link `parent`')
-
-    def test_parent_dumped_again(self):
-        other = self.counter('--mib', '4')
-        self.pre_dump(other, '1', '--force')
-        self.refused(f'phos-{self.target.pid}.img does not exist')
-
-    def test_pages_truncated(self):
-        pages = self.path(f'1/phos-pages-{self.target.pid}-0.img')
-        os.truncate(pages, os.path.getsize(pages) - 65536)
-        self.refused('phos-pages')
-
-    def test_pages_removed(self):
-        os.unlink(self.path(f'1/phos-pages-{self.target.pid}-0.img'))
-        self.refused('which is missing')
-
-    def test_whole_chain_moved(self):
-        os.mkdir(self.path('elsewhere'))
-        for name in '12':
-            os.rename(self.path(name), self.path(f'elsewhere/{name}'))
-        ticks = self.target.last_tick()
-        self.ok('restore', '-D', self.path('elsewhere/2'))
-        self.target.wait_tick(ticks + 3)
-        self.target.check_output(self)
 
 
 class BadInput(PreDumpTest):

@@ -161,10 +161,17 @@ TEST_F(WriteQueueTest, NoMoreThanDepthAreInFlight) {
   });
   began.wait(false);
   bool too_early = true;
+  std::atomic<bool> returned{false};
   std::thread second([&] {
     queue->submit(fd.get(), 4096, data.data(), data.size(), [](const Result<void>&) {});
     too_early = !let_go;
+    returned = true;
   });
+  // Time enough for a queue without a limit. With one the second has to wait for as long as it
+  // takes.
+  for (int i = 0; i < 100 && !returned; i++) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
   let_go = true;
   let_go.notify_all();
   second.join();

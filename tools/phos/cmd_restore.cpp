@@ -19,11 +19,14 @@
 #include "gpu-tracker/base/json.h"
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/driver/cuda_driver.h"
+#include "gpu-tracker/image/verify.h"
 #include "tools/phos/command.h"
 #include "tools/phos/criu_run.h"
 #include "tools/phos/gpu_images.h"
 #include "tools/phos/image_dir.h"
+#include "tools/phos/page_hasher.h"
 #include "tools/phos/processes.h"
+#include "tools/phos/progress_line.h"
 #include "tools/phos/storage_options.h"
 
 namespace phos::cli {
@@ -49,9 +52,28 @@ Syntax syntax() {
                                                   "return once the processes run (the default)")(
       "foreground,F", "stay until the root process ends")(
       "shell-job,j", "give the processes this terminal")("verbose,v", "print what the plugin does")(
+      "verify", "read and check every page before anything is started, as `phos verify` does")(
       "json", "print the summary as JSON");
   add_key_option(&s);
   return s;
+}
+
+// Every page, from the files alone. The GPU checks them as well, but not before CRIU has restored.
+Result<void> check_pages(int fd, const ImageSet& images, const std::string& path) {
+  ProgressLine line;
+  VerifyOptions how;
+  how.max_damage = 1;
+  how.progress = [&](uint64_t pages, uint64_t of) {
+    line.draw("verifying " + path + ": " + format_bytes(pages * kImagePageSize) + " of " +
+              format_bytes(of * kImagePageSize));
+  };
+  auto report = verify_images(fd, images, make_page_hasher, how);
+  if (!report) return report.error();
+  if (report->ok()) return {};
+  return Error(Domain::kFormat, EBADMSG,
+               path + " is damaged: " + std::to_string(report->damaged_pages) +
+                   " of the saved pages are not what was saved; the first: " +
+                   describe(report->damage.front()) + "; see phos verify --repair-from");
 }
 
 // Can the driver and GPUs of this machine take what `images` hold?
@@ -215,6 +237,11 @@ int restore(const Parsed& options) {
   if (auto ok = check_stage(*images); !ok) return fail(kName, ok.error().message());
   if (auto ok = check_inventory(fd->get(), path); !ok) return fail(kName, ok.error().message());
   if (auto ok = check_machine(*images); !ok) return fail(kName, ok.error().message());
+  if (options.has("verify")) {
+    if (auto ok = check_pages(fd->get(), *images, path); !ok) {
+      return fail(kName, ok.error().message());
+    }
+  }
   if (auto ok = wait_for_pids(fd->get()); !ok) return fail(kName, ok.error().message());
   std::unique_ptr<char, decltype(&free)> real(realpath(path.c_str(), nullptr), free);
   return run_and_verify(options, real ? real.get() : path, *images);

@@ -99,6 +99,11 @@ Result<DumpDir> open_for_dump(const std::string& path, bool force) {
   auto fd = open_existing(path);
   if (!fd) return fd.error();
   dir.fd = std::move(*fd);
+  if (dir.created) {  // it is to be as durable as what will be in it
+    UniqueFd above(openat(dir.fd.get(), "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!above) return Error::from_errno(errno, "opening the directory above " + path);
+    if (auto r = sync_directory(above.get(), path + "/.."); !r) return r.error();
+  }
   auto real = absolute(path);
   if (!real) return real.error();
   dir.path = std::move(*real);
