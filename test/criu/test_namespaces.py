@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Targets in mount, pid and user namespaces of their own."""
 import glob
+import json
 import os
 import re
 import shutil
@@ -93,6 +94,10 @@ class NamespaceTest(CriuTest):
         with open(file, 'rb') as f:
             self.assertEqual(f.read(), counter_bytes(2 * MIB))
 
+    def released_bytes(self):
+        process, = json.loads(self.phos('show', '--json', self.images))['processes']
+        return sum(a['size'] for a in process['allocations'] if a['path'] == 'released')
+
     def attach_and_pre_dump(self, target):
         """All that needs no CRIU."""
         self.assertRegex(self.phos('status', str(target.pid)), rf'\b{target.pid}\b.*running')
@@ -129,6 +134,20 @@ class InNamespaces(NamespaceTest):
 
     def test_user(self):
         self.attach_and_pre_dump(self.counter_in(*USER))
+
+    def test_memory_is_released_in_a_user_namespace(self):
+        """All else is shared. CRIU would not restore it: it could not mount /proc."""
+        self.configure('release = auto')
+        target = Target(self.directory, ['unshare', *USER, COUNTER, *ARGUMENTS, '--mib', '16'],
+                        env=self.env())
+        self.targets.append(target)
+        target.wait_tick(3)
+        self.assertNotEqual(namespace(target.pid, 'user'), namespace('self', 'user'))
+        for _ in range(2):
+            self.dump_ok(target, '--leave-running')
+            self.assertEqual(self.released_bytes(), 16 * MIB)
+            self.assert_runs_on(target)
+            wait_untouched(target.pid)
 
     def test_two_of_one_number(self):
         """A tree that CRIU would not dump: two processes are pid 1, each in a namespace."""
