@@ -3,6 +3,7 @@
 
 #include <cerrno>
 #include <cinttypes>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -52,6 +53,8 @@ Result<ProcStatus> read_proc_status(int pid) {
     } else if (!strcmp(line, "NSpid")) {
       const char* last = strrchr(value, '\t');
       s.vpid = atoi(last ? last + 1 : value);
+    } else if (!strcmp(line, "SigPnd") || !strcmp(line, "ShdPnd")) {
+      s.killed |= (strtoull(value, nullptr, 16) >> (SIGKILL - 1) & 1) != 0;
     } else if (!strcmp(line, "Seccomp")) {
       s.seccomp_mode = atoi(value);
     }
@@ -61,22 +64,44 @@ Result<ProcStatus> read_proc_status(int pid) {
   return s;
 }
 
-Result<uint64_t> read_start_time(int pid) {
+namespace {
+
+// What follows the command name, which is in parentheses and may hold spaces, in /proc/PID/stat.
+Result<std::string> read_stat(int pid) {
   auto f = open_proc(pid, "stat");
   if (!f) return f.error();
   char buf[2048];
   size_t n = fread(buf, 1, sizeof buf - 1, f->get());
   buf[n] = '\0';
-  // Field 22; the command name (field 2) is in parentheses and may hold spaces.
   const char* p = strrchr(buf, ')');
-  uint64_t start = 0;
-  if (!p || sscanf(p + 1,
-                   " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d "
-                   "%*d %" SCNu64,
-                   &start) != 1) {
+  if (!p) return proc_error(pid, "stat", ESRCH);
+  return std::string(p + 1);
+}
+
+}  // namespace
+
+Result<uint64_t> read_start_time(int pid) {
+  auto text = read_stat(pid);
+  if (!text) return text.error();
+  uint64_t start = 0;  // field 22
+  if (sscanf(text->c_str(),
+             " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d "
+             "%*d %" SCNu64,
+             &start) != 1) {
     return proc_error(pid, "stat", ESRCH);
   }
   return start;
+}
+
+bool is_ending(int pid) {
+  constexpr unsigned kExiting = 0x4;  // PF_EXITING of linux/sched.h
+  auto status = read_proc_status(pid);
+  auto text = read_stat(pid);
+  unsigned flags = 0;  // field 9
+  if (!status || !text || sscanf(text->c_str(), " %*c %*d %*d %*d %*d %*d %u", &flags) != 1) {
+    return true;
+  }
+  return status->killed || status->state == 'Z' || status->state == 'X' || flags & kExiting;
 }
 
 // Not by a stream: of a task that has ended since the file was opened, reading fails with ESRCH,

@@ -17,6 +17,7 @@ struct ProcStatus {
   int seccomp_mode = 0;  // 0 none, 1 strict, 2 filter
   int vpid = 0;          // pid in the innermost pid namespace (CRIU's image names use it)
   unsigned uid = 0;
+  bool killed = false;  // SIGKILL is pending
   std::string comm;
 };
 
@@ -25,6 +26,10 @@ Result<ProcStatus> read_proc_status(int pid);
 
 // Start time in clock ticks since boot: with the pid it names a process for good.
 Result<uint64_t> read_start_time(int pid);
+
+// Has it ended, or nothing to do any more but that? Its memory and files may be gone before its
+// state tells.
+bool is_ending(int pid);
 
 // What a file below /proc says; empty if it cannot be read, as that of a task which has just ended.
 std::string read_proc_text(const std::string& path);

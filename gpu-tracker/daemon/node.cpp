@@ -7,6 +7,9 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "gpu-tracker/base/log.h"
+#include "gpu-tracker/daemon/messages.h"
+
 namespace phos {
 namespace {
 
@@ -38,7 +41,11 @@ Result<GpuEngines*> Node::engines() {
   std::lock_guard<std::mutex> lock(driver_mutex_);
   if (!engines_) {
     PinnedPoolOptions pool;
-    pool.max_bytes = config_.pool_size;
+    pool.max_bytes = std::max(config_.pool_size, pool.buffer_bytes);
+    if (config_.pool_size < pool.buffer_bytes) {
+      log(LogLevel::kWarn, "daemon", "pool_size is less than one buffer: %s are used",
+          megabytes(pool.buffer_bytes).c_str());
+    }
     engines_ =
         std::make_unique<GpuEngines>(**opened, pool,
                                      GpuEngines::Options{.direct_storage = config_.direct_storage,

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <future>
+#include <map>
 #include <random>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #include "gpu-tracker/base/log.h"
 #include "gpu-tracker/base/proc.h"
@@ -43,6 +45,21 @@ Error refuse_virtual_host_memory(int pid, uint64_t bytes) {
                          " of host memory made by cuMemCreate (as NCCL's shared-memory transport "
                          "makes), which NVIDIA's driver cannot restore. NCCL: start the job "
                          "with " PHOS_NCCL_REMEDY);
+}
+
+// Images are named, as CRIU's are, by the pid that a process has in its own pid namespace.
+Result<void> check_names(const std::vector<int>& pids) {
+  std::map<int, int> named;
+  for (int pid : pids) {
+    auto status = read_proc_status(pid);
+    if (!status) continue;  // it has ended
+    const auto [other, is_new] = named.emplace(status->vpid, pid);
+    if (is_new) continue;
+    return refuse(pid, "it and " + process(other->second) + " are in different pid namespaces, " +
+                           "where both are pid " + std::to_string(status->vpid) +
+                           ", and would have one image between them; dump each by itself");
+  }
+  return {};
 }
 
 // Between two tries, so that processes that work in step are met at different points of it.
@@ -302,6 +319,11 @@ Result<std::vector<FoundProcess>> Session::inspect(int pid) {
     if (!held) return held.error();
     if (held->has_value()) group.emplace(member, std::move(**held));
   }
+  std::vector<int> pids;
+  for (const Group* some : {&held_, &group}) {
+    for (const auto& [member, held] : *some) pids.push_back(member);
+  }
+  if (auto r = check_names(pids); !r) return r.error();
   // A CPU-only dump may go where it likes.
   if (!group.empty() && image_dir_) {
     auto ok = check_image_directory(image_dir_.get());

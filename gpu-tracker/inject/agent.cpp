@@ -8,12 +8,21 @@
 #include <cerrno>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/inject/agent_loader.h"
 
 namespace phos {
 namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+// Between the SIGKILL that a thread takes and the mark that it exits nothing tells of either.
+constexpr milliseconds kDyingTime{50};
+// Its threads exit one by one.
+constexpr milliseconds kExitTime{1000};
 
 Error refusal(int pid, int result, int detail) {
   switch (result) {
@@ -47,6 +56,20 @@ Error refusal(int pid, int result, int detail) {
     default:
       return process_error(pid, EPROTO,
                            "phos's agent in it refuses a command (" + std::to_string(result) + ")");
+  }
+}
+
+// What fails in a process that ends can be anything: its memory goes first, its threads last.
+Error unless_ended(int pid, int restore_tid, const Error& error) {
+  // Somebody uses, stops or traces it: that does not look like an end.
+  const auto patience = error.code() == EBUSY    ? milliseconds(0)
+                        : is_ending(restore_tid) ? kExitTime
+                                                 : kDyingTime;
+  const auto deadline = steady_clock::now() + patience;
+  for (;;) {
+    if (is_ending(pid)) return process_error(pid, ESRCH, "it has ended");
+    if (steady_clock::now() >= deadline) return error;
+    std::this_thread::sleep_for(milliseconds(1));
   }
 }
 
@@ -140,6 +163,12 @@ Result<std::vector<AddressRange>> device_address_ranges(int pid) {
 }
 
 Result<Agent> Agent::attach(int pid, int restore_tid, const AgentOptions& options) {
+  auto agent = attach_living(pid, restore_tid, options);
+  if (!agent) return unless_ended(pid, restore_tid, agent.error());
+  return agent;
+}
+
+Result<Agent> Agent::attach_living(int pid, int restore_tid, const AgentOptions& options) {
   if (auto r = check_attachable(pid, restore_tid); !r) return r.error();
   const bool there = has_agent_thread(pid);
   auto mailbox = load_agent(pid, restore_tid, options);
@@ -366,6 +395,12 @@ Result<void> Agent::detach(bool leaving) {
 }
 
 Result<void> Agent::unload() {
+  auto done = unload_living();
+  if (!done) return unless_ended(pid_, restore_tid_, done.error());
+  return done;
+}
+
+Result<void> Agent::unload_living() {
   if (auto r = check_attachable(pid_, restore_tid_); !r) return r;
   if (auto r = run(PHOS_COMMAND_EXIT, 0); !r) return r;
   Mailbox mailbox = std::move(*mailbox_);

@@ -308,6 +308,8 @@ class Agent {
   Agent(int pid, int restore_tid, const AgentOptions& options, Mailbox mailbox)
       : pid_(pid), restore_tid_(restore_tid), options_(options), mailbox_(std::move(mailbox)) {}
 
+  static Result<Agent> attach_living(int pid, int restore_tid, const AgentOptions& options);
+  Result<void> unload_living();
   Result<void> settle();
   Result<void> run(phos_agent_command command, uint32_t count);
   // What the command that has ended answered.

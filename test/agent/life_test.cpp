@@ -250,10 +250,23 @@ TEST_F(AgentTest, PhosdKilledAfterItAskedAnAgentThatHadEnded) {
   EXPECT_TRUE(again->enumerate());
 }
 
+// The restore thread of a process that has just begun to use CUDA may not have come to its poll(2).
+void wait_asleep(pid_t tid) {
+  for (int i = 0; i < 10000; i++) {
+    if (phos::read_proc_text("/proc/" + std::to_string(tid) + "/syscall")
+            .starts_with(std::to_string(SYS_poll) + " ")) {
+      return;
+    }
+    usleep(1000);
+  }
+  FAIL() << "thread " << tid << " does not wait";
+}
+
 TEST_F(AgentTest, PhosdKilledBeforeItLoadedTheLibrary) {
   const pid_t pid = target_.pid(), tid = restore_tid(pid);
   const Footprint before = footprint(pid);
   {
+    ASSERT_NO_FATAL_FAILURE(wait_asleep(tid));
     auto thread = phos::RemoteThread::attach(pid, tid);
     ASSERT_TRUE(thread) << thread.error().message();
     auto call = phos::find_remote_symbol(pid, "libc.so.6", "syscall");

@@ -3,7 +3,7 @@
 # the contract suite's workers.
 
 AGENT_TEST_SRCS := $(filter-out test/agent/tool.cpp,$(wildcard test/agent/*.cpp)) test/contract/worker.cpp \
-    test/contract/worker_commands.cpp
+    test/contract/worker_commands.cpp test/contract/worker_process.cpp
 
 $(B)/obj/test/agent/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 

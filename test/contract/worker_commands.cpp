@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // What a worker can do. Every command is a line; addresses and handles travel as hex.
-#include <linux/filter.h>
-#include <linux/seccomp.h>
-#include <sys/prctl.h>
+#include "test/contract/worker_commands.h"
+
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -13,6 +11,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <span>
 #include <sstream>
 
 #include "test/contract/cuda_helpers.h"
@@ -21,19 +20,7 @@
 namespace contract {
 namespace {
 
-struct State {
-  CUcontext context = nullptr;
-  Kernels kernels;
-  void* pinned = nullptr;
-};
-
-using Command = CUresult (*)(State& s, std::istream& in, std::ostream& out);
-
-CUdeviceptr read_address(std::istream& in) {
-  CUdeviceptr p = 0;
-  in >> std::hex >> p >> std::dec;
-  return p;
-}
+using State = WorkerState;
 
 CUresult alloc(State&, std::istream& in, std::ostream& out) {
   size_t bytes = 0;
@@ -115,6 +102,39 @@ CUresult use_device(State& s, std::istream& in, std::ostream&) {
   if (!r) r = cuCtxSetCurrent(s.context);
   if (!r) r = s.kernels.load();
   return r;
+}
+
+// context N: what follows is done in context N; 0 is the primary one, others are made when they are
+// first asked for. Replies its handle
+CUresult use_context(State& s, std::istream& in, std::ostream& out) {
+  size_t n = 0;
+  in >> n;
+  if (s.contexts.empty()) s.contexts[0] = {s.context, s.kernels};
+  auto& [context, kernels] = s.contexts[n];
+  CUresult r = CUDA_SUCCESS;
+  if (context) {
+    r = cuCtxSetCurrent(context);
+  } else {
+    r = cuCtxCreate(&context, nullptr, 0, 0);
+    if (!r) r = kernels.load();
+  }
+  s.context = context;
+  s.kernels = kernels;
+  out << std::hex << reinterpret_cast<uintptr_t>(context);
+  return r;
+}
+
+// end-context N: destroys it, and what follows is done in the primary one
+CUresult end_context(State& s, std::istream& in, std::ostream&) {
+  size_t n = 0;
+  in >> n;
+  auto found = s.contexts.find(n);
+  if (n == 0 || found == s.contexts.end()) return CUDA_ERROR_INVALID_CONTEXT;
+  CUresult r = cuCtxDestroy(found->second.first);
+  s.contexts.erase(found);
+  s.context = s.contexts[0].first;
+  s.kernels = s.contexts[0].second;
+  return r ? r : cuCtxSetCurrent(s.context);
 }
 
 CUresult spin(State& s, std::istream& in, std::ostream&) {
@@ -354,17 +374,6 @@ CUresult free_async(State&, std::istream& in, std::ostream&) {
   return r ? r : cuCtxSynchronize();
 }
 
-// fork-free ADDRESS: replies what cuMemFree says in a forked child
-CUresult fork_free(State&, std::istream& in, std::ostream& out) {
-  const CUdeviceptr p = read_address(in);
-  int status = 0;
-  const pid_t pid = fork();
-  if (pid == 0) _exit(cuMemFree(p));
-  if (waitpid(pid, &status, 0) != pid) return CUDA_ERROR_UNKNOWN;
-  out << (WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status));
-  return CUDA_SUCCESS;
-}
-
 CUresult alloc_async(State&, std::istream& in, std::ostream& out) {
   size_t bytes = 0;
   in >> bytes;
@@ -391,27 +400,6 @@ CUresult alloc_many(State&, std::istream& in, std::ostream&) {
   return r;
 }
 
-// set-user: setuid() to the same user, which makes the C library signal every thread
-CUresult set_user(State&, std::istream&, std::ostream&) {
-  return setuid(getuid()) ? CUDA_ERROR_OPERATING_SYSTEM : CUDA_SUCCESS;
-}
-
-// forbid-memfd: a seccomp filter for all threads that kills the process if it makes a memfd
-CUresult forbid_memfd(State&, std::istream&, std::ostream&) {
-  sock_filter code[] = {
-      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_memfd_create, 0, 1),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-  };
-  sock_fprog program = {std::size(code), code};
-  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ||
-      syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program)) {
-    return CUDA_ERROR_OPERATING_SYSTEM;
-  }
-  return CUDA_SUCCESS;
-}
-
 // vmm-import PID FD BYTES: takes the descriptor out of the exporter
 CUresult vmm_import(State&, std::istream& in, std::ostream& out) {
   int pid = 0, fd = 0;
@@ -431,55 +419,7 @@ CUresult vmm_import(State&, std::istream& in, std::ostream& out) {
   return r;
 }
 
-// fork: replies "PID CODE", the CUresult of a driver call in the forked child; the child lives on
-// until the worker dies
-CUresult fork_child(State&, std::istream&, std::ostream& out) {
-  int pipe_fds[2];
-  if (pipe(pipe_fds)) return CUDA_ERROR_OPERATING_SYSTEM;
-  pid_t pid = fork();
-  if (pid == 0) {
-    size_t free_bytes, total;
-    CUresult r = cuMemGetInfo(&free_bytes, &total);
-    if (write(pipe_fds[1], &r, sizeof r) != sizeof r) _exit(1);
-    char byte;
-    while (read(0, &byte, 1) > 0) {
-    }
-    _exit(0);
-  }
-  CUresult r = CUDA_ERROR_UNKNOWN;
-  if (read(pipe_fds[0], &r, sizeof r) != sizeof r) return CUDA_ERROR_UNKNOWN;
-  out << pid << " " << r;
-  return CUDA_SUCCESS;
-}
-
-// fork-exit CODE: replies the status of a child that calls exit(CODE)
-CUresult fork_exit(State&, std::istream& in, std::ostream& out) {
-  int code = 0, status = 0;
-  in >> code;
-  pid_t pid = fork();
-  if (pid == 0) exit(code);
-  if (waitpid(pid, &status, 0) != pid) return CUDA_ERROR_UNKNOWN;
-  out << (WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status));
-  return CUDA_SUCCESS;
-}
-
-// ask-as-nobody PID: replies what GetState, GetRestoreThreadId and Lock say to an unprivileged user
-CUresult ask_as_nobody(State&, std::istream& in, std::ostream& out) {
-  constexpr uid_t kNobody = 65534;
-  int pid = 0, tid = 0;
-  in >> pid;
-  if (setgid(kNobody) || setuid(kNobody)) return CUDA_ERROR_OPERATING_SYSTEM;
-  CUprocessState state;
-  out << cuCheckpointProcessGetState(pid, &state) << " "
-      << cuCheckpointProcessGetRestoreThreadId(pid, &tid) << " "
-      << cuCheckpointProcessLock(pid, nullptr);
-  return CUDA_SUCCESS;
-}
-
-constexpr struct {
-  const char* name;
-  Command run;
-} kCommands[] = {
+constexpr WorkerCommand kCommands[] = {
     {"alloc", alloc},
     {"free", free_memory},
     {"memory-info", memory_info},
@@ -489,6 +429,8 @@ constexpr struct {
     {"upload", upload},
     {"download", download},
     {"use-device", use_device},
+    {"context", use_context},
+    {"end-context", end_context},
     {"spin", spin},
     {"sync", sync},
     {"attributes", attributes},
@@ -512,14 +454,8 @@ constexpr struct {
     {"map-at", map_at},
     {"range", range},
     {"free-async", free_async},
-    {"fork-free", fork_free},
     {"alloc-async", alloc_async},
     {"alloc-many", alloc_many},
-    {"set-user", set_user},
-    {"forbid-memfd", forbid_memfd},
-    {"fork", fork_child},
-    {"fork-exit", fork_exit},
-    {"ask-as-nobody", ask_as_nobody},
 };
 
 CUresult start_cuda(State* s) {
@@ -550,8 +486,10 @@ int run_worker(const std::string& mode) {
     std::string name;
     in >> name;
     CUresult r = CUDA_ERROR_NOT_FOUND;
-    for (auto& command : kCommands) {
-      if (name == command.name) r = command.run(state, in, out);
+    for (auto some : {std::span<const WorkerCommand>(kCommands), process_commands()}) {
+      for (auto& command : some) {
+        if (name == command.name) r = command.run(state, in, out);
+      }
     }
     if (r)
       std::cout << "error " << r << std::endl;

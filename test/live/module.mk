@@ -3,7 +3,7 @@
 # (LD_LIBRARY_PATH=$(B)/sim) or real.
 
 LIVE_TEST_SRCS := $(wildcard test/live/*.cpp) test/contract/worker.cpp \
-    test/contract/worker_commands.cpp
+    test/contract/worker_commands.cpp test/contract/worker_process.cpp
 
 $(B)/obj/test/live/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 

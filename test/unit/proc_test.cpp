@@ -219,5 +219,19 @@ TEST(Proc, GoneProcessIsEsrch) {
   EXPECT_EQ(read_proc_maps(pid).error().code(), ESRCH);
 }
 
+TEST(IsEnding, OnlyOfWhatHasEndedOrIsAboutTo) {
+  EXPECT_FALSE(is_ending(getpid()));
+  EXPECT_TRUE(is_ending(999999999));
+  const pid_t child = fork();
+  if (child == 0) pause();
+  EXPECT_FALSE(is_ending(child));
+  kill(child, SIGKILL);
+  siginfo_t info;
+  ASSERT_EQ(waitid(P_PID, static_cast<id_t>(child), &info, WEXITED | WNOWAIT), 0);
+  EXPECT_TRUE(is_ending(child));  // a zombie
+  waitpid(child, nullptr, 0);
+  EXPECT_TRUE(is_ending(child));
+}
+
 }  // namespace
 }  // namespace phos
