@@ -46,6 +46,7 @@ static struct hook g_hooks[] = {
     {.name = "cuMemGetAddressRange_v2", .replacement = answer_address_range},
     {.name = "cuPointerGetAttribute", .replacement = answer_attribute},
     {.name = "cuPointerGetAttributes", .replacement = answer_attributes},
+    {.name = "cuCtxEnablePeerAccess", .replacement = answer_enable_peer},
     {.name = "cuMemFreeAsync", .replacement = answer_free_async, .optional = true},
     {.name = "cuMemFreeAsync_ptsz", .replacement = answer_free_async_ptsz, .optional = true},
 };
@@ -66,6 +67,7 @@ void hooks_find(struct driver* driver, void* (*find)(void* handle, const char* n
       (void**)&driver->mem_get_address_range,
       (void**)&driver->pointer_get_attribute,
       (void**)&driver->pointer_get_attributes,
+      (void**)&g_answers.enable_peer,
       (void**)&g_answers.mem_free_async,
       (void**)&g_answers.mem_free_async_ptsz,
   };

@@ -20,7 +20,8 @@ namespace {
 
 constexpr const char* kHooked[] = {"cuMemFree_v2",          "cuMemGetAddressRange_v2",
                                    "cuPointerGetAttribute", "cuPointerGetAttributes",
-                                   "cuMemFreeAsync",        "cuMemFreeAsync_ptsz"};
+                                   "cuCtxEnablePeerAccess", "cuMemFreeAsync",
+                                   "cuMemFreeAsync_ptsz"};
 
 // A function of libcuda in this process's own copy of it: where in the file it is.
 struct Place {

@@ -22,7 +22,7 @@ namespace contract {
 namespace {
 
 struct State {
-  CUcontext context = nullptr;
+  CUcontext context = nullptr, first_context = nullptr;
   Kernels kernels;
   void* pinned = nullptr;
 };
@@ -115,6 +115,31 @@ CUresult use_device(State& s, std::istream& in, std::ostream&) {
   if (!r) r = cuCtxSetCurrent(s.context);
   if (!r) r = s.kernels.load();
   return r;
+}
+
+// peer-devices: replies 1 if device 1 can reach the memory of device 0
+CUresult peer_devices(State&, std::istream&, std::ostream& out) {
+  int count = 0, can = 0;
+  CUresult r = cuDeviceGetCount(&count);
+  if (!r && count > 1) r = cuDeviceCanAccessPeer(&can, 1, 0);
+  out << can;
+  return r;
+}
+
+// create-context DEVICE: one of cuCtxCreate, current from now on
+CUresult create_context(State& s, std::istream& in, std::ostream&) {
+  CUdevice device = 0;
+  in >> device;
+  CUresult r = cuCtxCreate(&s.context, nullptr, 0, device);
+  if (!r) r = s.kernels.load();
+  return r;
+}
+
+// peer-access ON: of the current context to the memory of the first one
+CUresult peer_access(State& s, std::istream& in, std::ostream&) {
+  bool on = false;
+  in >> on;
+  return on ? cuCtxEnablePeerAccess(s.first_context, 0) : cuCtxDisablePeerAccess(s.first_context);
 }
 
 CUresult spin(State& s, std::istream& in, std::ostream&) {
@@ -489,6 +514,9 @@ constexpr struct {
     {"upload", upload},
     {"download", download},
     {"use-device", use_device},
+    {"peer-devices", peer_devices},
+    {"create-context", create_context},
+    {"peer-access", peer_access},
     {"spin", spin},
     {"sync", sync},
     {"attributes", attributes},
@@ -529,6 +557,7 @@ CUresult start_cuda(State* s) {
   if (!r) r = cuDevicePrimaryCtxRetain(&s->context, device);
   if (!r) r = cuCtxSetCurrent(s->context);
   if (!r) r = s->kernels.load();
+  s->first_context = s->context;
   return r;
 }
 

@@ -224,6 +224,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
   Launch launch = {};
   launch.threads = blocks * block;
   const HostKernel* kernel;
+  const CUcontext context = current_context();
   {
     std::lock_guard<std::mutex> hold(modules().mutex);
     if (!modules().functions.count(function)) return CUDA_ERROR_INVALID_HANDLE;
@@ -234,6 +235,9 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int g
       memcpy(launch.arguments + 8, &global->second.address, sizeof global->second.address);
     }
   }
-  submit(stream, [kernel, launch] { return kernel->run(launch); });
+  submit(stream, [kernel, launch, context] {
+    KernelOf running(context);
+    return kernel->run(launch);
+  });
   return CUDA_SUCCESS;
 }
