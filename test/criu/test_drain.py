@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Threads that do not come out of the driver: the released path is given up, and all is undone."""
+"""Threads that do not come out of the driver, or cannot be kept out of it: the released path is given
+up, and all is undone."""
+import ctypes
 import os
+import shutil
 import unittest
 
-from harness import REAL_GPU, status_field, threads_of, wait_until
+from harness import BUILD, REAL_GPU, status_field, threads_of, wait_until
 from test_released import MIB, ReleasedTest
 
 
@@ -64,6 +67,48 @@ class ThreadThatStays(ReleasedTest):
         self.assert_left_alone(target)
         self.assert_no_gate(target)
         self.wait_no_phos_images()
+
+
+class FunctionThatCannotBeGated(ReleasedTest):
+    """One that begins with an instruction which the kernel does not emulate."""
+
+    def counter_with(self, function):
+        """On a copy of the driver in which that one begins so. The counter does not call it."""
+        if REAL_GPU:
+            self.skipTest('only the simulated driver is copied')
+        path = os.path.join(self.directory, 'library', 'libcuda.so.1')
+        os.mkdir(os.path.dirname(path))
+        shutil.copy(os.path.join(BUILD, 'sim', 'libcuda.so.1'), path)
+        at = ctypes.cast(getattr(ctypes.CDLL(path), function), ctypes.c_void_p).value
+        code = ctypes.string_at(at, 64)
+        self.assertEqual(code[0], 0x55)  # push %rbp
+        with open(path, 'rb') as f:
+            content = f.read()
+        self.assertEqual(content.count(code), 1)
+        os.unlink(path)  # which stays mapped here
+        with open(path, 'wb') as f:
+            f.write(content.replace(code, b'\x48' + code[1:]))
+        return self.counter(env={'LD_LIBRARY_PATH': os.path.dirname(path)})
+
+    def dump_goes_through_the_driver(self, function):
+        target = self.counter_with(function)
+        for options in (['--leave-running'], []):
+            self.images_in('-'.join(['images', *options]))
+            self.dump_ok(target, *options)
+            self.assertIn(f'{function} begins with an instruction that the kernel does not emulate',
+                          self.log('dump.log'))
+            self.assertEqual(self.released_bytes(), 0)
+            if options:
+                self.assert_left_alone(target)
+        self.restore_and_check(target)
+        self.assert_left_alone(target)
+
+    def test_copy(self):
+        self.dump_goes_through_the_driver('cuMemcpyDtoDAsync_v2')
+
+    def test_free(self):
+        """Nor can its memory be looked at while it runs."""
+        self.dump_goes_through_the_driver('cuMemFreeAsync')
 
 
 if __name__ == '__main__':
