@@ -374,8 +374,14 @@ CUresult range(State& s, std::istream& in, std::ostream& out) {
   return !r && !agree ? CUDA_ERROR_UNKNOWN : r;
 }
 
+// free-async ADDRESS [1: in the default stream of this thread]
 CUresult free_async(State&, std::istream& in, std::ostream&) {
-  CUresult r = cuMemFreeAsync(read_address(in), nullptr);
+  const CUdeviceptr p = read_address(in);
+  int per_thread = 0;
+  in >> per_thread;
+  const char* name = per_thread ? "cuMemFreeAsync_ptsz" : "cuMemFreeAsync";
+  auto* free = reinterpret_cast<decltype(&cuMemFreeAsync)>(dlsym(RTLD_DEFAULT, name));
+  CUresult r = free ? free(p, nullptr) : CUDA_ERROR_NOT_FOUND;
   return r ? r : cuCtxSynchronize();
 }
 

@@ -2,6 +2,7 @@
 #include "test/gate/target.h"
 
 #include <cuda.h>
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -83,6 +84,46 @@ CUresult churn_mappings() {
   return timed([&] { return cuMemAddressFree(p, kBytes); });
 }
 
+// Functions as programs have them that are built for a default stream in each thread, and as
+// libcudart does: from cuGetProcAddress. Each thread calls but one.
+CUresult call_variants(unsigned number) {
+  using Set = CUresult (*)(CUdeviceptr, unsigned char, size_t, CUstream);
+  using Query = CUresult (*)(CUstream);
+  static const auto look_up = [](const char* name, cuuint64_t flags) {
+    void* f = nullptr;
+    cuGetProcAddress(name, &f, 13000, flags, nullptr);
+    return f;
+  };
+  thread_local unsigned turn = 0;
+  constexpr auto kPerThread = CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM;
+  const CUdeviceptr at = g_memory + number * 4096;
+  CUresult r = CUDA_SUCCESS;
+  switch (number % 4) {
+    case 0: {
+      static const auto f = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "cuStreamQuery_ptsz"));
+      r = f(nullptr);
+      break;
+    }
+    case 1: {
+      static const auto f = reinterpret_cast<Set>(dlsym(RTLD_DEFAULT, "cuMemsetD8Async_ptsz"));
+      r = f(at, static_cast<unsigned char>(++turn), 64, nullptr);
+      break;
+    }
+    case 2: {
+      static const auto f = reinterpret_cast<Set>(look_up("cuMemsetD8Async", kPerThread));
+      r = f(at, static_cast<unsigned char>(++turn), 64, nullptr);
+      break;
+    }
+    default: {
+      static const auto f =
+          reinterpret_cast<Query>(look_up("cuStreamQuery", CU_GET_PROC_ADDRESS_LEGACY_STREAM));
+      r = f(nullptr);
+      break;
+    }
+  }
+  return r == CUDA_ERROR_NOT_READY ? CUDA_SUCCESS : r;
+}
+
 void run_thread(const std::string& what, unsigned number) {
   cuCtxSetCurrent(g_context);
   for (unsigned i = 0; !g_stop; i++) {
@@ -92,6 +133,8 @@ void run_thread(const std::string& what, unsigned number) {
     } else if (what == "query") {
       r = cuStreamQuery(nullptr);
       if (r == CUDA_ERROR_NOT_READY) r = CUDA_SUCCESS;
+    } else if (what == "variants") {
+      r = call_variants(number);
     } else if (what == "churn") {
       r = churn();
     } else if (what == "mappings") {
