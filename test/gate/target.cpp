@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -126,6 +127,7 @@ CUresult call_variants(unsigned number) {
 
 void run_thread(const std::string& what, unsigned number) {
   cuCtxSetCurrent(g_context);
+  const int epoll = what == "epoll" ? epoll_create1(EPOLL_CLOEXEC) : -1;
   for (unsigned i = 0; !g_stop; i++) {
     CUresult r = CUDA_SUCCESS;
     if (what == "memset") {
@@ -153,6 +155,10 @@ void run_thread(const std::string& what, unsigned number) {
       g_nothing.wait_for(lock, std::chrono::milliseconds(1));
       lock.unlock();
       r = churn();
+    } else if (what ==
+               "epoll") {  // waits for an event that does not come, and fails if interrupted
+      epoll_event event;
+      if (epoll_wait(epoll, &event, 1, 1000)) g_failures++;
     } else if (what == "name") {  // takes no lock of the driver's, before its checkpoint or after
       const char* name;
       r = cuGetErrorName(CUDA_SUCCESS, &name);
