@@ -10,16 +10,16 @@
  */
 #include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/hooks.h"
+#include "gpu-tracker/agent/peers.h"
 #include "gpu-tracker/agent/policy.h"
 #include "gpu-tracker/agent/refill.h"
 #include "gpu-tracker/agent/release.h"
 #include "gpu-tracker/agent/steer.h"
 #include "gpu-tracker/agent/trace.h"
 
-/* cuda.h: CUmemAllocationProp, CUmemAccessDesc */
+/* cuda.h: CUmemAllocationProp */
 #define ALLOCATION_PINNED 1
 #define HANDLE_TYPE_FD 1
-#define ACCESS_READWRITE 3
 struct allocation_properties {
   int type;
   int handle_types;
@@ -31,13 +31,6 @@ struct allocation_properties {
   uint8_t reserved[4];
 };
 _Static_assert(sizeof(struct allocation_properties) == 32, "as in cuda.h");
-struct access {
-  struct location location;
-  int flags;
-};
-
-#define MAX_DEVICES 64
-
 /* The entry's addresses were given up for an attempt that failed: takes them again. */
 static void take_back(const struct driver* driver, struct withheld* withheld, struct released* e) {
   bool got = false;
@@ -95,9 +88,10 @@ static void bring_back_native(const struct driver* driver, struct released* e,
 
 static int give_access(const struct driver* driver, const struct released* e) {
   struct access access[MAX_DEVICES];
+  const uint64_t peers = e->peers | peers_enabled(e->device);
   size_t count = 0;
   for (int device = 0; device < MAX_DEVICES; device++) {
-    if (device != e->device && !(e->peers >> device & 1)) continue;
+    if (device != e->device && !(peers >> device & 1)) continue;
     access[count++] = (struct access){{LOCATION_DEVICE, device}, ACCESS_READWRITE};
   }
   return driver->mem_set_access(e->address, e->reserved, access, count);

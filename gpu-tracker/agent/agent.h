@@ -14,6 +14,7 @@
 
 /* cuda.h: CUresult */
 #define CU_SUCCESS 0
+#define CU_PEER_ACCESS_ALREADY_ENABLED 704
 #define CU_INVALID_VALUE 1
 #define CU_OUT_OF_MEMORY 2
 
@@ -25,6 +26,13 @@ struct location {
   int type;
   int id;
 };
+
+/* CUmemAccessDesc */
+struct access {
+  struct location location;
+  int flags;
+};
+#define ACCESS_READWRITE 3
 
 /* The functions of libcuda that the agent calls. Types are cuda.h's by size and meaning. */
 struct driver {
@@ -70,6 +78,7 @@ struct driver {
   int (*stream_synchronize)(void* stream);
   int (*mem_host_register)(void* at, size_t size, unsigned flags);
   int (*mem_host_unregister)(void* at);
+  int (*ctx_get_device)(int* device);
 };
 
 /* Fills the table by dlsym(). Returns -1, or the index of the first name that libcuda lacks. */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #include "gpu-tracker/agent/answers.h"
 
+#include "gpu-tracker/agent/peers.h"
 #include "gpu-tracker/agent/sys.h"
 #include "gpu-tracker/agent/table.h"
 
@@ -153,4 +154,38 @@ int answer_attributes(unsigned count, int* attributes, void** data, uint64_t add
   if (result || !look_up(address, &e)) return result;
   for (unsigned i = 0; i < count; i++) correct(&e, attributes[i], data[i]);
   return result;
+}
+
+static int device_of(const struct driver* d, void* context, int* device) {
+  int result = d->ctx_push(context);
+  if (result) return result;
+  result = d->ctx_get_device(device);
+  d->ctx_pop(&context);
+  return result;
+}
+
+static int give_peer_access(const struct driver* d, int owner, int device) {
+  const struct access access = {{LOCATION_DEVICE, device}, ACCESS_READWRITE};
+  int result = CU_SUCCESS;
+  peers_enable(owner, device);
+  enter();
+  for (uint32_t i = 0; i < table_count() && !result; i++) {
+    const struct released* e = table_entry(i);
+    if (!is_adopted(e) || e->device != owner) continue;
+    result = d->mem_set_access(e->address, e->reserved, &access, 1);
+    if (!is_adopted(e)) result = CU_SUCCESS; /* another thread has freed it */
+  }
+  leave();
+  return result;
+}
+
+int answer_enable_peer(void* context, unsigned flags) {
+  const struct driver* d = g_answers->driver;
+  int owner = 0, device = 0;
+  const int enabled = g_answers->enable_peer(context, flags);
+  if (enabled && enabled != CU_PEER_ACCESS_ALREADY_ENABLED) return enabled;
+  int result = d->ctx_get_device(&device);
+  if (!result) result = device_of(d, context, &owner);
+  if (!result) result = give_peer_access(d, owner, device);
+  return result ? result : enabled;
 }

@@ -15,6 +15,7 @@
 /* The driver's own functions, past the hooks. Those that libcuda lacks are null. */
 struct answers {
   const struct driver* driver;
+  int (*enable_peer)(void* context, unsigned flags);
   int (*mem_free_async)(uint64_t address, void* stream);
   int (*mem_free_async_ptsz)(uint64_t address, void* stream);
   int (*stream_synchronize)(void* stream);
@@ -34,6 +35,8 @@ int answer_free_async(uint64_t address, void* stream);
 int answer_free_async_ptsz(uint64_t address, void* stream);
 int answer_address_range(uint64_t* base, size_t* size, uint64_t address);
 int answer_attribute(void* data, int attribute, uint64_t address);
+/* The memory of `context` that is adopted is made accessible to the current context's GPU, too. */
+int answer_enable_peer(void* context, unsigned flags);
 int answer_attributes(unsigned count, int* attributes, void** data, uint64_t address);
 
 #endif

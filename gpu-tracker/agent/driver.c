@@ -41,6 +41,7 @@ static const char* const kNames[] = {
     "cuStreamSynchronize",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
+    "cuCtxGetDevice",
 };
 _Static_assert(sizeof kNames == sizeof(struct driver), "one name a function");
 

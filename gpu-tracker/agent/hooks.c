@@ -35,6 +35,7 @@ struct hook {
   void* replacement;
   void** original; /* where callers find the function as it was */
   bool optional;   /* not in every libcuda; nobody can call what is not there */
+  bool spared;     /* where it cannot be built, the function stays as it is */
   uint8_t* entry;
   uint8_t head[HEAD_SIZE];
 };
@@ -46,6 +47,7 @@ static struct hook g_hooks[] = {
     {.name = "cuMemGetAddressRange_v2", .replacement = answer_address_range},
     {.name = "cuPointerGetAttribute", .replacement = answer_attribute},
     {.name = "cuPointerGetAttributes", .replacement = answer_attributes},
+    {.name = "cuCtxEnablePeerAccess", .replacement = answer_enable_peer, .spared = true},
     {.name = "cuMemFreeAsync", .replacement = answer_free_async, .optional = true},
     {.name = "cuMemFreeAsync_ptsz", .replacement = answer_free_async_ptsz, .optional = true},
 };
@@ -66,6 +68,7 @@ void hooks_find(struct driver* driver, void* (*find)(void* handle, const char* n
       (void**)&driver->mem_get_address_range,
       (void**)&driver->pointer_get_attribute,
       (void**)&driver->pointer_get_attributes,
+      (void**)&g_answers.enable_peer,
       (void**)&g_answers.mem_free_async,
       (void**)&g_answers.mem_free_async_ptsz,
   };
@@ -139,10 +142,11 @@ int hooks_prepare(void) {
   uint8_t* page = g_hooks[0].entry ? map_page_near((uint64_t)g_hooks[0].entry) : NULL;
   int problem = page ? 0 : 1;
   for (int i = 0; i < HOOKS && !problem; i++) {
-    const struct hook* h = &g_hooks[i];
+    struct hook* h = &g_hooks[i];
     if (!h->entry && h->optional) continue;
     if (!h->entry || !in_reach(h->entry, page) || !build(h, page + (size_t)i * SLOT_SIZE)) {
-      problem = i + 1;
+      if (h->spared) h->entry = NULL;
+      if (!h->spared) problem = i + 1;
     }
   }
   if (!problem && sys3(SYS_mprotect, (long)page, PAGE_SIZE, PROT_READ | PROT_EXEC)) problem = 1;
@@ -217,6 +221,13 @@ int hooks_remove(void) {
 
 bool hooks_installed(void) {
   return g_installed;
+}
+
+bool hooks_see_peer_access(void) {
+  for (int i = 0; i < HOOKS; i++) {
+    if (g_hooks[i].replacement == (void*)answer_enable_peer) return g_hooks[i].entry != NULL;
+  }
+  return false;
 }
 
 uint64_t hooks_page(void) {

@@ -33,6 +33,8 @@ int hooks_prepare(void);
 int hooks_install(void);
 int hooks_remove(void);
 bool hooks_installed(void);
+/* Is a hook on cuCtxEnablePeerAccess possible? Known after hooks_prepare(). */
+bool hooks_see_peer_access(void);
 /* Where stubs and trampolines are; 0: nowhere. */
 uint64_t hooks_page(void);
 /* Gives the page back. They must have been removed. */

@@ -13,6 +13,7 @@
 #include "gpu-tracker/agent/answers.h"
 #include "gpu-tracker/agent/faults.h"
 #include "gpu-tracker/agent/hooks.h"
+#include "gpu-tracker/agent/peers.h"
 #include "gpu-tracker/agent/policy.h"
 #include "gpu-tracker/agent/refill.h"
 #include "gpu-tracker/agent/steer.h"
@@ -25,7 +26,6 @@
 #define RDMA_WITH_VMM_SUPPORTED \
   110 /* CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED */
 #define CONCURRENT_MANAGED_ACCESS 89 /* CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS */
-#define MAX_DEVICES 64
 
 int alloc_like(const struct driver* driver, const struct released* e, uint64_t size,
                uint64_t* out) {
@@ -118,23 +118,10 @@ bool holds_memory(void) {
 
 /* Notes what cuMemAlloc gave its memory beside the bytes. */
 static int find_out_access(const struct driver* driver, struct released* e) {
-  int count = 0, rdma = 0;
-  int result = driver->device_get_count(&count);
-  if (!result) result = driver->device_get_attribute(&rdma, RDMA_WITH_VMM_SUPPORTED, e->device);
+  int rdma = 0;
+  const int result = driver->device_get_attribute(&rdma, RDMA_WITH_VMM_SUPPORTED, e->device);
   e->rdma = rdma != 0;
-  /*
-   * Who enabled access to the owner's memory the driver does not tell. So it is given to every
-   * device in use that can have it: an access that would have failed does not.
-   */
-  for (int peer = 0; peer < count && peer < MAX_DEVICES && !result; peer++) {
-    int active = 0, can = 0;
-    unsigned flags = 0;
-    if (peer == e->device) continue;
-    result = driver->primary_ctx_get_state(peer, &flags, &active);
-    if (!result && active) result = driver->device_can_access_peer(&can, peer, e->device);
-    if (active && can) e->peers |= 1ull << peer;
-  }
-  return result;
+  return result ? result : peers_of(driver, e->device, &e->peers);
 }
 
 /*

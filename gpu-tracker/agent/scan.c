@@ -7,6 +7,7 @@
  * mapped each 512 bytes are probed that belong to none yet.
  */
 #include "gpu-tracker/agent/agent.h"
+#include "gpu-tracker/agent/peers.h"
 #include "gpu-tracker/agent/sys.h"
 #include "gpu-tracker/agent/table.h"
 
@@ -76,6 +77,7 @@ bool describe(const struct memory_facts* f, uint64_t at, struct phos_allocation*
       .device = (int32_t)f->device,
       .handle_types = f->handle_types,
   };
+  peers_note(a->device);
   if (classify(f, at, a)) {
     describe_adopted(a);
     return true;

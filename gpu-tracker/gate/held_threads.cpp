@@ -45,8 +45,9 @@ void detach(const Threads& stopped) {
   for (const ThreadInfo& t : stopped) ptrace(PTRACE_DETACH, t.tid, nullptr, nullptr);
 }
 
-// The ones that have stopped. None if one of them has not by the deadline: it will, and only our
-// end lets go of it then.
+// The ones that have stopped. None if one of them has not by the deadline: it is waited for a while
+// longer, so that it goes on as it was; if it stops yet later, our end lets go of it, and a call of
+// it may end with EINTR.
 Threads stop(int pid, Threads threads, steady_clock::time_point deadline) {
   Threads stopped;
   // No options: what ends us must not end the process.
@@ -54,12 +55,15 @@ Threads stop(int pid, Threads threads, steady_clock::time_point deadline) {
     return ptrace(PTRACE_SEIZE, t.tid, nullptr, nullptr) < 0 ||
            ptrace(PTRACE_INTERRUPT, t.tid, nullptr, nullptr) < 0;
   });
-  while (!threads.empty() && steady_clock::now() < deadline) {
+  bool late = false;
+  while (!threads.empty() && steady_clock::now() < deadline + kStraggling) {
+    late = late || steady_clock::now() >= deadline;
     std::erase_if(threads, [&](const ThreadInfo& t) {
       int status = 0;
       const pid_t got = waitpid(t.tid, &status, __WALL | WNOHANG);
       if (got == 0 || (got < 0 && errno == EINTR)) return false;
       if (got != t.tid || !WIFSTOPPED(status)) return true;  // it has ended
+      let_call_begin_anew(t.tid);
       // It may have gone on before it was stopped.
       const auto sleep = find_asleep(pid, t.tid);
       if (status >> 16 == PTRACE_EVENT_STOP && sleep && waits_for_an_event(pid, t.tid, *sleep)) {
@@ -72,7 +76,7 @@ Threads stop(int pid, Threads threads, steady_clock::time_point deadline) {
     });
     if (!threads.empty()) std::this_thread::sleep_for(kStopPoll);
   }
-  if (threads.empty()) return stopped;
+  if (threads.empty() && !late) return stopped;
   detach(stopped);
   return {};
 }

@@ -25,9 +25,9 @@ class HeldThreads {
   // Stops those of process `pid` that wait for something to happen, and returns once they have
   // stopped; if one has not by the deadline, none is stopped. Not a thread that does anything else,
   // waits for a lock or is somewhere in the kernel for a moment: it may have locks of the C
-  // library's that calls made by the agent need. Nor one that somebody else traces. As under a
-  // debugger, calls like epoll_wait(2) of a thread stopped may end with EINTR. Returns whether it
-  // has stopped any.
+  // library's that calls made by the agent need. Nor one that somebody else traces. What
+  // it waits in goes on when it is let go (let_call_begin_anew()). Returns whether it has stopped
+  // any.
   bool hold(int pid, std::span<const ThreadInfo> threads,
             std::chrono::steady_clock::time_point deadline);
   bool contains(const ThreadInfo& thread) const;

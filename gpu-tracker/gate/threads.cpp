@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
+#include <sys/user.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -12,6 +13,7 @@
 #include <array>
 #include <cctype>
 #include <cerrno>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -166,6 +168,41 @@ bool sleeps_on(int pid, int tid, const Asleep& since) {
          count_switches(pid, tid) == since.switches;
 }
 
+// arch_do_signal_or_restart() of the kernel, which follows upon the stop, looks at the call's
+// result: it is what a call has there that begins anew unless a handler runs. Not connect(2), which
+// has begun to connect; close(2) is no wait.
+void let_call_begin_anew(int tid) {
+  constexpr std::array kEnded = {
+      SYS_epoll_wait,
+      SYS_epoll_pwait,
+      SYS_epoll_pwait2,
+      SYS_rt_sigtimedwait,
+      SYS_semop,
+      SYS_semtimedop,
+      SYS_io_getevents,
+      SYS_io_pgetevents,
+      // Of sockets, with SO_RCVTIMEO or SO_SNDTIMEO; nothing has been received or sent.
+      SYS_read,
+      SYS_readv,
+      SYS_recvfrom,
+      SYS_recvmsg,
+      SYS_recvmmsg,
+      SYS_accept,
+      SYS_accept4,
+      SYS_sendto,
+      SYS_sendmsg,
+      SYS_sendmmsg,
+  };
+  constexpr long kBeginAnew = -514;  // ERESTARTNOHAND, which is the kernel's own
+  constexpr auto kNumber = offsetof(user_regs_struct, orig_rax);
+  constexpr auto kResult = offsetof(user_regs_struct, rax);
+  errno = 0;
+  const long number = ptrace(PTRACE_PEEKUSER, tid, kNumber, nullptr);
+  if (errno || std::find(kEnded.begin(), kEnded.end(), number) == kEnded.end()) return;
+  if (ptrace(PTRACE_PEEKUSER, tid, kResult, nullptr) != -EINTR) return;
+  ptrace(PTRACE_POKEUSER, tid, kResult, kBeginAnew);
+}
+
 void stop_each(std::span<const ThreadInfo> threads, steady_clock::time_point deadline,
                const std::function<void(size_t)>& look) {
   // What a thread of ours traces the kernel lets go when it ends, whatever state it is in.
@@ -176,14 +213,15 @@ void stop_each(std::span<const ThreadInfo> threads, steady_clock::time_point dea
       if (ptrace(PTRACE_SEIZE, threads[i].tid, nullptr, nullptr) < 0) continue;
       if (ptrace(PTRACE_INTERRUPT, threads[i].tid, nullptr, nullptr) == 0) waiting.push_back(i);
     }
-    // Whoever waits for a processor stops once it has one.
-    while (!waiting.empty() && steady_clock::now() < deadline) {
+    // Whoever waits for a processor stops once it has one. Who does too late is let go as it was.
+    while (!waiting.empty() && steady_clock::now() < deadline + kStraggling) {
       std::erase_if(waiting, [&](size_t i) {
         int status = 0;
         const pid_t got = waitpid(threads[i].tid, &status, __WALL | WNOHANG);
         if (got != threads[i].tid) return got < 0 && errno != EINTR;
         if (!WIFSTOPPED(status)) return true;  // it has ended
-        look(i);
+        if (steady_clock::now() < deadline) look(i);
+        let_call_begin_anew(got);
         // Stopped on its way to a signal's handler: the signal is to be delivered after all.
         const long signal = status >> 16 ? 0 : WSTOPSIG(status);
         ptrace(PTRACE_DETACH, got, nullptr, reinterpret_cast<void*>(signal));

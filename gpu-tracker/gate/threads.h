@@ -57,6 +57,17 @@ std::optional<Asleep> find_asleep(int pid, int tid);
 // Has it not run since?
 bool sleeps_on(int pid, int tid, const Asleep& since);
 
+// Of a thread that has been stopped by ptrace, in whatever call: a stop is no reason for it to
+// fail. The kernel begins most calls anew that a stop has interrupted, as if nothing had been; but
+// some end with EINTR also where no signal is to be handled (signal(7), "Interruption of system
+// calls and library functions by stop signals"), which programs do not expect. Has them begin anew,
+// too; a timeout of theirs runs from then on. If there is a signal to be handled after all, they
+// end with EINTR as they should.
+void let_call_begin_anew(int tid);
+// Who has not stopped in time is waited for so long, to let it go so: it takes no more than a
+// processor.
+inline constexpr std::chrono::milliseconds kStraggling{500};
+
 // Stops each of these threads for a moment, unless somebody else traces it (ptrace), and calls
 // `look` with its index, on a thread of its own, which traces it. Who has not stopped at the
 // deadline is left out. Should this process die meanwhile, the kernel lets them go.

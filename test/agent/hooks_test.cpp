@@ -3,7 +3,6 @@
 // which the gate stops threads while memory is released and mapped back.
 #include <dlfcn.h>
 #include <fcntl.h>
-#include <link.h>
 #include <linux/perf_event.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
@@ -14,66 +13,18 @@
 
 #include "gpu-tracker/base/proc.h"
 #include "test/agent/fixture.h"
+#include "test/agent/target_text.h"
 
 namespace agent_test {
 namespace {
 
 constexpr const char* kHooked[] = {"cuMemFree_v2",          "cuMemGetAddressRange_v2",
                                    "cuPointerGetAttribute", "cuPointerGetAttributes",
-                                   "cuMemFreeAsync",        "cuMemFreeAsync_ptsz"};
-
-// A function of libcuda in this process's own copy of it: where in the file it is.
-struct Place {
-  std::string file;
-  uint64_t offset = 0;
-};
-Place place_of(const void* function) {
-  struct Search {
-    uint64_t address;
-    Place place;
-  } search = {reinterpret_cast<uint64_t>(function), {}};
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* data) {
-        auto& s = *static_cast<Search*>(data);
-        for (int i = 0; i < info->dlpi_phnum; i++) {
-          const auto& p = info->dlpi_phdr[i];
-          const uint64_t start = info->dlpi_addr + p.p_vaddr;
-          if (p.p_type != PT_LOAD || s.address < start || s.address >= start + p.p_memsz) continue;
-          s.place = {info->dlpi_name, s.address - start + p.p_offset};
-        }
-        return 0;
-      },
-      &search);
-  // As /proc/PID/maps has it: the library is found by the name of a link.
-  if (char* resolved = realpath(search.place.file.c_str(), nullptr)) {
-    search.place.file = resolved;
-    free(resolved);
-  }
-  return search.place;
-}
+                                   "cuCtxEnablePeerAccess", "cuMemFreeAsync",
+                                   "cuMemFreeAsync_ptsz"};
 
 class HooksTest : public AgentTest {
  protected:
-  // The function's address in the target.
-  uint64_t in_target(const Place& place) {
-    auto maps = phos::read_proc_maps(target_.pid());
-    const std::string name = place.file.substr(place.file.rfind('/'));
-    for (const phos::ProcMapping& m : *maps) {
-      if (m.path.size() < name.size() || m.perms[2] != 'x') continue;
-      if (m.path.compare(m.path.size() - name.size(), name.size(), name)) continue;
-      if (place.offset < m.offset || place.offset >= m.offset + (m.end - m.start)) continue;
-      return m.start + (place.offset - m.offset);
-    }
-    return 0;
-  }
-  uint8_t poke(uint64_t address, uint8_t value) {
-    const std::string path = "/proc/" + std::to_string(target_.pid()) + "/mem";
-    phos::UniqueFd memory(open(path.c_str(), O_RDWR | O_CLOEXEC));
-    uint8_t before = 0;
-    EXPECT_EQ(pread(memory.get(), &before, 1, static_cast<off_t>(address)), 1);
-    EXPECT_EQ(pwrite(memory.get(), &value, 1, static_cast<off_t>(address)), 1);
-    return before;
-  }
   static std::vector<AgentAllocation> large(Agent& agent) {
     auto all = agent.enumerate();
     EXPECT_TRUE(all) << all.error().message();
@@ -99,13 +50,13 @@ TEST_F(HooksTest, ComeAndGoUnderBreakpoints) {
     for (const char* name : kHooked) {
       const void* function = dlsym(RTLD_DEFAULT, name);
       if (!function) continue;
-      const uint64_t at = in_target(place_of(function));
+      const uint64_t at = in_target(target_.pid(), place_of(function));
       ASSERT_NE(at, 0u) << name;
-      entries.push_back({at, poke(at, 0xcc)});
+      entries.push_back({at, poke(target_.pid(), at, 0xcc)});
     }
   };
   auto clear_breakpoints = [&] {
-    for (auto [at, byte] : entries) EXPECT_EQ(poke(at, byte), 0xcc);
+    for (auto [at, byte] : entries) EXPECT_EQ(poke(target_.pid(), at, byte), 0xcc);
     entries.clear();
   };
   ASSERT_NO_FATAL_FAILURE(set_breakpoints());

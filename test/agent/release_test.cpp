@@ -39,14 +39,16 @@ TEST_F(ReleaseTest, AdoptedMemoryIsAsItWas) {
 }
 
 TEST_F(ReleaseTest, FreeingAdoptedMemoryInStreamOrder) {
-  const Block b = allocate(6 * kMiB);
-  auto agent = attach();
-  ASSERT_NO_FATAL_FAILURE(release_all(*agent));
-  ASSERT_TRUE(agent->map_back(kAdoptAll));
-  ASSERT_TRUE(agent->contents_loaded());
-  EXPECT_EQ(target_.ask("free-async " + b.address), "ok");
-  EXPECT_TRUE(agent->released()->empty());
-  EXPECT_EQ(target_.ask("free-async " + b.address), "error 1");
+  for (const char* stream : {"", " 1"}) {
+    const Block b = allocate(6 * kMiB);
+    auto agent = attach();
+    ASSERT_NO_FATAL_FAILURE(release_all(*agent));
+    ASSERT_TRUE(agent->map_back(kAdoptAll));
+    ASSERT_TRUE(agent->contents_loaded());
+    EXPECT_EQ(target_.ask("free-async " + b.address + stream), "ok");
+    EXPECT_TRUE(agent->released()->empty());
+    EXPECT_EQ(target_.ask("free-async " + b.address + stream), "error 1");
+  }
 }
 
 TEST_F(ReleaseTest, NativeMemoryLeavesNoTrace) {
@@ -172,6 +174,28 @@ TEST_F(ReleaseTest, ReleasedMemoryIsFree) {
   ASSERT_NO_FATAL_FAILURE(release_all(*agent));
   EXPECT_EQ(target_.ask("range " + b.address), "error 500");
   EXPECT_EQ(allocate(64 * kMiB).address == b.address, false);
+}
+
+// Of the GPU the application sees as much free as before, whoever gave its memory back.
+TEST_F(ReleaseTest, AsMuchIsFreeAsBefore) {
+  const uint64_t total = (64 + 6 + 4) * kMiB;  // in blocks of 2 MiB
+  for (uint64_t mib : {64, 5, 3}) allocate(mib * kMiB - 1000);
+  auto agent = attach();
+  const auto free_bytes = [&] { return std::stoull(value_of(target_.ask("memory-info"))); };
+  for (const MapBackOptions& how : {MapBackOptions{}, kAdoptAll}) {
+    const uint64_t before = free_bytes();
+    ASSERT_NO_FATAL_FAILURE(release_all(*agent));
+    const uint64_t released = free_bytes();
+    ASSERT_TRUE(agent->map_back(how));
+    ASSERT_TRUE(agent->contents_loaded());
+    const uint64_t after = free_bytes();
+    if (!contract::on_simulation()) {
+      EXPECT_GE(released - before, 64 * kMiB);
+      continue;  // a real driver keeps some for itself
+    }
+    EXPECT_EQ(released - before, total);
+    EXPECT_EQ(after, before);
+  }
 }
 
 TEST_F(ReleaseTest, AgentStaysWhileItStandsIn) {

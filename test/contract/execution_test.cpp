@@ -154,6 +154,21 @@ TEST_F(Execution, ProcAddressIsTheNewestVersionAsked) {
   EXPECT_EQ(status, CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND);
 }
 
+TEST_F(Execution, ProcAddressIsThePerThreadVariantIfAsked) {
+  for (auto [name, exported] : {std::pair("cuStreamQuery", "cuStreamQuery_ptsz"),
+                                {"cuMemcpyDtoH", "cuMemcpyDtoH_v2_ptds"},
+                                {"cuLaunchKernel", "cuLaunchKernel_ptsz"}}) {
+    void *legacy = nullptr, *own = nullptr;
+    ASSERT_EQ(cuGetProcAddress(name, &legacy, 13000, CU_GET_PROC_ADDRESS_LEGACY_STREAM, nullptr),
+              CUDA_SUCCESS);
+    ASSERT_EQ(
+        cuGetProcAddress(name, &own, 13000, CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM, nullptr),
+        CUDA_SUCCESS);
+    EXPECT_NE(own, legacy) << name;
+    EXPECT_EQ(own, dlsym(RTLD_DEFAULT, exported)) << name;
+  }
+}
+
 TEST_F(Execution, DriverSpeaksCuda13) {
   int version = 0;
   ASSERT_EQ(cuDriverGetVersion(&version), CUDA_SUCCESS);

@@ -5,7 +5,7 @@ CONTRACT_SRCS := $(wildcard test/contract/*.cpp)
 
 $(B)/obj/test/contract/%.cpp.o: CPPFLAGS += -isystem $(CUDA_INCLUDE)
 
-$(eval $(call program,test/contract,$(CONTRACT_SRCS),lib/libphos.a,-L$(B)/sim -lcuda -lgtest -lpthread -ldl))
+$(eval $(call program,test/contract,$(CONTRACT_SRCS),lib/libphos.a,-L$(B)/sim -lcuda $(TRACK_LIBS) -lgtest -lpthread -ldl))
 $(B)/test/contract: $(B)/sim/libcuda.so
 
 all: $(B)/test/contract

@@ -137,6 +137,31 @@ CUresult end_context(State& s, std::istream& in, std::ostream&) {
   return r ? r : cuCtxSetCurrent(s.context);
 }
 
+// peer-devices: replies 1 if device 1 can reach the memory of device 0
+CUresult peer_devices(State&, std::istream&, std::ostream& out) {
+  int count = 0, can = 0;
+  CUresult r = cuDeviceGetCount(&count);
+  if (!r && count > 1) r = cuDeviceCanAccessPeer(&can, 1, 0);
+  out << can;
+  return r;
+}
+
+// create-context DEVICE: one of cuCtxCreate, current from now on
+CUresult create_context(State& s, std::istream& in, std::ostream&) {
+  CUdevice device = 0;
+  in >> device;
+  CUresult r = cuCtxCreate(&s.context, nullptr, 0, device);
+  if (!r) r = s.kernels.load();
+  return r;
+}
+
+// peer-access ON: of the current context to the memory of the first one
+CUresult peer_access(State& s, std::istream& in, std::ostream&) {
+  bool on = false;
+  in >> on;
+  return on ? cuCtxEnablePeerAccess(s.first_context, 0) : cuCtxDisablePeerAccess(s.first_context);
+}
+
 CUresult spin(State& s, std::istream& in, std::ostream&) {
   uint64_t ms = 0;
   in >> ms;
@@ -369,8 +394,14 @@ CUresult range(State& s, std::istream& in, std::ostream& out) {
   return !r && !agree ? CUDA_ERROR_UNKNOWN : r;
 }
 
+// free-async ADDRESS [1: in the default stream of this thread]
 CUresult free_async(State&, std::istream& in, std::ostream&) {
-  CUresult r = cuMemFreeAsync(read_address(in), nullptr);
+  const CUdeviceptr p = read_address(in);
+  int per_thread = 0;
+  in >> per_thread;
+  const char* name = per_thread ? "cuMemFreeAsync_ptsz" : "cuMemFreeAsync";
+  auto* free = reinterpret_cast<decltype(&cuMemFreeAsync)>(dlsym(RTLD_DEFAULT, name));
+  CUresult r = free ? free(p, nullptr) : CUDA_ERROR_NOT_FOUND;
   return r ? r : cuCtxSynchronize();
 }
 
@@ -431,6 +462,9 @@ constexpr WorkerCommand kCommands[] = {
     {"use-device", use_device},
     {"context", use_context},
     {"end-context", end_context},
+    {"peer-devices", peer_devices},
+    {"create-context", create_context},
+    {"peer-access", peer_access},
     {"spin", spin},
     {"sync", sync},
     {"attributes", attributes},
@@ -465,6 +499,7 @@ CUresult start_cuda(State* s) {
   if (!r) r = cuDevicePrimaryCtxRetain(&s->context, device);
   if (!r) r = cuCtxSetCurrent(s->context);
   if (!r) r = s->kernels.load();
+  s->first_context = s->context;
   return r;
 }
 

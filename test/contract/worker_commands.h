@@ -13,7 +13,7 @@
 namespace contract {
 
 struct WorkerState {
-  CUcontext context = nullptr;                               // the current one
+  CUcontext context = nullptr, first_context = nullptr;      // the current one, the first one
   Kernels kernels;                                           // in it
   std::map<size_t, std::pair<CUcontext, Kernels>> contexts;  // once there are several
   void* pinned = nullptr;

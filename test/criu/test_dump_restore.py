@@ -40,8 +40,12 @@ class DumpAndRestore(CriuTest):
 
     def test_ten_times_in_a_row(self):
         target = self.counter()
-        for _ in range(10):
+        for i in range(10):
             self.dump_ok(target)
+            # By the released path, and not one that it falls back to.
+            self.assertRegex(self.log('dump.log'),
+                             rf'process {target.pid}: released in [\d.]+ ms', i)
+            self.assertNotIn('through the driver', self.log('dump.log'), i)
             wait_until(target.gone, 'the dumped process to be gone')
             ticks = target.last_tick()
             self.restore_ok()

@@ -32,6 +32,25 @@ std::vector<uint8_t> read_memory(Agent& agent, uint64_t address) {
   return {};
 }
 
+// The variants of functions for a default stream in each thread, and who has pointers to functions
+// from cuGetProcAddress: four threads, with one function each.
+TEST_F(GateTest, ParksWhoeverCallsByOtherNames) {
+  ASSERT_EQ(target_.ask("start variants 4"), "ok");
+  ASSERT_TRUE(eventually([&] { return number("count") > 1000; }));
+  ASSERT_NO_FATAL_FAILURE(close_gate());
+  ASSERT_TRUE(wait_parked(4));
+  EXPECT_EQ(status().sent, 4u);
+  EXPECT_EQ(status().passed, 0u);
+  EXPECT_EQ(calls_in(milliseconds(50)), 0u);
+  CUcheckpointLockArgs arguments = {};
+  ASSERT_EQ(cuCheckpointProcessLock(target_.pid(), &arguments), CUDA_SUCCESS);
+  auto quiet = gate_->check_quiet();
+  EXPECT_TRUE(quiet) << quiet.error().message();
+  ASSERT_EQ(cuCheckpointProcessUnlock(target_.pid(), nullptr), CUDA_SUCCESS);
+  ASSERT_TRUE(gate_->open());
+  expect_works();
+}
+
 TEST_F(GateTest, ParksEveryThreadAndLetsItGoOn) {
   ASSERT_EQ(target_.ask("start memset 8"), "ok");
   ASSERT_TRUE(eventually([&] { return number("count") > 1000; }));

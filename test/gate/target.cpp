@@ -2,8 +2,10 @@
 #include "test/gate/target.h"
 
 #include <cuda.h>
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -83,8 +85,49 @@ CUresult churn_mappings() {
   return timed([&] { return cuMemAddressFree(p, kBytes); });
 }
 
+// Functions as programs have them that are built for a default stream in each thread, and as
+// libcudart does: from cuGetProcAddress. Each thread calls but one.
+CUresult call_variants(unsigned number) {
+  using Set = CUresult (*)(CUdeviceptr, unsigned char, size_t, CUstream);
+  using Query = CUresult (*)(CUstream);
+  static const auto look_up = [](const char* name, cuuint64_t flags) {
+    void* f = nullptr;
+    cuGetProcAddress(name, &f, 13000, flags, nullptr);
+    return f;
+  };
+  thread_local unsigned turn = 0;
+  constexpr auto kPerThread = CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM;
+  const CUdeviceptr at = g_memory + number * 4096;
+  CUresult r = CUDA_SUCCESS;
+  switch (number % 4) {
+    case 0: {
+      static const auto f = reinterpret_cast<Query>(dlsym(RTLD_DEFAULT, "cuStreamQuery_ptsz"));
+      r = f(nullptr);
+      break;
+    }
+    case 1: {
+      static const auto f = reinterpret_cast<Set>(dlsym(RTLD_DEFAULT, "cuMemsetD8Async_ptsz"));
+      r = f(at, static_cast<unsigned char>(++turn), 64, nullptr);
+      break;
+    }
+    case 2: {
+      static const auto f = reinterpret_cast<Set>(look_up("cuMemsetD8Async", kPerThread));
+      r = f(at, static_cast<unsigned char>(++turn), 64, nullptr);
+      break;
+    }
+    default: {
+      static const auto f =
+          reinterpret_cast<Query>(look_up("cuStreamQuery", CU_GET_PROC_ADDRESS_LEGACY_STREAM));
+      r = f(nullptr);
+      break;
+    }
+  }
+  return r == CUDA_ERROR_NOT_READY ? CUDA_SUCCESS : r;
+}
+
 void run_thread(const std::string& what, unsigned number) {
   cuCtxSetCurrent(g_context);
+  const int epoll = what == "epoll" ? epoll_create1(EPOLL_CLOEXEC) : -1;
   for (unsigned i = 0; !g_stop; i++) {
     CUresult r = CUDA_SUCCESS;
     if (what == "memset") {
@@ -92,6 +135,8 @@ void run_thread(const std::string& what, unsigned number) {
     } else if (what == "query") {
       r = cuStreamQuery(nullptr);
       if (r == CUDA_ERROR_NOT_READY) r = CUDA_SUCCESS;
+    } else if (what == "variants") {
+      r = call_variants(number);
     } else if (what == "churn") {
       r = churn();
     } else if (what == "mappings") {
@@ -110,6 +155,10 @@ void run_thread(const std::string& what, unsigned number) {
       g_nothing.wait_for(lock, std::chrono::milliseconds(1));
       lock.unlock();
       r = churn();
+    } else if (what ==
+               "epoll") {  // waits for an event that does not come, and fails if interrupted
+      epoll_event event;
+      if (epoll_wait(epoll, &event, 1, 1000)) g_failures++;
     } else if (what == "name") {  // takes no lock of the driver's, before its checkpoint or after
       const char* name;
       r = cuGetErrorName(CUDA_SUCCESS, &name);

@@ -18,6 +18,7 @@ struct CUctx_st {
   unsigned flags;
   bool primary;
   int references;
+  std::set<CUcontext> peers = {};  // whose memory it reaches
   std::map<CUlimit, size_t> limits = {{CU_LIMIT_STACK_SIZE, 1024},
                                       {CU_LIMIT_PRINTF_FIFO_SIZE, 8650752},
                                       {CU_LIMIT_MALLOC_HEAP_SIZE, 8388608},
@@ -62,6 +63,8 @@ void tear_down(CUcontext context) {
   unload_modules_of(context);
   std::lock_guard<std::mutex> hold(contexts().mutex);
   contexts().alive.erase(context);
+  context->peers.clear();
+  for (CUcontext other : contexts().alive) other->peers.erase(context);
 }
 
 CUresult create_context(CUcontext* out, unsigned flags, CUdevice device) {
@@ -129,6 +132,11 @@ CUdevice device_of(CUcontext context) {
 
 bool device_exists(CUdevice device) {
   return device >= 0 && device < process().machine.count;
+}
+
+bool has_peer_access(CUcontext context, CUcontext owner) {
+  std::lock_guard<std::mutex> hold(contexts().mutex);
+  return context->peers.count(owner) > 0;
 }
 
 }  // namespace phos_sim
@@ -202,6 +210,25 @@ CUresult cuDeviceCanAccessPeer(int* can, CUdevice device, CUdevice peer) {
   if (!device_exists(device) || !device_exists(peer)) return CUDA_ERROR_INVALID_DEVICE;
   *can = device != peer;
   return CUDA_SUCCESS;
+}
+
+CUresult cuCtxEnablePeerAccess(CUcontext peer, unsigned int flags) {
+  PHOS_SIM_API(kContext);
+  if (flags) return CUDA_ERROR_INVALID_VALUE;
+  if (!peer || !alive(peer)) return CUDA_ERROR_INVALID_CONTEXT;
+  const CUcontext context = current_context();
+  if (context->device == peer->device) return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
+  std::lock_guard<std::mutex> hold(contexts().mutex);
+  const bool is_new = context->peers.insert(peer).second;
+  return is_new ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED;
+}
+
+CUresult cuCtxDisablePeerAccess(CUcontext peer) {
+  PHOS_SIM_API(kContext);
+  if (!peer || !alive(peer)) return CUDA_ERROR_INVALID_CONTEXT;
+  const CUcontext context = current_context();
+  std::lock_guard<std::mutex> hold(contexts().mutex);
+  return context->peers.erase(peer) ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_NOT_ENABLED;
 }
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {

@@ -90,6 +90,11 @@ CUresult cuMemcpyDtoH(void* to, CUdeviceptr from, size_t size) {
 }
 PHOS_SIM_ALIAS(cuMemcpyDtoH, cuMemcpyDtoH_v2);
 
+PHOS_SIM_EXPORT CUresult cuMemcpyDtoH_v2_ptds(void* to, CUdeviceptr from, size_t size) {
+  PHOS_SIM_API(kContext);
+  return copy_checked(address(to), false, from, true, size, CU_STREAM_PER_THREAD, Wait::kYes);
+}
+
 CUresult cuMemcpyDtoD(CUdeviceptr to, CUdeviceptr from, size_t size) {
   PHOS_SIM_API(kContext);
   return copy_checked(to, true, from, true, size, nullptr, Wait::kNo);
@@ -129,6 +134,12 @@ PHOS_SIM_ALIAS(cuMemsetD32, cuMemsetD32_v2);
 CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t count, CUstream stream) {
   PHOS_SIM_API(kContext);
   return set<uint8_t>(to, value, count, stream, Wait::kNo);
+}
+
+PHOS_SIM_EXPORT CUresult cuMemsetD8Async_ptsz(CUdeviceptr to, unsigned char value, size_t count,
+                                              CUstream stream) {
+  PHOS_SIM_API(kContext);
+  return set<uint8_t>(to, value, count, per_thread(stream), Wait::kNo);
 }
 
 CUresult cuMemsetD32Async(CUdeviceptr to, unsigned int value, size_t count, CUstream stream) {

@@ -3,6 +3,7 @@
 // tick and checks both. One line a tick on stdout; any wrong value or CUDA error ends it with
 // status 1. SIGUSR1: check the big buffer at the next tick. SIGTERM: print "done N" and exit 0.
 #include <cuda.h>
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -45,6 +46,7 @@ struct Options {
   uint64_t managed_mib = 0;     // besides, of which a thread goes on writing half with the CPU
   uint64_t managed_small = 0;   // allocations
   unsigned blocked_ms = 0;      // how often a thread wakes up that has all signals blocked; 0: none
+  bool stay = false;            // a thread stays in the simulated driver
 };
 
 bool parse(int argc, char** argv, Options* o) {
@@ -62,6 +64,8 @@ bool parse(int argc, char** argv, Options* o) {
       o->spin_ms = value;
     else if (!strcmp(argv[i], "--blocked-ms"))
       o->blocked_ms = static_cast<unsigned>(value);
+    else if (!strcmp(argv[i], "--stay"))
+      o->stay = value != 0;
     else if (!strcmp(argv[i], "--malloc-threads"))
       o->malloc_threads = static_cast<unsigned>(value);
     else if (!strcmp(argv[i], "--managed-mib"))
@@ -224,15 +228,27 @@ void start_malloc_thread() {
   }).detach();
 }
 
+// It looks as if it were in the middle of a call of the driver, for ever.
+bool start_staying_thread() {
+  auto* stay = reinterpret_cast<void (*)()>(dlsym(RTLD_DEFAULT, "phos_sim_stay"));
+  if (!stay) {
+    fprintf(stderr, "counter: only the simulated driver can be stayed in\n");
+    return false;
+  }
+  std::thread(stay).detach();
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   Options options;
   if (!parse(argc, argv, &options)) {
-    fprintf(stderr,
-            "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n"
-            "               [--spin-ms N] [--device N] [--blocked-ms N] [--even-kib N]\n"
-            "               [--managed-mib N] [--managed-small N] [--malloc-threads N]\n");
+    fprintf(
+        stderr,
+        "usage: counter [--mib N] [--interval-ms N] [--check-every TICKS] [--ticks N]\n"
+        "               [--spin-ms N] [--device N] [--blocked-ms N] [--even-kib N]\n"
+        "               [--managed-mib N] [--managed-small N] [--malloc-threads N] [--stay 1]\n");
     return 2;
   }
   struct sigaction action = {};
@@ -245,6 +261,7 @@ int main(int argc, char** argv) {
   if (options.blocked_ms) start_blocked_thread(options.blocked_ms);
   Counter counter(options);
   if (!counter.start()) return 1;
+  if (options.stay && !start_staying_thread()) return 1;
   while (!g_stop && (!options.ticks || counter.ticks() < options.ticks)) {
     if (!counter.tick()) return 1;
     if (options.spin_ms && counter.ticks() == 3 && !counter.spin(options.spin_ms)) return 1;

@@ -48,6 +48,21 @@ CUresult allocate_touchable(Kind kind, size_t size, CUdeviceptr* out) {
   return CUDA_SUCCESS;
 }
 
+CUresult free_in_order(CUdeviceptr p, CUstream stream) {
+  if (CUresult r = check_stream(stream)) return r;
+  std::lock_guard<std::mutex> hold(memory().mutex);
+  Range* r = find_range(p);
+  if (!r || r->base != p || (r->kind != Kind::kPool && r->kind != Kind::kDevice)) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  submit(stream, [p] {
+    std::lock_guard<std::mutex> hold_later(memory().mutex);
+    free_range(p);
+    return CUDA_SUCCESS;
+  });
+  return CUDA_SUCCESS;
+}
+
 }  // namespace
 
 CUmemoryPool default_pool(CUdevice device) {
@@ -192,16 +207,10 @@ CUresult cuMemAllocAsync(CUdeviceptr* p, size_t size, CUstream stream) {
 
 CUresult cuMemFreeAsync(CUdeviceptr p, CUstream stream) {
   PHOS_SIM_API(kContext);
-  if (CUresult r = check_stream(stream)) return r;
-  std::lock_guard<std::mutex> hold(memory().mutex);
-  Range* r = find_range(p);
-  if (!r || r->base != p || (r->kind != Kind::kPool && r->kind != Kind::kDevice)) {
-    return CUDA_ERROR_INVALID_VALUE;
-  }
-  submit(stream, [p] {
-    std::lock_guard<std::mutex> hold_later(memory().mutex);
-    free_range(p);
-    return CUDA_SUCCESS;
-  });
-  return CUDA_SUCCESS;
+  return free_in_order(p, stream);
+}
+
+PHOS_SIM_EXPORT CUresult cuMemFreeAsync_ptsz(CUdeviceptr p, CUstream stream) {
+  PHOS_SIM_API(kContext);
+  return free_in_order(p, per_thread(stream));
 }

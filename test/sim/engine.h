@@ -23,5 +23,9 @@ CUresult engine_error();
 // CUDA_ERROR_INVALID_HANDLE unless the stream exists (or is a default stream).
 CUresult check_stream(CUstream stream);
 void destroy_streams_of(CUcontext context);
+// What a program means by `stream` that is built for a default stream in each thread.
+inline CUstream per_thread(CUstream stream) {
+  return stream ? stream : CU_STREAM_PER_THREAD;
+}
 
 }  // namespace phos_sim

@@ -29,6 +29,8 @@
   X(cuCtxPopCurrent, 4000)                         \
   X(cuCtxGetDevice, 2000)                          \
   X(cuCtxSynchronize, 2000)                        \
+  X(cuCtxEnablePeerAccess, 4000)                   \
+  X(cuCtxDisablePeerAccess, 4000)                  \
   X(cuCtxSetLimit, 3010)                           \
   X(cuCtxGetLimit, 3010)                           \
   X(cuMemGetInfo, 3020)                            \

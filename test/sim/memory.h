@@ -67,8 +67,8 @@ struct Range {
   CUcontext context = nullptr;
   CUdevice device = 0;
   uint64_t id = 0;
-  uint64_t handle = 0;  // kVmm
-  bool access = true;   // kVmm: cuMemSetAccess gave some
+  uint64_t handle = 0;      // kVmm
+  uint64_t access = ~0ull;  // kVmm: bit n: cuMemSetAccess gave it to GPU n
   unsigned sync_memops = 1;
   int opens = 0;                      // kIpc
   uint64_t ipc_id = 0;                // kIpc: the exporter's id
@@ -134,6 +134,15 @@ Range* find_range(CUdeviceptr address);
 CUresult allocate(Kind kind, uint64_t size, CUcontext context, CUdeviceptr* out);
 void free_range(CUdeviceptr base);
 void free_ranges_of(CUcontext context);
+// While it lives, what this thread reaches is what a kernel of that context does: not the memory of
+// other GPUs to which it has no access. Copies may go through the host.
+class KernelOf {
+ public:
+  explicit KernelOf(CUcontext context);
+  ~KernelOf();
+  KernelOf(const KernelOf&) = delete;
+  KernelOf& operator=(const KernelOf&) = delete;
+};
 // Takes the mutex. True if all of [address, address + size) is memory that a kernel may touch.
 bool reachable(CUdeviceptr address, uint64_t size);
 // Takes the mutex. Calls `visit` for each piece that is contiguous for the CPU; the backing stays

@@ -149,6 +149,31 @@ CUresult copy_arguments(const HostKernel& kernel, void** parameters, void** extr
   return CUDA_SUCCESS;
 }
 
+CUresult launch(CUfunction function, uint64_t blocks, uint64_t block, CUstream stream,
+                void** parameters, void** extra) {
+  if (CUresult r = check_stream(stream)) return r;
+  if (!blocks || !block || block > 1024) return CUDA_ERROR_INVALID_VALUE;
+  Launch launch = {};
+  launch.threads = blocks * block;
+  const HostKernel* kernel;
+  const CUcontext context = current_context();
+  {
+    std::lock_guard<std::mutex> hold(modules().mutex);
+    if (!modules().functions.count(function)) return CUDA_ERROR_INVALID_HANDLE;
+    kernel = function->kernel;
+    if (CUresult r = copy_arguments(*kernel, parameters, extra, &launch)) return r;
+    auto global = function->module->globals.find("phos_global");
+    if (!strcmp(kernel->name, "phos_touch_global") && global != function->module->globals.end()) {
+      memcpy(launch.arguments + 8, &global->second.address, sizeof global->second.address);
+    }
+  }
+  submit(stream, [kernel, launch, context] {
+    KernelOf running(context);
+    return kernel->run(launch);
+  });
+  return CUDA_SUCCESS;
+}
+
 }  // namespace
 
 void unload_modules_of(CUcontext context) {
@@ -214,26 +239,19 @@ PHOS_SIM_ALIAS(cuModuleGetGlobal, cuModuleGetGlobal_v2);
 
 CUresult cuLaunchKernel(CUfunction function, unsigned int grid_x, unsigned int grid_y,
                         unsigned int grid_z, unsigned int block_x, unsigned int block_y,
-                        unsigned int block_z, unsigned int, CUstream stream, void** parameters,
-                        void** extra) {
+                        unsigned int block_z, unsigned int shared, CUstream stream,
+                        void** parameters, void** extra) {
   PHOS_SIM_API(kContext);
-  if (CUresult r = check_stream(stream)) return r;
-  uint64_t blocks = uint64_t{grid_x} * grid_y * grid_z;
-  uint64_t block = uint64_t{block_x} * block_y * block_z;
-  if (!blocks || !block || block > 1024) return CUDA_ERROR_INVALID_VALUE;
-  Launch launch = {};
-  launch.threads = blocks * block;
-  const HostKernel* kernel;
-  {
-    std::lock_guard<std::mutex> hold(modules().mutex);
-    if (!modules().functions.count(function)) return CUDA_ERROR_INVALID_HANDLE;
-    kernel = function->kernel;
-    if (CUresult r = copy_arguments(*kernel, parameters, extra, &launch)) return r;
-    auto global = function->module->globals.find("phos_global");
-    if (!strcmp(kernel->name, "phos_touch_global") && global != function->module->globals.end()) {
-      memcpy(launch.arguments + 8, &global->second.address, sizeof global->second.address);
-    }
-  }
-  submit(stream, [kernel, launch] { return kernel->run(launch); });
-  return CUDA_SUCCESS;
+  return launch(function, uint64_t{grid_x} * grid_y * grid_z, uint64_t{block_x} * block_y * block_z,
+                stream, parameters, extra);
+}
+
+PHOS_SIM_EXPORT CUresult cuLaunchKernel_ptsz(CUfunction function, unsigned int grid_x,
+                                             unsigned int grid_y, unsigned int grid_z,
+                                             unsigned int block_x, unsigned int block_y,
+                                             unsigned int block_z, unsigned int shared,
+                                             CUstream stream, void** parameters, void** extra) {
+  PHOS_SIM_API(kContext);
+  return launch(function, uint64_t{grid_x} * grid_y * grid_z, uint64_t{block_x} * block_y * block_z,
+                per_thread(stream), parameters, extra);
 }

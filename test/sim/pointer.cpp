@@ -53,7 +53,7 @@ const Attribute kAttributes[] = {
     {CU_POINTER_ATTRIBUTE_DEVICE_POINTER, 8,
      [](const Range& r, CUdeviceptr p, uint64_t* v) {
        *v = r.access ? p : 0;
-       return r.access;
+       return r.access != 0;
      }},
     {CU_POINTER_ATTRIBUTE_HOST_POINTER, 8,
      [](const Range& r, CUdeviceptr p, uint64_t* v) {

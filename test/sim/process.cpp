@@ -174,6 +174,11 @@ CUresult cuInit(unsigned int flags) {
   return CUDA_SUCCESS;
 }
 
+// Stays in the library for ever. No call of CUDA's: neither a lock nor a gate knows of it.
+PHOS_SIM_EXPORT void phos_sim_stay() {
+  for (;;) pause();
+}
+
 // Lets tests and tools tell the simulation from a real driver.
 PHOS_SIM_EXPORT int phos_sim_marker() {
   return 1;

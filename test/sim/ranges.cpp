@@ -142,6 +142,17 @@ void free_ranges_of(CUcontext context) {
 
 namespace {
 
+// Whose kernel this thread runs; null: none's.
+thread_local CUcontext t_kernel_of = nullptr;
+
+bool kernel_reaches(const Range& r) {
+  if (!t_kernel_of) return true;
+  const CUdevice device = device_of(t_kernel_of);
+  if (r.kind == Kind::kVmm) return r.access >> device & 1;
+  if (r.kind != Kind::kDevice || r.device == device) return true;
+  return has_peer_access(t_kernel_of, r.context);
+}
+
 struct Piece {
   char* at = nullptr;
   uint64_t size = 0;
@@ -151,7 +162,7 @@ struct Piece {
 // The CPU's view of as much of [address, address + size) as lies in one range. Mutex held.
 bool device_piece(CUdeviceptr address, uint64_t size, Piece* piece) {
   Range* r = find_range(address);
-  if (!r || !r->access) return false;
+  if (!r || !r->access || !kernel_reaches(*r)) return false;
   uint64_t into = address - r->base;
   piece->size = std::min(size, r->size - into);
   piece->keep = r->backing;
@@ -174,6 +185,14 @@ Piece any_piece(CUdeviceptr address, uint64_t size) {
 }
 
 }  // namespace
+
+KernelOf::KernelOf(CUcontext context) {
+  t_kernel_of = context;
+}
+
+KernelOf::~KernelOf() {
+  t_kernel_of = nullptr;
+}
 
 bool for_each_piece(CUdeviceptr address, uint64_t size,
                     const std::function<void(char*, uint64_t)>& visit) {

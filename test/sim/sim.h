@@ -110,6 +110,8 @@ int64_t monotonic_ns();
 CUcontext current_context();
 CUdevice device_of(CUcontext context);
 bool device_exists(CUdevice device);
+// Has `context` enabled access to the memory of `owner`?
+bool has_peer_access(CUcontext context, CUcontext owner);
 
 // ---- checkpoint_server.cpp
 bool start_restore_thread();

@@ -183,6 +183,25 @@ CUresult check_event(CUevent event) {
 }
 
 }  // namespace
+namespace {
+
+CUresult synchronize(CUstream stream) {
+  if (CUresult r = check_stream(stream)) return r;
+  uint64_t ticket;
+  {
+    std::lock_guard<std::mutex> hold(engine().mutex);
+    ticket = last_ticket(stream);
+  }
+  return wait_for(ticket);
+}
+
+CUresult query(CUstream stream) {
+  if (CUresult r = check_stream(stream)) return r;
+  std::lock_guard<std::mutex> hold(engine().mutex);
+  return engine().done >= last_ticket(stream) ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+}
+
+}  // namespace
 }  // namespace phos_sim
 
 using namespace phos_sim;
@@ -218,20 +237,22 @@ PHOS_SIM_ALIAS(cuStreamDestroy, cuStreamDestroy_v2);
 
 CUresult cuStreamSynchronize(CUstream stream) {
   PHOS_SIM_API(kContext);
-  if (CUresult r = check_stream(stream)) return r;
-  uint64_t ticket;
-  {
-    std::lock_guard<std::mutex> hold(engine().mutex);
-    ticket = last_ticket(stream);
-  }
-  return wait_for(ticket);
+  return synchronize(stream);
+}
+
+PHOS_SIM_EXPORT CUresult cuStreamSynchronize_ptsz(CUstream stream) {
+  PHOS_SIM_API(kContext);
+  return synchronize(per_thread(stream));
 }
 
 CUresult cuStreamQuery(CUstream stream) {
   PHOS_SIM_API(kContext);
-  if (CUresult r = check_stream(stream)) return r;
-  std::lock_guard<std::mutex> hold(engine().mutex);
-  return engine().done >= last_ticket(stream) ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+  return query(stream);
+}
+
+PHOS_SIM_EXPORT CUresult cuStreamQuery_ptsz(CUstream stream) {
+  PHOS_SIM_API(kContext);
+  return query(per_thread(stream));
 }
 
 // The engine runs everything in submission order: whatever the event stands for comes first anyway.

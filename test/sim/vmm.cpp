@@ -155,7 +155,7 @@ CUresult cuMemMap(CUdeviceptr p, size_t size, size_t offset, CUmemGenericAllocat
   r.device = h->backing->device;
   r.id = m.next_id++;
   r.handle = handle;
-  r.access = false;
+  r.access = 0;
   m.ranges[p] = std::move(r);
   return CUDA_SUCCESS;
 }
@@ -189,7 +189,10 @@ CUresult cuMemSetAccess(CUdeviceptr p, size_t size, const CUmemAccessDesc* desc,
   for (Range* r : mappings) {
     for (size_t i = 0; i < count; i++) {
       if (desc[i].location.type != CU_MEM_LOCATION_TYPE_DEVICE) continue;
-      r->access = desc[i].flags != CU_MEM_ACCESS_FLAGS_PROT_NONE;
+      if (!device_exists(desc[i].location.id)) return CUDA_ERROR_INVALID_DEVICE;
+      const uint64_t bit = uint64_t{1} << desc[i].location.id;
+      const bool some = desc[i].flags != CU_MEM_ACCESS_FLAGS_PROT_NONE;
+      r->access = some ? r->access | bit : r->access & ~bit;
     }
   }
   return CUDA_SUCCESS;
@@ -201,7 +204,8 @@ CUresult cuMemGetAccess(unsigned long long* flags, const CUmemLocation* location
   std::lock_guard<std::mutex> hold(memory().mutex);
   Range* r = find_range(p);
   if (!r || r->kind != Kind::kVmm) return CUDA_ERROR_INVALID_VALUE;
-  *flags = r->access ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_NONE;
+  const bool some = device_exists(location->id) && r->access >> location->id & 1;
+  *flags = some ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_NONE;
   return CUDA_SUCCESS;
 }
 
