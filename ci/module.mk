@@ -52,10 +52,12 @@ check: ## build everything and run every test that can run here
 	$(Q)ci/lint
 	$(Q)$(PYTHON) test/run.py --build $(B)
 
-check-long: ## check, and what takes minutes more: the tracker on nvidia-uvm in guests, NFS
+check-long: ## check, and what takes minutes more: the tracker on nvidia-uvm in guests, NFS, soundness
 	$(Q)+$(MAKE) --no-print-directory check
 	$(Q)B=$(B) ci/deps long
 	$(Q)PHOS_TEST_LONG=1 $(PYTHON) test/run.py --build $(B) --tier vm
+	$(Q)PHOS_TEST_LONG=1 $(PYTHON) test/run.py --build $(B) --tier sim --binary-timeout 1800 \
+	  --filter 'LiveCopySoundness|ReleasingSession.EveryCallMayFail'
 
 check-gpu: deps ## the same, and fail if there is no real GPU
 	$(Q)+$(MAKE_ALL)

@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,6 +19,8 @@
 #include "gpu-tracker/driver/gpu_driver.h"
 
 namespace phos {
+
+class JsonWriter;
 
 class UnsyncedFiles;  // durability.h
 struct ShownRun;      // page_statistics.h
@@ -299,8 +302,10 @@ Result<void> check_stage(const ImageSet& set);
 Result<void> check_driver(const ProcessImage& image, int present_api_version);
 
 // For `phos show`: sizes in bytes (JSON), or in binary units for people (table). End with a
-// newline. `runs`, unless null: where the pages of each allocation are (page_statistics.h).
-std::string to_json(const ImageSet& set, const ShownRuns* runs = nullptr);
+// newline. `runs`, unless null: where the pages of each allocation are (page_statistics.h). `more`
+// adds members to the JSON object.
+std::string to_json(const ImageSet& set, const ShownRuns* runs = nullptr,
+                    const std::function<void(JsonWriter&)>& more = {});
 std::string to_table(const ImageSet& set, const ShownRuns* runs = nullptr);
 
 }  // namespace phos

@@ -332,7 +332,8 @@ std::string process_table(const ProcessImage& p, const std::vector<ChainLevel>& 
 
 }  // namespace
 
-std::string to_json(const ImageSet& set, const ShownRuns* runs) {
+std::string to_json(const ImageSet& set, const ShownRuns* runs,
+                    const std::function<void(JsonWriter&)>& more) {
   JsonWriter json;
   json.begin_object().key("dump_id");
   DumpId id = dump_id_of(set);
@@ -353,7 +354,9 @@ std::string to_json(const ImageSet& set, const ShownRuns* runs) {
     json.begin_object().member("id", file.id).member("path", file.path);
     json.member("flags", file.flags).end_object();
   }
-  json.end_array().end_object();
+  json.end_array();
+  if (more) more(json);
+  json.end_object();
   return json.str() + "\n";
 }
 

@@ -87,7 +87,9 @@ class NamespaceTest(CriuTest):
     def assert_saved(self, directory, pid, address):
         """The bytes of a counter's buffer, under the pid that it has over there."""
         names = {os.path.basename(n) for n in glob.glob(os.path.join(directory, f'phos-*{pid}*'))}
-        self.assertEqual(names, {f'phos-{pid}.img', f'phos-pages-{pid}-0.img'})
+        self.assertIn(f'phos-{pid}.img', names)
+        # Pages that another process has, too, are in the file of one of them.
+        self.assertLessEqual(names, {f'phos-{pid}.img', f'phos-pages-{pid}-0.img'})
         file = self.path(f'bytes-{pid}')
         self.phos('extract', directory, '--pid', str(pid), '--address', hex(address), '-o', file,
                   '--force', '--live-copy')

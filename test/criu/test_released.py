@@ -98,6 +98,23 @@ class DumpAndRestore(ReleasedTest):
         self.restore_and_check(target)
         self.assert_left_alone(target)
 
+    def test_show_tells_where_the_stop_went(self):
+        target = self.counter()
+        before = time.monotonic()
+        self.dump_ok(target)
+        took = (time.monotonic() - before) * 1e6
+        shown = json.loads(self.ok('show', '--json', self.images).stdout)
+        timings = shown['processes'][0]['timings']
+        parts = [timings[name + '_us'] for name in
+                 ('gate', 'validate', 'write', 'release', 'checkpoint', 'copy')]
+        self.assertLessEqual(max(parts), timings['stopped_us'])
+        self.assertLessEqual(sum(parts), timings['stopped_us'])
+        self.assertLess(timings['stopped_us'], took)
+        criu = shown['criu']
+        self.assertLessEqual(criu['memory_us'] + criu['written_us'], criu['frozen_us'])
+        self.assertLess(criu['frozen_us'], took)
+        self.assertRegex(self.ok('show', self.images).stdout, r'criu froze all of it for \d+\.\d ms')
+
     def test_thread_with_all_signals_blocked(self):
         target = self.counter('--blocked-ms', '3')
         self.dump_ok(target)

@@ -7,6 +7,7 @@
 
 #include "gpu-tracker/image/page_statistics.h"
 #include "tools/phos/command.h"
+#include "tools/phos/criu_stats.h"
 #include "tools/phos/gpu_images.h"
 #include "tools/phos/image_dir.h"
 #include "tools/phos/storage_options.h"
@@ -64,7 +65,15 @@ int run_show(const std::vector<std::string>& args) {
     runs = std::move(*found);
   }
   const ShownRuns* const shown = runs ? &*runs : nullptr;
-  fputs((json ? to_json(*images, shown) : to_table(*images, shown)).c_str(), stdout);
+  const auto times = read_criu_times(fd->get());
+  if (json) {
+    const auto more = [&](JsonWriter& w) {
+      if (times) add_to(w, *times);
+    };
+    fputs(to_json(*images, shown, more).c_str(), stdout);
+  } else {
+    fputs((to_table(*images, shown) + (times ? to_line(*times) : "")).c_str(), stdout);
+  }
   return kExitOk;
 }
 

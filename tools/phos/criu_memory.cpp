@@ -15,6 +15,7 @@
 
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/image/chain.h"
+#include "tools/phos/criu_fields.h"
 #include "tools/phos/image_dir.h"
 
 namespace phos::cli {
@@ -49,39 +50,6 @@ Error not_understood(const std::string& file, const std::string& what) {
                file + " is not as CRIU 4.2 writes it (" + what +
                    "): it is damaged, or from a CRIU that this phos does not know");
 }
-
-// ---- protobuf, as much of it as is needed ----
-
-class Fields {
- public:
-  Fields(const uint8_t* data, size_t bytes) : at_(data), end_(data + bytes) {}
-
-  // The next field, which must be a number. Nothing: there is none, or it cannot be understood (see
-  // ok()).
-  std::optional<std::pair<uint64_t, uint64_t>> next() {
-    if (at_ == end_) return {};
-    auto tag = varint();
-    auto value = tag && (*tag & 7) == 0 ? varint() : std::nullopt;
-    ok_ = value.has_value();
-    if (!ok_) return {};
-    return std::make_pair(*tag >> 3, *value);
-  }
-  bool ok() const { return ok_; }
-
- private:
-  std::optional<uint64_t> varint() {
-    uint64_t value = 0;
-    for (int shift = 0; shift < 64 && at_ < end_; shift += 7) {
-      const uint8_t byte = *at_++;
-      value |= uint64_t{byte & 0x7fu} << shift;
-      if (byte < 0x80) return value;
-    }
-    return {};
-  }
-
-  const uint8_t *at_, *end_;
-  bool ok_ = true;
-};
 
 void put_word(std::string* out, uint32_t value) {
   out->append(reinterpret_cast<const char*>(&value), sizeof value);  // little-endian, as CRIU
