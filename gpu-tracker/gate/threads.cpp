@@ -213,14 +213,14 @@ void stop_each(std::span<const ThreadInfo> threads, steady_clock::time_point dea
       if (ptrace(PTRACE_SEIZE, threads[i].tid, nullptr, nullptr) < 0) continue;
       if (ptrace(PTRACE_INTERRUPT, threads[i].tid, nullptr, nullptr) == 0) waiting.push_back(i);
     }
-    // Whoever waits for a processor stops once it has one. Who does too late is let go as it was.
+    // Whoever waits for a processor stops once it has one, and is looked at then, late or not.
     while (!waiting.empty() && steady_clock::now() < deadline + kStraggling) {
       std::erase_if(waiting, [&](size_t i) {
         int status = 0;
         const pid_t got = waitpid(threads[i].tid, &status, __WALL | WNOHANG);
         if (got != threads[i].tid) return got < 0 && errno != EINTR;
         if (!WIFSTOPPED(status)) return true;  // it has ended
-        if (steady_clock::now() < deadline) look(i);
+        look(i);
         let_call_begin_anew(got);
         // Stopped on its way to a signal's handler: the signal is to be delivered after all.
         const long signal = status >> 16 ? 0 : WSTOPSIG(status);

@@ -69,8 +69,8 @@ void let_call_begin_anew(int tid);
 inline constexpr std::chrono::milliseconds kStraggling{500};
 
 // Stops each of these threads for a moment, unless somebody else traces it (ptrace), and calls
-// `look` with its index, on a thread of its own, which traces it. Who has not stopped at the
-// deadline is left out. Should this process die meanwhile, the kernel lets them go.
+// `look` with its index, on a thread of its own, which traces it. Who has not stopped kStraggling
+// after the deadline is left out. Should this process die meanwhile, the kernel lets them go.
 void stop_each(std::span<const ThreadInfo> threads, std::chrono::steady_clock::time_point deadline,
                const std::function<void(size_t)>& look);
 

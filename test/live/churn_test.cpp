@@ -120,7 +120,7 @@ class ChurnTest : public contract::WorkerTest {
 TEST_F(ChurnTest, LivesThroughManyPreDumps) {
   Worker application("churn,2");
   const std::string caught = caught_signals(application.pid());
-  constexpr int times = 40;
+  constexpr int times = 25;
   uint64_t slowest = 0, postponed = 0, calls = 0;
   for (int i = 0; i < times; i++) {
     const uint64_t before = number(application, "count");

@@ -29,7 +29,7 @@ TEST_F(LiveCopySoundness, SavedPagesAreWhatTheLockedProcessHolds) {
   ASSERT_EQ(soundness.start(), "");
   // A real GPU is slow to open and close; `live --seconds 600` is for it. 1,040 interleavings take
   // minutes (make check-long).
-  const uint32_t seeds = !contract::on_simulation() ? 2 : getenv("PHOS_TEST_LONG") ? 26 : 4;
+  const uint32_t seeds = !contract::on_simulation() ? 2 : getenv("PHOS_TEST_LONG") ? 26 : 2;
   for (uint32_t seed = 1; seed <= seeds; seed++) {
     ASSERT_EQ(soundness.run(seed, 40), "") << "seed " << seed;
   }
