@@ -15,6 +15,7 @@
 #include <thread>
 #include <utility>
 
+#include "gpu-tracker/base/log.h"
 #include "gpu-tracker/daemon/messages.h"
 
 namespace phos {
@@ -134,6 +135,7 @@ class CopiedMemory::Writers {
 void add_pages(const CopiedAllocation& copied, const PageStore& store, ProcessImage* image,
                AllocationInfo* info) {
   PageAppender pages(image, info);
+  info->hashes.reserve(copied.pages());
   for (size_t i = 0; i < copied.pages(); i++) {
     const SavedHash& hash = copied.saved[i].bytes;
     const uint32_t where = copied.where[i];
@@ -224,9 +226,11 @@ PageRef CopiedMemory::page_ref(const Page& page) {
           static_cast<uint32_t>(std::min<uint64_t>(left, kPageBytes)), page.allocation->number};
 }
 
+// In memory that it keeps: in the last round, with the process standing still, none of it is new.
 Result<void> CopiedMemory::find_dirty(bool unchanged, const Pace& pace, const std::stop_token& stop,
                                       std::vector<Page>* dirty, CopiedBytes* done) {
-  std::vector<Page> saved;
+  std::vector<Page>& saved = compared_.pages;
+  saved.clear();
   for (auto& [address, a] : allocations_) {
     for (uint32_t i = 0; i < a.pages(); i++) {
       (a.where[i] == CopiedAllocation::kNowhere ? *dirty : saved).push_back({&a, i});
@@ -234,13 +238,15 @@ Result<void> CopiedMemory::find_dirty(bool unchanged, const Pace& pace, const st
   }
   done->pages = dirty->size() + saved.size();
   if (unchanged) return {};
-  std::vector<PageRef> refs;
+  std::vector<PageRef>& refs = compared_.refs;
+  refs.clear();
   refs.reserve(saved.size());
   for (const Page& p : saved) {
     refs.push_back(page_ref(p));
     done->checked_bytes += refs.back().bytes;
   }
-  std::vector<PageHash> now(saved.size());
+  std::vector<PageHash>& now = compared_.now;
+  now.resize(saved.size());
   if (auto r = gpu_->engine->hash(refs, now, pace, stop); !r) return r;
   for (size_t i = 0; i < saved.size(); i++) {
     if (now[i] != saved[i].allocation->saved[saved[i].index]) dirty->push_back(saved[i]);
@@ -256,7 +262,9 @@ Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown, const std::sto
   pace.set_max_slowdown(max_slowdown);
   if (auto r = gpu_->engine->use_key(key_); !r) return r.error();
   std::vector<Page> dirty;
+  const auto start = std::chrono::steady_clock::now();
   if (auto r = find_dirty(unchanged, pace, stop, &dirty, &done); !r) return r.error();
+  const auto compared = since(start);
   done.dirty_pages = dirty.size();
   for (const Page& p : dirty) done.bytes += page_ref(p).bytes;
   while (!dirty.empty()) {
@@ -264,6 +272,10 @@ Result<CopiedBytes> CopiedMemory::copy_round(double max_slowdown, const std::sto
     if (auto r = copy_pages(dirty, pace, stop, &done, &again); !r) return r.error();
     dirty = std::move(again);
   }
+  log(LogLevel::kDebug, "daemon",
+      "GPU %d: %s compared in %.1f ms, %s copied and written in %.1f ms", gpu_index_,
+      megabytes(done.checked_bytes).c_str(), static_cast<double>(compared.count()) / 1000,
+      megabytes(done.bytes).c_str(), static_cast<double>((since(start) - compared).count()) / 1000);
   return done;
 }
 

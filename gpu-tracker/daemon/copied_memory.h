@@ -118,6 +118,11 @@ class CopiedMemory {
   const PageHash zero_;
   std::map<uint64_t, CopiedAllocation> allocations_;  // by address in the process
   uint32_t next_number_ = 0;
+  struct {
+    std::vector<Page> pages;
+    std::vector<PageRef> refs;
+    std::vector<PageHash> now;
+  } compared_;        // find_dirty()'s
   std::mutex mutex_;  // of `saved` and `where` while pages are saved
 };
 

@@ -336,6 +336,7 @@ void Session::log_lost(int pid, const Held& held, const std::vector<AgentRelease
 
 // All that another phosd needs, should this one die while memory is away.
 Result<void> Session::prepare_release(int pid, Held* held) {
+  const auto start = steady_clock::now();
   held->to_release = held->copy->releasable();
   auto image = describe(pid, *held);
   if (!image) return image.error();
@@ -353,8 +354,12 @@ Result<void> Session::prepare_release(int pid, Held* held) {
   for (AllocationInfo& a : held->image->allocations) {
     if (addresses.contains(a.address)) a.path = MemoryPath::kReleased;
   }
+  const auto described = since(start);
   if (auto r = write_process_image(image_dir_.get(), *held->image, unsynced_.get()); !r) return r;
+  const auto written = since(start);
   if (auto r = open_saved(held, *held->image); !r) return r;
+  log(LogLevel::kDebug, "daemon", "%s: image described in %.1f ms, written in %.1f, opened in %.1f",
+      process(pid).c_str(), ms(described), ms(written - described), ms(since(start) - written));
   if (auto r = held->release->hold(); !r) return r;
   // It has taken a while since: a thread that runs may have come to block the gate's signal, and
   // have passed, or have opened what libcuda knows nothing of.

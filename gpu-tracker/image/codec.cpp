@@ -64,6 +64,21 @@ std::vector<uint8_t> pack(const ProtobufCMessage& message) {
   return bytes;
 }
 
+// Hands out each part of what protobuf-c packs.
+class SinkBuffer {
+ public:
+  explicit SinkBuffer(const PayloadSink& sink) : sink_(sink) {}
+  ProtobufCBuffer* get() { return &table_; }
+
+ private:
+  static void append(ProtobufCBuffer* table, size_t size, const uint8_t* data) {
+    reinterpret_cast<SinkBuffer*>(table)->sink_(data, size);
+  }
+
+  ProtobufCBuffer table_{append};  // the first: append() is called with its address
+  const PayloadSink& sink_;
+};
+
 bool has_slot(PageSource source) {
   return source == PageSource::kHere || source == PageSource::kOther;
 }
@@ -121,6 +136,117 @@ Phos__Image__Allocation to_message(const AllocationInfo& a, PageArrays& arrays) 
   m.seals = borrow(arrays.seals);
   m.has_seals = !arrays.seals.empty();
   return m;
+}
+
+// The messages of an image, which borrow its memory.
+class ProcessMessage {
+ public:
+  explicit ProcessMessage(const ProcessImage& image);
+  ProcessMessage(const ProcessMessage&) = delete;
+  ProcessMessage& operator=(const ProcessMessage&) = delete;
+  const ProtobufCMessage& base() const { return process_.base; }
+
+ private:
+  std::vector<Phos__Image__Gpu> gpus_;
+  std::vector<PageArrays> arrays_;
+  std::vector<Phos__Image__Allocation> allocations_;
+  std::vector<Phos__Image__PagesFile> files_;
+  std::vector<Phos__Image__Round> rounds_;
+  Phos__Image__Timings timings_ = PHOS__IMAGE__TIMINGS__INIT;
+  std::vector<Phos__Image__Gpu*> gpu_pointers_;
+  std::vector<Phos__Image__Allocation*> allocation_pointers_;
+  std::vector<Phos__Image__PagesFile*> file_pointers_;
+  std::vector<Phos__Image__Round*> round_pointers_;
+  Phos__Image__Process process_ = PHOS__IMAGE__PROCESS__INIT;
+};
+
+ProcessMessage::ProcessMessage(const ProcessImage& image) {
+  for (const GpuInfo& gpu : image.gpus) {
+    Phos__Image__Gpu m = PHOS__IMAGE__GPU__INIT;
+    m.uuid = borrow(gpu.uuid);
+    m.name = borrow(gpu.name);
+    m.total_bytes = gpu.total_bytes;
+    m.has_process_bytes = !image.gpu_bytes.empty();
+    if (m.has_process_bytes) m.process_bytes = image.gpu_bytes[gpus_.size()];
+    gpus_.push_back(m);
+  }
+  arrays_.reserve(image.allocations.size());  // the messages point into it
+  for (const AllocationInfo& a : image.allocations) {
+    allocations_.push_back(to_message(a, arrays_.emplace_back(a)));
+  }
+  for (const PagesFileRef& file : image.other_files) {
+    Phos__Image__PagesFile m = PHOS__IMAGE__PAGES_FILE__INIT;
+    m.dump_id = borrow(file.dump_id);
+    m.pid = file.pid;
+    m.gpu = static_cast<uint32_t>(file.gpu);
+    m.packed = m.has_packed = file.layout.packed;
+    m.sealed = m.has_sealed = file.layout.sealed;
+    files_.push_back(m);
+  }
+  for (const DumpRound& round : image.rounds) {
+    Phos__Image__Round m = PHOS__IMAGE__ROUND__INIT;
+    m.pages = round.pages;
+    m.dirty_pages = round.dirty_pages;
+    m.bytes = round.bytes;
+    m.us = round.us;
+    m.copy_us = round.copy_us;
+    m.has_copy_us = round.copy_us != 0;
+    m.since_us = round.since_us;
+    m.has_since_us = round.since_us != 0;
+    rounds_.push_back(m);
+  }
+  timings_.scan_us = image.timings.scan_us;
+  timings_.lock_us = image.timings.lock_us;
+  timings_.checkpoint_us = image.timings.checkpoint_us;
+  timings_.gate_us = image.timings.gate_us;
+  timings_.validate_us = image.timings.validate_us;
+  timings_.write_us = image.timings.write_us;
+  timings_.release_us = image.timings.release_us;
+  timings_.copy_us = image.timings.copy_us;
+  timings_.stopped_us = image.timings.stopped_us;
+  timings_.has_scan_us = timings_.scan_us != 0;
+  timings_.has_lock_us = timings_.lock_us != 0;
+  timings_.has_checkpoint_us = timings_.checkpoint_us != 0;
+  timings_.has_gate_us = timings_.gate_us != 0;
+  timings_.has_validate_us = timings_.validate_us != 0;
+  timings_.has_write_us = timings_.write_us != 0;
+  timings_.has_release_us = timings_.release_us != 0;
+  timings_.has_copy_us = timings_.copy_us != 0;
+  timings_.has_stopped_us = timings_.stopped_us != 0;
+
+  gpu_pointers_ = pointers(gpus_);
+  allocation_pointers_ = pointers(allocations_);
+  round_pointers_ = pointers(rounds_);
+  file_pointers_ = pointers(files_);
+  Phos__Image__Process& m = process_;
+  m.dump_id = borrow(image.dump_id);
+  m.pid = image.pid;
+  m.comm = borrow(image.comm);
+  m.state = static_cast<Phos__Image__CudaState>(image.state);
+  m.driver_release = borrow(image.driver_release);
+  m.driver_api = static_cast<uint32_t>(image.driver_api);
+  m.created_us = image.created_us;
+  m.phos_version = borrow(image.phos_version);
+  m.n_gpus = gpu_pointers_.size();
+  m.gpus = gpu_pointers_.data();
+  m.n_allocations = allocation_pointers_.size();
+  m.allocations = allocation_pointers_.data();
+  m.timings = &timings_;
+  m.device_bytes = image.device_bytes;
+  m.has_device_bytes = image.device_bytes != 0;
+  m.stage = static_cast<Phos__Image__Stage>(image.stage);
+  m.parent_dump_id = borrow(image.parent_dump_id);
+  m.has_parent_dump_id = image.parent_dump_id != DumpId{};
+  m.page_size = kImagePageSize;
+  m.has_page_size = !image.hash_key.empty();
+  m.hash_key = borrow(image.hash_key);
+  m.has_hash_key = !image.hash_key.empty();
+  m.n_rounds = round_pointers_.size();
+  m.rounds = round_pointers_.data();
+  m.n_other_files = file_pointers_.size();
+  m.other_files = file_pointers_.data();
+  m.packed = m.has_packed = image.layout.packed;
+  m.sealed = m.has_sealed = image.layout.sealed;
 }
 
 // ---- messages to structs ----
@@ -276,99 +402,14 @@ Result<AllocationInfo> to_allocation(const Phos__Image__Allocation& m) {
 
 Result<std::vector<uint8_t>> encode(const ProcessImage& image) {
   if (auto ok = check(image); !ok) return ok.error();
-  std::vector<Phos__Image__Gpu> gpus;
-  for (const GpuInfo& gpu : image.gpus) {
-    Phos__Image__Gpu m = PHOS__IMAGE__GPU__INIT;
-    m.uuid = borrow(gpu.uuid);
-    m.name = borrow(gpu.name);
-    m.total_bytes = gpu.total_bytes;
-    m.has_process_bytes = !image.gpu_bytes.empty();
-    if (m.has_process_bytes) m.process_bytes = image.gpu_bytes[gpus.size()];
-    gpus.push_back(m);
-  }
-  std::vector<PageArrays> arrays;
-  std::vector<Phos__Image__Allocation> allocations;
-  arrays.reserve(image.allocations.size());  // the messages point into it
-  for (const AllocationInfo& a : image.allocations) {
-    allocations.push_back(to_message(a, arrays.emplace_back(a)));
-  }
-  std::vector<Phos__Image__PagesFile> files;
-  for (const PagesFileRef& file : image.other_files) {
-    Phos__Image__PagesFile m = PHOS__IMAGE__PAGES_FILE__INIT;
-    m.dump_id = borrow(file.dump_id);
-    m.pid = file.pid;
-    m.gpu = static_cast<uint32_t>(file.gpu);
-    m.packed = m.has_packed = file.layout.packed;
-    m.sealed = m.has_sealed = file.layout.sealed;
-    files.push_back(m);
-  }
-  std::vector<Phos__Image__Round> rounds;
-  for (const DumpRound& round : image.rounds) {
-    Phos__Image__Round m = PHOS__IMAGE__ROUND__INIT;
-    m.pages = round.pages;
-    m.dirty_pages = round.dirty_pages;
-    m.bytes = round.bytes;
-    m.us = round.us;
-    m.copy_us = round.copy_us;
-    m.has_copy_us = round.copy_us != 0;
-    m.since_us = round.since_us;
-    m.has_since_us = round.since_us != 0;
-    rounds.push_back(m);
-  }
-  Phos__Image__Timings timings = PHOS__IMAGE__TIMINGS__INIT;
-  timings.scan_us = image.timings.scan_us;
-  timings.lock_us = image.timings.lock_us;
-  timings.checkpoint_us = image.timings.checkpoint_us;
-  timings.gate_us = image.timings.gate_us;
-  timings.validate_us = image.timings.validate_us;
-  timings.write_us = image.timings.write_us;
-  timings.release_us = image.timings.release_us;
-  timings.copy_us = image.timings.copy_us;
-  timings.stopped_us = image.timings.stopped_us;
-  timings.has_scan_us = timings.scan_us != 0;
-  timings.has_lock_us = timings.lock_us != 0;
-  timings.has_checkpoint_us = timings.checkpoint_us != 0;
-  timings.has_gate_us = timings.gate_us != 0;
-  timings.has_validate_us = timings.validate_us != 0;
-  timings.has_write_us = timings.write_us != 0;
-  timings.has_release_us = timings.release_us != 0;
-  timings.has_copy_us = timings.copy_us != 0;
-  timings.has_stopped_us = timings.stopped_us != 0;
+  return pack(ProcessMessage(image).base());
+}
 
-  auto gpu_pointers = pointers(gpus);
-  auto allocation_pointers = pointers(allocations);
-  auto round_pointers = pointers(rounds);
-  auto file_pointers = pointers(files);
-  Phos__Image__Process m = PHOS__IMAGE__PROCESS__INIT;
-  m.dump_id = borrow(image.dump_id);
-  m.pid = image.pid;
-  m.comm = borrow(image.comm);
-  m.state = static_cast<Phos__Image__CudaState>(image.state);
-  m.driver_release = borrow(image.driver_release);
-  m.driver_api = static_cast<uint32_t>(image.driver_api);
-  m.created_us = image.created_us;
-  m.phos_version = borrow(image.phos_version);
-  m.n_gpus = gpu_pointers.size();
-  m.gpus = gpu_pointers.data();
-  m.n_allocations = allocation_pointers.size();
-  m.allocations = allocation_pointers.data();
-  m.timings = &timings;
-  m.device_bytes = image.device_bytes;
-  m.has_device_bytes = image.device_bytes != 0;
-  m.stage = static_cast<Phos__Image__Stage>(image.stage);
-  m.parent_dump_id = borrow(image.parent_dump_id);
-  m.has_parent_dump_id = image.parent_dump_id != DumpId{};
-  m.page_size = kImagePageSize;
-  m.has_page_size = !image.hash_key.empty();
-  m.hash_key = borrow(image.hash_key);
-  m.has_hash_key = !image.hash_key.empty();
-  m.n_rounds = round_pointers.size();
-  m.rounds = round_pointers.data();
-  m.n_other_files = file_pointers.size();
-  m.other_files = file_pointers.data();
-  m.packed = m.has_packed = image.layout.packed;
-  m.sealed = m.has_sealed = image.layout.sealed;
-  return pack(m.base);
+Result<void> encode(const ProcessImage& image, const PayloadSink& sink) {
+  if (auto ok = check(image); !ok) return ok.error();
+  SinkBuffer buffer(sink);
+  protobuf_c_message_pack_to_buffer(&ProcessMessage(image).base(), buffer.get());
+  return {};
 }
 
 Result<std::vector<uint8_t>> encode(const FilesImage& image) {

@@ -7,11 +7,14 @@
 #include <vector>
 
 #include "gpu-tracker/base/result.h"
+#include "gpu-tracker/image/container.h"
 #include "gpu-tracker/image/image.h"
 
 namespace phos {
 
 Result<std::vector<uint8_t>> encode(const ProcessImage& image);
+// The same bytes to `sink`, part by part; most of them are the image's own hashes, not copied.
+Result<void> encode(const ProcessImage& image, const PayloadSink& sink);
 Result<std::vector<uint8_t>> encode(const FilesImage& image);
 
 // Memory use is bounded by a fixed multiple of the payload's size.

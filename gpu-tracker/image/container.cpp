@@ -9,6 +9,8 @@
 #include <cstring>
 #include <utility>
 
+#include "gpu-tracker/image/write_queue.h"
+
 namespace phos {
 namespace {
 
@@ -69,37 +71,95 @@ Result<void> check_header(const FileHeader& h, size_t got, uint64_t file_size, F
   return {};
 }
 
+// The bytes after the header, as they come.
+class PayloadWriter {
+ public:
+  explicit PayloadWriter(int fd) : fd_(fd) { small_.reserve(kPart); }
+
+  void add(const void* data, size_t size) {
+    length_ += size;
+    if (size < kPart && small_.size() + size <= kPart) {
+      const auto* bytes = static_cast<const uint8_t*>(data);
+      small_.insert(small_.end(), bytes, bytes + size);
+      return;
+    }
+    flush();
+    put(data, size);
+  }
+  // 0 or the first errno.
+  int finish() {
+    flush();
+    return code_;
+  }
+  uint64_t length() const { return length_; }
+  uint32_t checksum() const { return crc_; }
+
+ private:
+  static constexpr size_t kPart = 256 << 10;  // what a CPU's cache holds from the checksum on
+
+  void flush() {
+    put(small_.data(), small_.size());
+    small_.clear();
+  }
+  void put(const void* data, size_t size) {
+    for (const auto* p = static_cast<const uint8_t*>(data); size > 0 && !code_;) {
+      const size_t part = std::min(size, kPart);
+      crc_ = crc32c(p, part, crc_);
+      code_ = length_ > kMaxPayload ? EFBIG : write_all(fd_, offset_, p, part);
+      offset_ += part;
+      p += part;
+      size -= part;
+    }
+  }
+
+  const int fd_;
+  std::vector<uint8_t> small_;
+  uint64_t offset_ = sizeof(FileHeader);
+  uint64_t length_ = 0;
+  uint32_t crc_ = 0;
+  int code_ = 0;
+};
+
 }  // namespace
 
 Result<void> write_container(int dir_fd, const std::string& name, FileKind kind, uint32_t version,
-                             const std::vector<uint8_t>& payload, UnsyncedFiles* later) {
-  if (payload.size() > kMaxPayload) {
+                             const std::function<Result<void>(const PayloadSink&)>& write,
+                             UnsyncedFiles* later) {
+  TempFile file(dir_fd, name, O_WRONLY);
+  if (file.fd() < 0) return write_error(errno, dir_fd, name, sizeof(FileHeader));
+  PayloadWriter payload(file.fd());
+  if (auto r = write([&payload](const void* data, size_t size) { payload.add(data, size); }); !r) {
+    return r.error().wrap("cannot write " + describe_file(dir_fd, name));
+  }
+  const int code = payload.finish();
+  if (payload.length() > kMaxPayload) {
     return image_error(ImageError::kBadField,
                        "cannot write " + describe_file(dir_fd, name) + ": a payload of " +
-                           std::to_string(payload.size()) + " bytes is more than the " +
+                           std::to_string(payload.length()) + " bytes is more than the " +
                            std::to_string(kMaxPayload) + " that the format allows");
   }
+  const uint64_t size = sizeof(FileHeader) + payload.length();
+  if (code) return write_error(code, dir_fd, name, size);
   FileHeader header{};
   memcpy(header.magic, kImageMagic, sizeof header.magic);
   header.version = version;
   header.kind = static_cast<uint32_t>(kind);
-  header.payload_length = payload.size();
-  header.payload_crc = crc32c(payload.data(), payload.size());
+  header.payload_length = payload.length();
+  header.payload_crc = payload.checksum();
   header.header_crc = header_checksum(header);
-  const uint64_t size = sizeof header + payload.size();
-  TempFile file(dir_fd, name, O_WRONLY);
-  if (file.fd() < 0) return write_error(errno, dir_fd, name, size);
-  for (auto [data, left] : {std::pair<const void*, size_t>(&header, sizeof header),
-                            std::pair<const void*, size_t>(payload.data(), payload.size())}) {
-    while (left > 0) {
-      ssize_t n = write(file.fd(), data, left);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) return write_error(errno, dir_fd, name, size);
-      data = static_cast<const char*>(data) + n;
-      left -= static_cast<size_t>(n);
-    }
+  if (int failed = write_all(file.fd(), 0, &header, sizeof header)) {
+    return write_error(failed, dir_fd, name, size);
   }
   return file.commit(size, later);
+}
+
+Result<void> write_container(int dir_fd, const std::string& name, FileKind kind, uint32_t version,
+                             const std::vector<uint8_t>& payload, UnsyncedFiles* later) {
+  auto write = [&payload](const PayloadSink& sink) -> Result<void> {
+    sink(payload.data(), payload.size());
+    return {};
+  };
+  return write_container(dir_fd, name, kind, version, write, later);
 }
 
 Result<Payload> read_container(int dir_fd, const std::string& name, FileKind kind) {

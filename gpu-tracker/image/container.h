@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,13 @@ static_assert(offsetof(FileHeader, header_crc) == 28);
 
 Result<void> write_container(int dir_fd, const std::string& name, FileKind kind, uint32_t version,
                              const std::vector<uint8_t>& payload, UnsyncedFiles* later = nullptr);
+
+// Takes the next bytes of a payload.
+using PayloadSink = std::function<void(const void* data, size_t size)>;
+// The same of a payload that comes part by part: `write` hands all of them to what it is given.
+Result<void> write_container(int dir_fd, const std::string& name, FileKind kind, uint32_t version,
+                             const std::function<Result<void>(const PayloadSink&)>& write,
+                             UnsyncedFiles* later = nullptr);
 
 struct Payload {
   FileKind kind{};

@@ -21,6 +21,8 @@ namespace phos {
 // CRC-32C (Castagnoli), as in iSCSI: of "123456789" it is 0xe3069283. Goes on from the checksum of
 // what came before `data`.
 uint32_t crc32c(const void* data, size_t size, uint32_t before = 0);
+// The same on a CPU without an instruction for it.
+uint32_t crc32c_by_tables(const void* data, size_t size, uint32_t before = 0);
 
 // Empty if it cannot be had.
 std::string directory_path(int dir_fd);

@@ -182,14 +182,15 @@ static uint32_t version_of(const ProcessImage& image) {
 
 Result<void> write_process_image(int dir_fd, const ProcessImage& image, UnsyncedFiles* later) {
   std::string name = process_name(image.pid);
-  auto payload = encode(image);
-  FileKind kind = FileKind::kProcess;
-  if (payload && image.key_id != KeyId{}) {
-    payload = seal(*payload, image.dump_id, image.key_id);
-    kind = FileKind::kSealed;
+  if (image.key_id == KeyId{}) {
+    return write_container(
+        dir_fd, name, FileKind::kProcess, version_of(image),
+        [&image](const PayloadSink& sink) { return encode(image, sink); }, later);
   }
+  auto payload = encode(image);
+  if (payload) payload = seal(*payload, image.dump_id, image.key_id);
   if (!payload) return payload.error().wrap("cannot write " + describe_file(dir_fd, name));
-  return write_container(dir_fd, name, kind, version_of(image), *payload, later);
+  return write_container(dir_fd, name, FileKind::kSealed, version_of(image), *payload, later);
 }
 
 Result<void> write_files_image(int dir_fd, const FilesImage& image, UnsyncedFiles* later) {

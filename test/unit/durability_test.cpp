@@ -117,7 +117,8 @@ TEST_F(DurabilityTest, Images) {
   SyncRecorder recorder;
   ASSERT_TRUE(write_process_image(dir_.fd(), small_process(7)));
   ASSERT_TRUE(write_files_image(dir_.fd(), golden_files()));
-  EXPECT_EQ(recorder.take(), (Calls{"sync phos-7.img.tmp", "rename phos-7.img", "sync /",
+  EXPECT_EQ(recorder.take(), (Calls{"write phos-7.img.tmp", "sync phos-7.img.tmp",
+                                    "rename phos-7.img", "sync /", "write phos-files.img.tmp",
                                     "sync phos-files.img.tmp", "rename phos-files.img", "sync /"}));
   UnsyncedFiles later(directory());
   ASSERT_TRUE(write_process_image(dir_.fd(), small_process(7), &later));
@@ -125,7 +126,8 @@ TEST_F(DurabilityTest, Images) {
   // Once more: what it replaces is of no interest any more.
   ASSERT_TRUE(write_process_image(dir_.fd(), small_process(7), &later));
   EXPECT_EQ(recorder.take(),
-            (Calls{"rename phos-7.img", "rename phos-files.img", "rename phos-7.img"}));
+            (Calls{"write phos-7.img.tmp", "rename phos-7.img", "write phos-files.img.tmp",
+                   "rename phos-files.img", "write phos-7.img.tmp", "rename phos-7.img"}));
   ASSERT_TRUE(later.sync());
   EXPECT_EQ(recorder.take(), (Calls{"sync phos-7.img", "sync phos-files.img", "sync /"}));
 }

@@ -190,6 +190,7 @@ TEST(Crc32c, AgreesWithTheDefinition) {
       const uint8_t* start = data.data() + from;
       const uint32_t expected = bitwise_crc32c(Bytes(start, start + size));
       ASSERT_EQ(crc32c(start, size), expected) << from << "+" << size;
+      ASSERT_EQ(crc32c_by_tables(start, size), expected) << from << "+" << size;
       ASSERT_EQ(crc32c(start + size / 3, size - size / 3, crc32c(start, size / 3)), expected);
     }
   }

@@ -5,6 +5,7 @@
 
 #include <thread>
 
+#include "gpu-tracker/image/codec.h"
 #include "test/unit/image_fixture.h"
 
 namespace phos::image_test {
@@ -63,6 +64,30 @@ TEST(Image, HundredThousandAllocationsRoundTrip) {
     p.allocations.push_back({i << 21, 1 << 21, -1, MemoryKind::kDevice, MemoryPath::kDriver});
   }
   ASSERT_TRUE(write_process_image(dir.fd(), p));
+  auto read = read_process_image(dir.fd(), 77);
+  ASSERT_TRUE(read) << read.error().message();
+  expect_equal(*read, p);
+}
+
+// What is written part by part, some of them larger than others, is what encode() returns at once.
+TEST(Image, LargeOneIsWrittenAsItIsEncoded) {
+  TempDir dir;
+  ProcessImage p = golden_process();
+  p.pid = 77;
+  for (uint32_t pages : {1u, 16384u, 16385u, 50000u}) {  // 256 KiB of hashes, and others
+    AllocationInfo a{uint64_t{pages} << 32, uint64_t{pages} * kImagePageSize, 0,
+                     MemoryKind::kDevice, MemoryPath::kReleased};
+    a.hashes.resize(pages);
+    for (uint32_t i = 0; i < pages; i++) memcpy(a.hashes[i].data(), &i, sizeof i);
+    a.extents.push_back({0, pages, PageSource::kZero});
+    p.allocations.push_back(std::move(a));
+  }
+  auto encoded = encode(p);
+  ASSERT_TRUE(encoded) << encoded.error().message();
+  ASSERT_TRUE(write_process_image(dir.fd(), p));
+  Bytes written = read_bytes(dir.path("phos-77.img"));
+  ASSERT_EQ(written.size(), 32 + encoded->size());
+  EXPECT_TRUE(std::equal(encoded->begin(), encoded->end(), written.begin() + 32));
   auto read = read_process_image(dir.fd(), 77);
   ASSERT_TRUE(read) << read.error().message();
   expect_equal(*read, p);

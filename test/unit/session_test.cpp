@@ -220,9 +220,11 @@ TEST_F(SessionTest, ImagesAreDurableBeforeTheDumpIsAnswered) {
   ASSERT_TRUE(pause(session));
   SyncRecorder recorder;
   ASSERT_TRUE(session.checkpoint(pid_));
-  EXPECT_EQ(recorder.take(), (Calls{"sync " + image + ".tmp", "rename " + image, "sync /"}));
+  EXPECT_EQ(recorder.take(), (Calls{"write " + image + ".tmp", "sync " + image + ".tmp",
+                                    "rename " + image, "sync /"}));
   ASSERT_TRUE(session.add_file({1, "/dev/nvidiactl", 2}));
-  EXPECT_EQ(recorder.take(), (Calls{"sync phos-files.img.tmp", "rename phos-files.img", "sync /"}));
+  EXPECT_EQ(recorder.take(), (Calls{"write phos-files.img.tmp", "sync phos-files.img.tmp",
+                                    "rename phos-files.img", "sync /"}));
   ASSERT_TRUE(session.finish(true));
   EXPECT_EQ(recorder.take(), Calls());
   EXPECT_FALSE(session.take_unsynced());
@@ -239,7 +241,8 @@ TEST_F(SessionTest, ImagesAreMadeDurableBehind) {
   ASSERT_TRUE(session.add_file({1, "/dev/nvidiactl", 2}));
   EXPECT_FALSE(session.take_unsynced()) << "the dump may still fail";
   ASSERT_TRUE(session.finish(true));
-  EXPECT_EQ(recorder.take(), (Calls{"rename " + image, "rename phos-files.img"}));
+  EXPECT_EQ(recorder.take(), (Calls{"write " + image + ".tmp", "rename " + image,
+                                    "write phos-files.img.tmp", "rename phos-files.img"}));
   auto unsynced = session.take_unsynced();
   ASSERT_TRUE(unsynced);
   EXPECT_GT(unsynced->bytes(), 0u);
