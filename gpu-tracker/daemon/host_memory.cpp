@@ -6,7 +6,7 @@
 
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/inject/elf_symbols.h"
-#include "gpu-tracker/inject/remote_thread.h"
+#include "gpu-tracker/inject/restore_thread.h"
 
 namespace phos {
 namespace {
@@ -41,7 +41,7 @@ Result<uint64_t> find_virtual_host_memory(int pid, int restore_tid) {
 
   auto function = find_remote_symbol(pid, "libcuda.so", "cuPointerGetAttributes");
   if (!function) return function.error();
-  auto thread = RemoteThread::attach(pid, restore_tid);
+  auto thread = attach_restore_thread(pid, restore_tid);
   if (!thread) return thread.error();
   const uint64_t at = thread->scratch();
   uint64_t total = 0;

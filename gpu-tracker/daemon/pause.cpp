@@ -150,8 +150,9 @@ Result<void> Session::check_restorable(int pid, Held* held) const {
   if (bytes) return {};
   const int code = bytes.error().code();
   if (bytes.error().domain() == Domain::kErrno && (code == ETIMEDOUT || code == EBUSY)) {
-    return refuse(pid, "its CUDA restore thread is busy (" + bytes.error().message() +
-                           "); another checkpoint tool may be at work, try again later");
+    const std::string detail = code == EBUSY ? "" : " (" + bytes.error().message() + ")";
+    return refuse(pid, "its CUDA restore thread is busy" + detail +
+                           "; another checkpoint tool may be at work, try again later");
   }
   log(LogLevel::kWarn, "daemon",
       "%s: cannot tell whether it has host memory made by cuMemCreate (%s)", process(pid).c_str(),

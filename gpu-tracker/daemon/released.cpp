@@ -374,8 +374,12 @@ Result<void> Session::open_saved(Held* held, const ProcessImage& image) const {
 }
 
 Result<void> Session::open_saved_anew(Held* held, const ProcessImage& image) const {
-  auto chain =
-      PageChain::open(image_dir_.get(), image, unsynced_ ? PageIo::kCached : PageIo::kDirect);
+  const PageIo io = unsynced_ ? PageIo::kCached : PageIo::kDirect;
+  // The process stands still, perhaps: what it builds on was read before.
+  const PreviousPages* const previous =
+      held->copy && image.parent_dump_id != DumpId{} ? held->copy->previous() : nullptr;
+  auto chain = previous ? PageChain::open_on(previous->chain(), image_dir_.get(), image, io)
+                        : PageChain::open(image_dir_.get(), image, io);
   if (!chain) return chain.error();
   auto opened = std::make_unique<PageChain>(std::move(*chain));
   auto loader = MemoryLoader::create(*opened, *engines_);

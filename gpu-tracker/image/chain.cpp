@@ -84,15 +84,7 @@ class PageChain::Builder {
   Builder(PageChain& chain, PageIo io) : chain_(chain), io_(io) {}
 
   Result<void> build(int dir_fd) {
-    const ProcessImage& image = chain_.image_;
-    for (const AllocationInfo& a : image.allocations) {
-      const PackedPlaces packed(image, a);
-      std::vector<PageRun>& runs = chain_.runs_.emplace_back();
-      for (size_t i = 0; i < a.extents.size(); i++) {
-        runs.push_back(to_run(image, a, packed, i, 0, a.extents[i].pages));
-      }
-    }
-    if (auto ok = add_level(dir_fd, image); !ok) return ok;
+    if (auto ok = begin(dir_fd); !ok) return ok;
     DumpId wanted = chain_.image_.parent_dump_id;
     UniqueFd dir;
     while (wanted != DumpId{}) {
@@ -104,6 +96,55 @@ class PageChain::Builder {
       dir = std::move(parent->dir);
       wanted = parent->next;
     }
+    return check_files(dir_fd);
+  }
+
+  Result<void> build_on(const PageChain& parent, int dir_fd) {
+    if (auto ok = begin(dir_fd); !ok) return ok;
+    const std::string path = describe_file(dir_fd, name());
+    if (parent.image_.dump_id != chain_.image_.parent_dump_id ||
+        parent.image_.hash_key != chain_.image_.hash_key) {
+      return broken(path + " does not build on dump " + format_dump_id(parent.image_.dump_id));
+    }
+    std::vector<Adopted> adopted;
+    for (const File& file : parent.files_) {
+      auto number = adopt(file, path);
+      if (!number) return number.error();
+      adopted.push_back(*number);
+    }
+    if (contradiction_) return contradiction(dir_fd);
+    if (auto ok = resolve_on(parent, adopted); !ok) return ok;
+    chain_.levels_.insert(chain_.levels_.end(), parent.levels_.begin(), parent.levels_.end());
+    return check_files(dir_fd);
+  }
+
+ private:
+  // A file of another chain in this one.
+  struct Adopted {
+    uint32_t file;
+    uint32_t first;  // where its packed pages begin among those of the file
+  };
+  struct Parent {
+    UniqueFd dir;
+    DumpId next;  // its own parent, all zeros: none
+  };
+
+  std::string name() const { return process_name(chain_.image_.pid); }
+
+  // With the first level.
+  Result<void> begin(int dir_fd) {
+    const ProcessImage& image = chain_.image_;
+    for (const AllocationInfo& a : image.allocations) {
+      const PackedPlaces packed(image, a);
+      std::vector<PageRun>& runs = chain_.runs_.emplace_back();
+      for (size_t i = 0; i < a.extents.size(); i++) {
+        runs.push_back(to_run(image, a, packed, i, 0, a.extents[i].pages));
+      }
+    }
+    return add_level(dir_fd, image);
+  }
+
+  Result<void> check_files(int dir_fd) const {
     for (const File& file : chain_.files_) {
       if (file.pages) continue;
       return broken(describe_file(dir_fd, name()) + " needs pages of dump " +
@@ -113,13 +154,26 @@ class PageChain::Builder {
     return {};
   }
 
- private:
-  struct Parent {
-    UniqueFd dir;
-    DumpId next;  // its own parent, all zeros: none
-  };
+  Error contradiction(int dir_fd) const {
+    return image_error(ImageError::kBadField,
+                       describe_file(dir_fd, name()) +
+                           " and another image say different things of how a file's pages are "
+                           "stored");
+  }
 
-  std::string name() const { return process_name(chain_.image_.pid); }
+  // `path`: of the image, for the message.
+  Result<Adopted> adopt(const File& from, const std::string& path) {
+    const uint32_t number = file_number(from.ref);
+    File& to = chain_.files_[number];
+    const auto first = static_cast<uint32_t>(to.stored.size());
+    to.stored.insert(to.stored.end(), from.stored.begin(), from.stored.end());
+    to.slots = std::max(to.slots, from.slots);
+    to.level = from.level + 1;
+    to.pages = from.pages;
+    to.codec = from.codec;
+    if (auto ok = check_slots(to, path); !ok) return ok.error();
+    return Adopted{number, first};
+  }
 
   // The number of a pages file in this chain.
   uint32_t file_number(const PagesFileRef& ref) {
@@ -175,12 +229,7 @@ class PageChain::Builder {
         if (!image.layout.packed) file.slots = std::max(file.slots, uint64_t{e.slot} + e.pages);
       }
     }
-    if (contradiction_) {
-      return image_error(ImageError::kBadField,
-                         describe_file(dir_fd, name()) +
-                             " and another image say different things of how a file's pages are "
-                             "stored");
-    }
+    if (contradiction_) return contradiction(dir_fd);
     std::optional<SecretKey> key;
     for (File& file : chain_.files_) {
       if (file.ref.dump_id != image.dump_id || file.pages) continue;
@@ -226,16 +275,21 @@ class PageChain::Builder {
       return image_error(ImageError::kBadField,
                          refers + file_name + ", whose pages are stored in another way");
     }
-    if (file->pages->slots() < file->slots) {
-      return image_error(ImageError::kIncomplete,
-                         refers + "slot " + std::to_string(file->slots - 1) + " of " + file_name +
-                             ", which has " + std::to_string(file->pages->slots()) + " slots");
-    }
+    if (auto ok = check_slots(*file, describe_file(dir_fd, name())); !ok) return ok;
     if (format.layout.packed) {
       file->codec.emplace(CompressionChoice{format.compression},
                           ref.layout.sealed ? key : std::nullopt);
     }
     return {};
+  }
+
+  // `path`: of the image that says which there are.
+  static Result<void> check_slots(const File& file, const std::string& path) {
+    if (file.pages->slots() >= file.slots) return {};
+    return image_error(ImageError::kIncomplete,
+                       path + " refers to slot " + std::to_string(file.slots - 1) + " of " +
+                           page_file_name(file.ref.pid, file.ref.gpu) + ", which has " +
+                           std::to_string(file.pages->slots()) + " slots");
   }
 
   Result<Parent> add_parent(int child_fd, const DumpId& wanted) {
@@ -273,6 +327,36 @@ class PageChain::Builder {
 
   // Pages that were not found so far are in `parent`, or it says where to go on.
   Result<void> resolve(const ProcessImage& parent, const std::string& where) {
+    return resolve(parent, where, [&](const AllocationInfo& from, const auto& run) {
+      const PackedPlaces packed(parent, from);
+      return run(from.extents, [&](size_t i, uint32_t page, uint32_t count) {
+        return to_run(parent, from, packed, i, page - from.extents[i].first_page, count);
+      });
+    });
+  }
+
+  // The same where it is known already.
+  Result<void> resolve_on(const PageChain& parent, const std::vector<Adopted>& adopted) {
+    const ProcessImage& image = parent.image_;
+    return resolve(image, printable(parent.levels_.front().directory),
+                   [&](const AllocationInfo& from, const auto& run) {
+                     const auto& runs =
+                         parent.runs_[static_cast<size_t>(&from - image.allocations.data())];
+                     return run(runs, [&](size_t i, uint32_t page, uint32_t count) {
+                       PageRun piece = runs[i].part(page, count);
+                       if (!piece.is_stored()) return piece;
+                       if (!parent.files_[piece.file].stored.empty())
+                         piece.place += adopted[piece.file].first;
+                       piece.file = adopted[piece.file].file;
+                       return piece;
+                     });
+                   });
+  }
+
+  // `with`: calls what it is given with the parts in which the parent has an allocation, and with
+  // what makes a run of pages of one of them.
+  template <typename With>
+  Result<void> resolve(const ProcessImage& parent, const std::string& where, const With& with) {
     const ProcessImage& image = chain_.image_;
     const SavedIndex index(parent);
     for (size_t i = 0; i < image.allocations.size(); i++) {
@@ -285,34 +369,37 @@ class PageChain::Builder {
         return broken(describe(a) + " has pages in its parent, but " + where +
                       " has none of that memory");
       }
-      const PackedPlaces packed(parent, *from);
       std::vector<PageRun> found;
-      for (const PageRun& run : runs) {
-        if (!is_open(run)) {
-          found.push_back(run);
-          continue;
+      auto ok = with(*from, [&](const auto& parts, const auto& make_run) -> Result<void> {
+        for (const PageRun& run : runs) {
+          if (!is_open(run)) {
+            found.push_back(run);
+            continue;
+          }
+          auto done = resolve_run(run, a, *from, parts, make_run, where, &found);
+          if (!done) return done;
         }
-        if (auto ok = resolve_run(run, a, parent, *from, packed, where, &found); !ok) return ok;
-      }
+        return {};
+      });
+      if (!ok) return ok;
       runs = std::move(found);
     }
     return {};
   }
 
-  Result<void> resolve_run(const PageRun& run, const AllocationInfo& a, const ProcessImage& parent,
-                           const AllocationInfo& from, const PackedPlaces& packed,
-                           const std::string& where, std::vector<PageRun>* found) {
-    // The last extent that begins at or before the run; they have no gaps.
-    auto extent =
-        std::upper_bound(from.extents.begin(), from.extents.end(), run.first_page,
-                         [](uint32_t page, const auto& e) { return page < e.first_page; });
-    --extent;
-    for (uint32_t done = 0; done < run.pages; ++extent) {
+  template <typename Parts, typename MakeRun>
+  Result<void> resolve_run(const PageRun& run, const AllocationInfo& a, const AllocationInfo& from,
+                           const Parts& parts, const MakeRun& make_run, const std::string& where,
+                           std::vector<PageRun>* found) {
+    // The last part that begins at or before the run; they have no gaps.
+    auto part = std::upper_bound(parts.begin(), parts.end(), run.first_page,
+                                 [](uint32_t page, const auto& p) { return page < p.first_page; });
+    --part;
+    for (uint32_t done = 0; done < run.pages; ++part) {
       const uint32_t page = run.first_page + done;
-      const uint32_t skip = page - extent->first_page;
-      const PageRun piece =
-          to_run(parent, from, packed, static_cast<size_t>(extent - from.extents.begin()), skip,
-                 std::min(extent->pages - skip, run.pages - done));
+      const uint32_t left = part->pages - (page - part->first_page);
+      const PageRun piece = make_run(static_cast<size_t>(part - parts.begin()), page,
+                                     std::min(left, run.pages - done));
       if (piece.is_dropped()) {
         return broken(describe(a) + " takes page " + std::to_string(page) +
                       " from its parent, but `phos gc` has dropped it from " + where);
@@ -354,6 +441,14 @@ Result<PageChain> PageChain::open(int dir_fd, ProcessImage image, PageIo io) {
   PageChain chain;
   chain.image_ = std::move(image);
   if (auto ok = Builder(chain, io).build(dir_fd); !ok) return ok.error();
+  return chain;
+}
+
+Result<PageChain> PageChain::open_on(const PageChain& parent, int dir_fd, ProcessImage image,
+                                     PageIo io) {
+  PageChain chain;
+  chain.image_ = std::move(image);
+  if (auto ok = Builder(chain, io).build_on(parent, dir_fd); !ok) return ok.error();
   return chain;
 }
 

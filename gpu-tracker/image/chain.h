@@ -66,6 +66,10 @@ class PageChain {
   static Result<PageChain> open(int dir_fd, int pid, PageIo io);
   // The same for an image that was read from `dir_fd` before.
   static Result<PageChain> open(int dir_fd, ProcessImage image, PageIo io);
+  // The same for one that builds on `parent`, whose files both then have open: nothing of it is
+  // read again. `io` is for the image's own pages.
+  static Result<PageChain> open_on(const PageChain& parent, int dir_fd, ProcessImage image,
+                                   PageIo io);
 
   const ProcessImage& image() const { return image_; }
   ProcessImage take_image() && { return std::move(image_); }
@@ -107,10 +111,10 @@ class PageChain {
   struct File {
     PagesFileRef ref;
     size_t level = 0;
-    uint64_t slots = 0;               // that it must have
-    std::vector<StoredPage> stored;   // packed: PageRun::place is an index into it
-    std::unique_ptr<PageFile> pages;  // open once its level is reached
-    std::optional<PageCodec> codec;   // packed
+    uint64_t slots = 0;                     // that it must have
+    std::vector<StoredPage> stored;         // packed: PageRun::place is an index into it
+    std::shared_ptr<const PageFile> pages;  // open once its level is reached
+    std::optional<PageCodec> codec;         // packed
   };
   PageChain() = default;
   Result<void> read_packed(const File& file, const PageRun& run, uint8_t* data) const;
@@ -136,6 +140,7 @@ class PreviousPages {
   const std::vector<uint8_t>& hash_key() const;
   // The parent's directory first.
   const std::vector<ChainLevel>& levels() const;
+  const PageChain& chain() const;
 
   PreviousPages(PreviousPages&&) noexcept;
   PreviousPages& operator=(PreviousPages&&) noexcept;

@@ -67,7 +67,7 @@ Result<std::optional<PreviousPages>> PreviousPages::open(int dir_fd, int pid) {
     return absent ? Result<std::optional<PreviousPages>>(std::nullopt) : error;
   }
   if (image->hash_key.empty()) return std::optional<PreviousPages>();
-  auto chain = PageChain::open(dir_fd, std::move(*image), PageIo::kCached);
+  auto chain = PageChain::open(dir_fd, std::move(*image), PageIo::kDirect);
   if (!chain) return chain.error();
   for (const ChainLevel& level : chain->levels()) {
     auto ok = check_directory_mode(level.directory_mode, printable(level.directory));
@@ -94,6 +94,10 @@ const std::vector<uint8_t>& PreviousPages::hash_key() const {
 
 const std::vector<ChainLevel>& PreviousPages::levels() const {
   return state_->chain.levels();
+}
+
+const PageChain& PreviousPages::chain() const {
+  return state_->chain;
 }
 
 const AllocationInfo* PreviousPages::find(const GpuUuid& gpu, uint64_t address,

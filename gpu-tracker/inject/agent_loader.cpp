@@ -13,7 +13,6 @@
 #include <climits>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <random>
 #include <set>
@@ -22,7 +21,7 @@
 
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/inject/elf_symbols.h"
-#include "gpu-tracker/inject/remote_thread.h"
+#include "gpu-tracker/inject/restore_thread.h"
 
 // gpu-tracker/agent/embedded.S
 extern "C" const char phos_agent_file_begin[], phos_agent_file_end[];
@@ -38,7 +37,6 @@ using std::chrono::steady_clock;
 #endif
 
 constexpr char kAgentFds[] = "/memfd:" PHOS_AGENT_MEMFD_PREFIX;
-constexpr auto kAsleepTimeout = milliseconds(1000);
 constexpr auto kPollInterval = std::chrono::microseconds(200);
 
 std::string proc_path(int pid, const std::string& name) {
@@ -68,38 +66,6 @@ Result<uint64_t> find_in_libc(int pid, const char* symbol) {
   return process_error(pid, ENOENT,
                        std::string("its C library has no ") + symbol +
                            "; phos knows glibc only, which NVIDIA's driver needs");
-}
-
-// Does the thread wait in poll(2), as the restore thread does when it has nothing to do? Only then
-// is nothing under way on it, such as a dlopen() of a phosd that died. restart_syscall(2) is
-// poll(2) again after the thread was stopped.
-bool waits_in_poll(int tid) {
-  std::ifstream in(proc_path(tid, "syscall"));
-  long number = -1;
-  return in >> number && (number == SYS_poll || number == SYS_restart_syscall);
-}
-
-// The thread may have been let go a moment ago, or serve a call of the driver's: until it waits.
-Result<RemoteThread> attach_asleep(int pid, int tid) {
-  const auto deadline = steady_clock::now() + kAsleepTimeout;
-  for (;;) {
-    auto status = read_proc_status(tid);
-    if (!status) return process_error(pid, ESRCH, "it has ended");
-    const bool late = steady_clock::now() > deadline;
-    if (status->state == 'S' && waits_in_poll(tid)) {
-      auto thread = RemoteThread::attach(pid, tid);
-      if (thread) return thread;
-      // EBUSY: it has woken up in between.
-      if (late || thread.error().code() != EBUSY) {
-        return thread.error().wrap("process " + std::to_string(pid));
-      }
-    } else if (late) {
-      return process_error(pid, EBUSY,
-                           "the driver's restore thread is busy; another checkpoint tool may be "
-                           "at work on it");
-    }
-    std::this_thread::sleep_for(kPollInterval);
-  }
 }
 
 // One loading of the agent. The thread stays stopped until this object is gone.
@@ -248,7 +214,7 @@ Error start_error(int pid, volatile phos_mailbox& m) {
 Result<std::optional<Mailbox>> find_or_load(int pid, int restore_tid, const AgentOptions& options) {
   auto found = Mailbox::find(pid);
   if (!found || (*found && find_fds(pid, kAgentFds).empty())) return found;
-  auto thread = attach_asleep(pid, restore_tid);
+  auto thread = attach_restore_thread(pid, restore_tid);
   if (!thread) return thread.error();
   Loader loader(pid, std::move(*thread), options.start_timeout);
   // Whatever a phosd that died had begun on this thread is over now.
@@ -353,7 +319,7 @@ Result<void> remove_agent(int pid, int restore_tid, const AgentOptions& options,
     }
     std::this_thread::sleep_for(kPollInterval);
   }
-  auto thread = attach_asleep(pid, restore_tid);
+  auto thread = attach_restore_thread(pid, restore_tid);
   if (!thread) return thread.error();
   Loader loader(pid, std::move(*thread), options.start_timeout);
   if (auto r = loader.close_leftovers(); !r) return r;
@@ -370,7 +336,7 @@ Result<void> remove_leftovers(int pid, int restore_tid, const AgentOptions& opti
     return remove_agent(pid, restore_tid, options, std::move(**mailbox));
   }
   if (find_fds(pid, kAgentFds).empty()) return {};
-  auto thread = attach_asleep(pid, restore_tid);
+  auto thread = attach_restore_thread(pid, restore_tid);
   if (!thread) return thread.error();
   return Loader(pid, std::move(*thread), options.start_timeout).close_leftovers();
 }

@@ -78,6 +78,27 @@ TEST_F(BrokenChain, AnotherKey) {
   expect_refused(3, ImageError::kBrokenChain, "another key");
 }
 
+// What was opened before is not what the image builds on, or does not have it all.
+TEST_F(BrokenChain, OpenedParentIsAnother) {
+  auto first = open_chain(1), second = open_chain(2);
+  ASSERT_TRUE(first && second);
+  EXPECT_TRUE(PageChain::open_on(*second, fd(3), images_[3], PageIo::kCached));
+  auto refused = [&](const PageChain& parent, const ProcessImage& image) {
+    auto chain = PageChain::open_on(parent, fd(3), image, PageIo::kCached);
+    EXPECT_EQ(image_error_of(chain), ImageError::kBrokenChain);
+  };
+  refused(*first, images_[3]);
+  ProcessImage image = images_[3];
+  image.hash_key[0] ^= 1;
+  refused(*second, image);
+  image = images_[3];
+  image.allocations[0].hashes[0][5] ^= 1;
+  refused(*second, image);
+  image = images_[3];
+  image.allocations[0].address += kPage;
+  refused(*second, image);
+}
+
 TEST_F(BrokenChain, Circle) {
   ProcessImage image = images_[1];
   image.parent_dump_id = dump_id(3);

@@ -82,6 +82,35 @@ inline void append(std::vector<PageExtent>* extents, PageSource source, uint32_t
   extents->push_back({page, 1, source, source == PageSource::kHere ? slot : 0});
 }
 
+// The chain of an image is the same whether what it builds on is read again or not.
+inline void expect_same_on(const PageChain& parent, int dir_fd, const ProcessImage& image) {
+  auto read = PageChain::open(dir_fd, image, PageIo::kCached);
+  ASSERT_TRUE(read) << read.error().message();
+  auto on = PageChain::open_on(parent, dir_fd, image, PageIo::kCached);
+  ASSERT_TRUE(on) << on.error().message();
+  ASSERT_EQ(on->levels().size(), read->levels().size());
+  for (size_t i = 0; i < read->levels().size(); i++) {
+    EXPECT_EQ(on->levels()[i].dump_id, read->levels()[i].dump_id);
+    EXPECT_EQ(on->levels()[i].directory, read->levels()[i].directory);
+  }
+  AlignedPages pages(2);
+  for (size_t a = 0; a < image.allocations.size(); a++) {
+    for (uint64_t i = 0; i < image.allocations[a].hashes.size(); i++) {
+      const auto there = read->locate(a, i), here = on->locate(a, i);
+      ASSERT_TRUE(there && here);
+      ASSERT_EQ(there->is_stored(), here->is_stored());
+      if (there->is_stored()) {
+        const PagePlace x = read->place(*there), y = on->place(*here);
+        EXPECT_TRUE(x.file == y.file && x.slot == y.slot);
+        EXPECT_EQ(read->level(*there), on->level(*here));
+      }
+      ASSERT_TRUE(read->read_page(a, i, pages[0]));
+      ASSERT_TRUE(on->read_page(a, i, pages[1]));
+      EXPECT_EQ(memcmp(pages[0], pages[1], kPage), 0) << "allocation " << a << ", page " << i;
+    }
+  }
+}
+
 // Directories "1", "2", …, each with a link `parent` to the one before.
 class ChainTest : public testing::Test {
  protected:
@@ -148,6 +177,7 @@ class ChainTest : public testing::Test {
     for (auto& file : files) EXPECT_TRUE(!file || file->finish());
     auto written = write_process_image(fd(level), image);
     EXPECT_TRUE(written) << written.error().message();
+    if (previous) expect_same_on(previous->chain(), fd(level), image);
     return image;
   }
 

@@ -314,6 +314,7 @@ TEST_P(StoreWays, ChainsOfDumpsHoldWhatTheMemoryHeld) {
       const ProcessImage image = savers[p]->image(dump_id(level), parent);
       auto written = write_process_image(fd(level), image);
       ASSERT_TRUE(written) << written.error().message();
+      if (previous[p]) expect_same_on(previous[p]->chain(), fd(level), image);
       from_others += count_pages(image).other;
     }
     for (int p = 0; p < 3; p++) {
@@ -329,7 +330,8 @@ TEST_P(StoreWays, ChainsOfDumpsHoldWhatTheMemoryHeld) {
 INSTANTIATE_TEST_SUITE_P(All, StoreWays,
                          testing::Values(Way{"plain", {}, false},
                                          Way{"zstd", {Compression::kZstd, 1}, false},
-                                         Way{"lz4", {Compression::kLz4, 0}, false}),
+                                         Way{"lz4", {Compression::kLz4, 0}, false},
+                                         Way{"encrypted", {Compression::kZstd, 1}, true}),
                          [](const auto& test) { return std::string(test.param.name); });
 
 }  // namespace

@@ -15,9 +15,11 @@
 
 #include <atomic>
 #include <cmath>
+#include <thread>
 
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/inject/elf_symbols.h"
+#include "gpu-tracker/inject/restore_thread.h"
 
 namespace phos {
 namespace {
@@ -25,7 +27,7 @@ namespace {
 using std::chrono::milliseconds;
 
 struct Shared {
-  std::atomic<int> tid, stop;
+  std::atomic<int> tid, stop, may_sleep;
   std::atomic<uint64_t> wakeups, wrong, signals, calls_begun, calls_done;
 };
 
@@ -52,6 +54,14 @@ void* spinner(void*) {
   while (!g_shared->stop) {
   }
   return nullptr;
+}
+
+// At work at first.
+void* late_sleeper(void* arg) {
+  g_shared->tid = static_cast<int>(syscall(SYS_gettid));
+  while (!g_shared->may_sleep) {
+  }
+  return sleeper(arg);
 }
 
 // What is called over there.
@@ -197,6 +207,31 @@ TEST_F(RemoteThreadTest, CallerKilledInTheMiddleHarmsNobody) {
 TEST_F(RemoteThreadTest, BusyThreadIsLeftAlone) {
   start(spinner);
   auto thread = RemoteThread::attach(pid_, tid_);
+  ASSERT_FALSE(thread);
+  EXPECT_EQ(thread.error().code(), EBUSY);
+  auto s = read_proc_status(tid_);
+  ASSERT_TRUE(s);
+  EXPECT_EQ(s->tracer_pid, 0);
+}
+
+TEST_F(RemoteThreadTest, RestoreThreadIsWaitedFor) {
+  start(late_sleeper);
+  std::thread later([] {
+    usleep(100 * 1000);
+    g_shared->may_sleep = 1;
+  });
+  {
+    auto thread = attach_restore_thread(pid_, tid_);
+    later.join();
+    ASSERT_TRUE(thread) << thread.error().message();
+    EXPECT_TRUE(thread->call(reinterpret_cast<uint64_t>(&slow), {1}, milliseconds(2000)));
+  }
+  expect_unharmed();
+}
+
+TEST_F(RemoteThreadTest, RestoreThreadThatStaysBusyIsLeftAlone) {
+  start(spinner);
+  auto thread = attach_restore_thread(pid_, tid_);
   ASSERT_FALSE(thread);
   EXPECT_EQ(thread.error().code(), EBUSY);
   auto s = read_proc_status(tid_);
