@@ -373,13 +373,17 @@ Result<void> Session::open_saved(Held* held, const ProcessImage& image) const {
   return held->loader ? Result<void>() : open_saved_anew(held, image);
 }
 
-Result<void> Session::open_saved_anew(Held* held, const ProcessImage& image) const {
-  const PageIo io = unsynced_ ? PageIo::kCached : PageIo::kDirect;
-  // The process stands still, perhaps: what it builds on was read before.
+// The process stands still: what the image builds on was read before.
+Result<PageChain> Session::open_chain(const Held& held, const ProcessImage& image,
+                                      PageIo io) const {
   const PreviousPages* const previous =
-      held->copy && image.parent_dump_id != DumpId{} ? held->copy->previous() : nullptr;
-  auto chain = previous ? PageChain::open_on(previous->chain(), image_dir_.get(), image, io)
-                        : PageChain::open(image_dir_.get(), image, io);
+      held.copy && image.parent_dump_id != DumpId{} ? held.copy->previous() : nullptr;
+  return previous ? PageChain::open_on(previous->chain(), image_dir_.get(), image, io)
+                  : PageChain::open(image_dir_.get(), image, io);
+}
+
+Result<void> Session::open_saved_anew(Held* held, const ProcessImage& image) const {
+  auto chain = open_chain(*held, image, unsynced_ ? PageIo::kCached : PageIo::kDirect);
   if (!chain) return chain.error();
   auto opened = std::make_unique<PageChain>(std::move(*chain));
   auto loader = MemoryLoader::create(*opened, *engines_);

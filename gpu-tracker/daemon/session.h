@@ -251,6 +251,7 @@ class Session {
   static void log_lost(int pid, const Held& held, const std::vector<AgentRelease>& results);
   Result<void> prepare_release(int pid, Held* held);
   static bool note_released(int pid, Held* held, const std::vector<AgentRelease>& results);
+  Result<PageChain> open_chain(const Held& held, const ProcessImage& image, PageIo io) const;
   Result<void> open_saved(Held* held, const ProcessImage& image) const;
   Result<void> open_saved_anew(Held* held, const ProcessImage& image) const;
   Result<std::unique_ptr<MemoryRelease>> find_release(int pid, int restore_tid) const;

@@ -78,7 +78,7 @@ Result<uint64_t> Session::empty_copy(int pid, Held* held) {
   if (held->copies.empty()) return uint64_t{0};
   Agent* agent = held->release->agent();
   // Kept open, whatever becomes of the directory.
-  auto chain = PageChain::open(image_dir_.get(), *held->image, PageIo::kCached);
+  auto chain = open_chain(*held, *held->image, PageIo::kCached);
   auto emptied = chain ? Result<void>() : Result<void>(chain.error());
   if (emptied) {
     held->copy_chain = std::make_unique<PageChain>(std::move(*chain));
