@@ -293,6 +293,8 @@ def make_stages(options):
     # Tests of the driver contract and of the gate measure time, these want processors to give to
     # programs that never rest: nothing else runs then.
     busy = r"test_released\.UnderLoad\."
+    # These fill the GPU, which only simulated processes have to themselves.
+    alone = rf"({busy}|test_room\.)"
     return [
         [Tier("unit", [program("unit"), scripts("image")])],
         [Tier("tools", [program("tools"), scripts("tools")])],
@@ -306,8 +308,8 @@ def make_stages(options):
         [Tier("vm", [scripts("vm", 3 * options.timeout)], {}, no_root)],
         [Tier("gpu", [program("contract"), program("agent"), program("track"), program("live"),
                       program("gate"), scripts("criu", jobs=min(4, options.jobs),
-                                               which=f"(?!{busy})"),
-                      scripts("criu", which=busy), scripts("gpu")],
+                                               which=f"(?!{alone})"),
+                      scripts("criu", which=alone), scripts("gpu")],
               {"PHOS_GPU": "real"}, gpu_missing() or no_root,
               os.environ.get("REQUIRE_GPU") == "1")],
     ]

@@ -3,6 +3,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <filesystem>
+#include <fstream>
+
 #include "test/contract/fixture.h"
 
 namespace contract {
@@ -92,6 +95,33 @@ TEST_F(Sharing, FdExporterRestores) {
 TEST_F(Sharing, FdImporterCheckpointsAndIsLost) {
   ASSERT_NO_FATAL_FAILURE(share_by_fd());
   expect_importer_is_lost(CUDA_ERROR_NOT_SUPPORTED);
+}
+
+// Copies between GPUs may go through the host, but not for memory of which cuMemSetAccess says who
+// may access it. (Driver 580, two H200s.)
+TEST(SharingOfTwoGpus, MappedMemoryIsCopiedByThoseThatMayAccessIt) {
+  char directory[] = "/tmp/phos-contract-XXXXXX";
+  ASSERT_NE(mkdtemp(directory), nullptr);
+  const std::string machine = std::string(directory) + "/machine";
+  const std::string file = std::string(directory) + "/bytes";
+  std::ofstream(file) << std::string(4096, 'x');
+  if (on_simulation()) {
+    std::ofstream(machine) << "gpu " << std::string(32, '1') << " 1073741824 Simulated GPU\n"
+                           << "gpu " << std::string(32, '2') << " 1073741824 Simulated GPU\n";
+  }
+  {
+    Worker worker("cuda", {"PHOS_SIM_MACHINE=" + machine});
+    const std::string upload = "upload " + value_of(worker.ask("map 2097152 1 1")) + " " + file;
+    EXPECT_EQ(worker.ask(upload), "ok");
+    const std::string second = worker.ask("use-device 1");
+    if (second == "ok") {
+      EXPECT_EQ(worker.ask(upload), "error " + std::to_string(CUDA_ERROR_INVALID_VALUE));
+      EXPECT_EQ(worker.ask("use-device 0"), "ok");
+      EXPECT_EQ(worker.ask(upload), "ok");
+    }
+    std::filesystem::remove_all(directory);
+    if (second != "ok") GTEST_SKIP() << "needs two GPUs (" << second << ")";
+  }
 }
 
 class SharingHere : public CudaTest {};

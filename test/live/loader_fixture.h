@@ -40,6 +40,7 @@ inline constexpr uint64_t kMiB = 1 << 20;
 struct Memory {
   std::string address;  // hexadecimal, as the worker says it
   Bytes bytes;
+  int device = 0;
   uint64_t number() const { return strtoull(address.c_str(), nullptr, 16); }
 };
 
@@ -87,31 +88,39 @@ class LoaderTest : public contract::WorkerTest {
     for (char& c : bytes) c = static_cast<char>(random_() >> 16);
     return bytes;
   }
+  // What is allocated from now on is there; copies of memory that others may not access, too.
+  void use_device(int device) {
+    if (device == device_) return;
+    ASSERT_EQ(process_->ask("use-device " + std::to_string(device)), "ok");
+    device_ = device;
+  }
   void put(const Memory& m) {
+    ASSERT_NO_FATAL_FAILURE(use_device(m.device));
     std::ofstream(file("bytes"), std::ios::binary).write(m.bytes.data(), m.bytes.size());
     ASSERT_EQ(process_->ask("upload " + m.address + " " + file("bytes")), "ok");
   }
   void allocate(Bytes bytes) {
     Memory m{contract::value_of(process_->ask("alloc " + std::to_string(bytes.size()))),
-             std::move(bytes)};
+             std::move(bytes), device_};
     ASSERT_NO_FATAL_FAILURE(put(m));
     memory_.push_back(std::move(m));
   }
   // VMM memory, which is handed over by file descriptor.
   void map(Bytes bytes) {
     Memory m{contract::value_of(process_->ask("map " + std::to_string(bytes.size()) + " 1 1")),
-             std::move(bytes)};
+             std::move(bytes), device_};
     ASSERT_NO_FATAL_FAILURE(put(m));
     memory_.push_back(std::move(m));
   }
   void spoil() {
     for (const Memory& m : memory_) {
-      ASSERT_NO_FATAL_FAILURE(put({m.address, random_bytes(m.bytes.size())}));
+      ASSERT_NO_FATAL_FAILURE(put({m.address, random_bytes(m.bytes.size()), m.device}));
     }
   }
   void expect_all_there() {
     for (const Memory& m : memory_) {
       const std::string size = std::to_string(m.bytes.size());
+      ASSERT_NO_FATAL_FAILURE(use_device(m.device));
       ASSERT_EQ(process_->ask("download " + m.address + " " + size + " " + file("bytes")), "ok");
       std::ifstream in(file("bytes"), std::ios::binary);
       const Bytes now{std::istreambuf_iterator<char>(in), {}};
@@ -226,6 +235,7 @@ class LoaderTest : public contract::WorkerTest {
   std::vector<phos::GpuInfo> gpus_;
   char directory_[32] = "/dev/shm/phos-load-XXXXXX";
   std::optional<contract::Worker> process_;
+  int device_ = 0;                    // its current one
   std::optional<phos::Agent> agent_;  // from the first exported() on
   std::vector<Memory> memory_;
   std::optional<phos::PageChain> chain_;

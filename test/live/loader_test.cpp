@@ -148,7 +148,7 @@ TEST_F(MemoryLoaderTest, SmallestPool) {
 TEST_F(MemoryLoaderTest, TwoGpus) {
   if (gpus_.size() < 2) GTEST_SKIP() << "one GPU only";
   ASSERT_NO_FATAL_FAILURE(make_memory());
-  ASSERT_EQ(process_->ask("use-device 1"), "ok");
+  ASSERT_NO_FATAL_FAILURE(use_device(1));
   ASSERT_NO_FATAL_FAILURE(allocate(random_bytes(7 * kMiB + 5)));
   ASSERT_NO_FATAL_FAILURE(allocate(Bytes(3 * kMiB, 0)));
   ASSERT_NO_FATAL_FAILURE(save(1));
@@ -170,7 +170,7 @@ TEST_F(MemoryLoaderTest, TwoGpus) {
 TEST_F(MemoryLoaderTest, NothingStaysImportedWhereOneOfTwoGpusFails) {
   if (gpus_.size() < 2) GTEST_SKIP() << "one GPU only";
   ASSERT_NO_FATAL_FAILURE(map(random_bytes(2 * kMiB)));
-  ASSERT_EQ(process_->ask("use-device 1"), "ok");
+  ASSERT_NO_FATAL_FAILURE(use_device(1));
   ASSERT_NO_FATAL_FAILURE(allocate(random_bytes(48 * kMiB)));
   ASSERT_NO_FATAL_FAILURE(save(1));
   ASSERT_NO_FATAL_FAILURE(spoil());

@@ -220,7 +220,7 @@ TEST_F(StageTest, PagesStagedOnAnotherGpuAreReadAgain) {
   ASSERT_NO_FATAL_FAILURE(
       wait_until([&] { return loader_->read_ahead().gpu_bytes == saved_bytes(); }));
   const std::vector<Memory> old = memory_;
-  ASSERT_EQ(process_->ask("use-device 1"), "ok");
+  ASSERT_NO_FATAL_FAILURE(use_device(1));
   memory_.clear();
   for (const Memory& m : old) ASSERT_NO_FATAL_FAILURE(allocate(random_bytes(m.bytes.size())));
   std::vector<phos::MemoryToLoad> there;

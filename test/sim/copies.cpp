@@ -32,11 +32,14 @@ CUresult copy(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream stream, Wa
 }
 
 // Driver 580 refuses a copy that reaches from one allocation into the next one, imported ones
-// included, though kernels may. What is mapped side by side by cuMemMap is one piece.
-bool is_in_one_allocation(CUdeviceptr p, size_t size) {
+// included, though kernels may. What is mapped side by side by cuMemMap is one piece, but only for
+// GPUs that cuMemSetAccess has named: others' memory is otherwise copied through the host.
+bool may_copy(CUdeviceptr p, size_t size) {
   std::lock_guard<std::mutex> hold(memory().mutex);
   const Range* r = find_range(p);
-  return r && (r->kind == Kind::kVmm || p + size <= r->base + r->size);
+  if (!r) return false;
+  if (r->kind == Kind::kVmm) return r->access >> device_of(current_context()) & 1;
+  return p + size <= r->base + r->size;
 }
 
 CUresult copy_checked(CUdeviceptr to, bool to_device, CUdeviceptr from, bool from_device,
@@ -44,7 +47,7 @@ CUresult copy_checked(CUdeviceptr to, bool to_device, CUdeviceptr from, bool fro
   if (CUresult r = check_stream(stream)) return r;
   for (auto [on_device, p] : {std::pair(to_device, to), std::pair(from_device, from)}) {
     if (!on_device || !size) continue;
-    if (!reachable(p, size) || !is_in_one_allocation(p, size)) return CUDA_ERROR_INVALID_VALUE;
+    if (!reachable(p, size) || !may_copy(p, size)) return CUDA_ERROR_INVALID_VALUE;
   }
   return copy(to, from, size, stream, wait);
 }
