@@ -57,7 +57,7 @@ check-long: ## check, and what takes minutes more: the tracker on nvidia-uvm in 
 	$(Q)B=$(B) ci/deps long
 	$(Q)PHOS_TEST_LONG=1 $(PYTHON) test/run.py --build $(B) --tier vm
 	$(Q)PHOS_TEST_LONG=1 $(PYTHON) test/run.py --build $(B) --tier sim --binary-timeout 1800 \
-	  --filter 'LiveCopySoundness|ReleasingSession.EveryCallMayFail'
+	  --filter 'LiveCopySoundness|ReleasingSession.EveryCallMayFail|DirectStorageTest.Calls'
 
 check-gpu: deps ## the same, and fail if there is no real GPU
 	$(Q)+$(MAKE_ALL)

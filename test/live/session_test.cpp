@@ -159,7 +159,7 @@ TEST_F(ReleasingSession, EveryCallMayFail) {
   for (auto when : {FaultDriver::When::kBefore, FaultDriver::When::kAfter}) {
     // A reply that got lost is the rarer case; and a real GPU takes a second for each.
     const bool all = getenv("PHOS_SIMULATED_GPU") && getenv("PHOS_TEST_LONG");
-    const size_t step = all ? (when == FaultDriver::When::kAfter ? 3 : 1) : 4;
+    const size_t step = all ? (when == FaultDriver::When::kAfter ? 3 : 1) : 7;
     for (size_t i = 0; i < tried.size(); i += step, seed++) {
       const int nth = tried[i];
       tell_memory("fill", seed, "", "ok");
