@@ -32,7 +32,10 @@ class Overlay(ReleasedTest):
         return os.path.join(self.directory, *names)
 
     def needs(self, *command):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            self.skipTest(f'no {command[0]} here')
         if done.returncode:
             self.skipTest(f'{" ".join(command)}: {done.stderr}')
 
