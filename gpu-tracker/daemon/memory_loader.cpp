@@ -63,11 +63,11 @@ Result<void> MemoryLoader::settle() {
   return letting_go_.valid() ? letting_go_.get() : Result<void>();
 }
 
-void MemoryLoader::prefetch() {
+void MemoryLoader::prefetch(std::shared_ptr<ReadTurns> turns) {
   if (!key_ || begun_) return;
   if (!prefetch_) prefetch_ = std::make_unique<PagePrefetch>(chain_, engines_, *key_);
   begun_ = true;
-  prefetch_->begin();
+  prefetch_->begin(std::move(turns));
 }
 
 void MemoryLoader::keep(std::vector<std::unique_ptr<KeptMemory>> kept) {

@@ -64,8 +64,8 @@ class MemoryLoader {
   // room for while others go on (DeviceRoom). Whoever needs GPU memory may take back what is there;
   // it is read again then.
   // Returns at once. For the time in which there is no memory to load into yet; load() does without
-  // and takes longer.
-  void prefetch();
+  // and takes longer. Loaders that share `turns` read in the order of their calls.
+  void prefetch(std::shared_ptr<ReadTurns> turns = nullptr);
 
   // What prefetch() and load() need not read, as long as nobody needs its room. Before prefetch().
   void keep(std::vector<std::unique_ptr<KeptMemory>> kept);

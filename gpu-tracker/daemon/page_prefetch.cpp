@@ -43,13 +43,19 @@ PagePrefetch::PagePrefetch(const PageChain& chain, GpuEngines& engines, const Pa
   engines_.room().enter(this);
 }
 
-void PagePrefetch::begin() {
+void PagePrefetch::begin(std::shared_ptr<ReadTurns> turns) {
   {
     std::lock_guard<std::mutex> hold(mutex_);
     begun_ = true;
     plan(take_over_kept());
     if (to_read_.empty()) return;
     may_stage_ = engines_.stages();
+    std::set<GpuUuid> fills;
+    for (const auto& [index, gpu] : gpus_) {
+      if (gpu.bytes) fills.insert(may_stage_ ? gpu.uuid : ReadTurns::kHost);
+    }
+    if (turns) place_ = turns->line_up(std::move(fills));
+    turns_ = std::move(turns);
   }
   threads_.emplace_back([this, stop = stop_.get_token()] { open_gpus(stop); });
   const size_t readers = std::min<size_t>(reader_threads(), to_read_.size());
@@ -251,18 +257,30 @@ void PagePrefetch::read(const std::stop_token& stop) {
   readers_.erase(tid);
 }
 
-// Few where they come back soon; else as many as there may be.
+// Few where they come back soon; else as many as there may be. Those of a process whose turn it was
+// before come back, too.
 PinnedPool::Spare PagePrefetch::spare() const {
   const uint64_t others = buffers_for_others(engines_.pool());
   std::lock_guard<std::mutex> hold(mutex_);
-  if (!engines_.stages() || given_up_) return {.keep = others};
+  if (!engines_.stages() || given_up_) {
+    return {.keep = others, .patience = turns_ ? kPatience : kPatience.zero()};
+  }
   if (!may_stage_ || unstaged_) return {.keep = others, .patience = kPatience};
   return {.keep = std::min<uint64_t>(others, 2),
           .enough = reader_threads() + kBetween,
           .patience = kPatience};
 }
 
+bool PagePrefetch::wait_for_turn(const std::stop_token& stop) {
+  return !turns_ || turns_->wait(place_, stop);
+}
+
+void PagePrefetch::end_turn() {
+  if (turns_) turns_->leave(place_);
+}
+
 void PagePrefetch::read_batches(const std::stop_token& stop) {
+  if (!wait_for_turn(stop)) return;
   while (!stop.stop_requested()) {
     const PinnedPool::Spare wanted = spare();
     // Before there is work for it: more may have to be made, and nobody should wait for that here.
@@ -275,6 +293,7 @@ void PagePrefetch::read_batches(const std::stop_token& stop) {
       if (!buffer) continue;
       batch = std::move(to_read_.front());
       to_read_.pop_front();
+      if (to_read_.empty()) end_turn();
     }
     batch.buffer = std::move(*buffer);
     if (!read_batch(chain_, &batch)) continue;
@@ -295,6 +314,7 @@ void PagePrefetch::stop() {
   }
   for (auto& t : threads_) t.join();
   threads_.clear();
+  end_turn();
 }
 
 ReadAhead PagePrefetch::so_far() const {

@@ -21,6 +21,7 @@
 #include "gpu-tracker/daemon/kept_memory.h"
 #include "gpu-tracker/daemon/load_plan.h"
 #include "gpu-tracker/daemon/page_stage.h"
+#include "gpu-tracker/daemon/read_turns.h"
 
 namespace phos {
 
@@ -44,8 +45,9 @@ class PagePrefetch : private DeviceRoom::Guest {
                std::vector<std::unique_ptr<KeptMemory>> kept = {});
   ~PagePrefetch() override { stop(); }
 
-  // Begins to read the rest, on threads of its own, and opens the GPUs meanwhile. Once.
-  void begin();
+  // Begins to read the rest, on threads of its own, and opens the GPUs meanwhile. Once. With
+  // `turns`, after all for whom that was called before.
+  void begin(std::shared_ptr<ReadTurns> turns = nullptr);
   // What is kept, for another one; before begin().
   std::vector<std::unique_ptr<KeptMemory>> take_kept();
 
@@ -77,6 +79,8 @@ class PagePrefetch : private DeviceRoom::Guest {
   void make_room(const GpuUuid& gpu, uint64_t bytes) override;
   void give_up();
   void read(const std::stop_token& stop);
+  bool wait_for_turn(const std::stop_token& stop);
+  void end_turn();
   void read_batches(const std::stop_token& stop);
   PinnedPool::Spare spare() const;
   void stop();
@@ -90,6 +94,8 @@ class PagePrefetch : private DeviceRoom::Guest {
   std::vector<std::unique_ptr<KeptMemory>> kept_;  // until begin(), or take()
   bool begun_ = false;
   std::deque<LoadBatch> to_read_;
+  std::shared_ptr<ReadTurns> turns_;  // null: at once
+  size_t place_ = 0;                  // in turns_
   std::vector<GpuEngines::User> users_;
   std::map<int, Gpu> gpus_;  // by their places in the image; before users_ go
   std::vector<LoadBatch> staged_;

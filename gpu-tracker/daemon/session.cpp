@@ -16,6 +16,7 @@
 #include "gpu-tracker/base/proc.h"
 #include "gpu-tracker/daemon/messages.h"
 #include "gpu-tracker/gate/left_probes.h"
+#include "gpu-tracker/image/criu_tree.h"
 
 namespace phos {
 namespace {
@@ -95,12 +96,33 @@ Result<FilesImage> Session::begin_restore(UniqueFd image_dir) {
   for (const auto& p : set->processes) restore_room_[p.pid] = claim_room(p);
   for (const auto& [pid, room] : restore_room_) make_room(room);
   // Once it is known what all of them need.
-  for (auto& [pid, saved] : saved_) saved.loader->prefetch();
+  prefetch_saved();
   restored_ = std::move(*set);
   dump_id_ =
       restored_.processes.empty() ? restored_.files.dump_id : restored_.processes.front().dump_id;
   to_resume_ = static_cast<uint32_t>(restored_.processes.size());
   return restored_.files;
+}
+
+// Those first that CRIU resumes first.
+void Session::prefetch_saved() {
+  const auto turns = std::make_shared<ReadTurns>();
+  std::set<int> left;
+  for (const auto& [pid, saved] : saved_) left.insert(pid);
+  std::vector<int> order;
+  for (int pid : order_of_restore(image_dir_.get())) {
+    if (left.erase(pid)) order.push_back(pid);
+  }
+  order.insert(order.end(), left.begin(), left.end());
+  std::string text;
+  for (int pid : order) {
+    saved_.at(pid).loader->prefetch(turns);
+    text += " " + std::to_string(pid);
+  }
+  if (order.size() > 1) {
+    log(LogLevel::kInfo, "daemon", "pages are read ahead of processes%s, in this order",
+        text.c_str());
+  }
 }
 
 Result<void> Session::checkpoint(int pid) {

@@ -264,6 +264,7 @@ class Session {
   static void forget_copy(const Held& held);
   Result<void> remove_left_probes_of_tree(int root);
   Result<void> open_pages(const ProcessImage& image);
+  void prefetch_saved();
   Room claim_room(const ProcessImage& image);
   void make_room(const Room& room);
   DeviceRoom& device_room() { return engines_ ? engines_->room() : own_room_; }

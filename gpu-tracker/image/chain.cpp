@@ -223,10 +223,16 @@ class PageChain::Builder {
     }
     // What is not needed must be there all the same: whoever made the image may not have.
     for (const AllocationInfo& a : image.allocations) {
+      auto how = a.packed.begin();
       for (const PageExtent& e : a.extents) {
+        uint64_t end = uint64_t{e.slot} + e.pages;
+        if (is_packed(image, e)) {
+          end = e.slot;
+          for (uint32_t i = 0; i < e.pages; i++) end += units_of((how++)->bytes);
+        }
         if (e.source != PageSource::kHere) continue;
         File& file = chain_.files_[file_number(own_pages_file(image, a))];
-        if (!image.layout.packed) file.slots = std::max(file.slots, uint64_t{e.slot} + e.pages);
+        file.slots = std::max(file.slots, end);
       }
     }
     if (contradiction_) return contradiction(dir_fd);

@@ -10,38 +10,45 @@ FUZZ_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined \
 # fuzz_objects(directory, sources): their objects.
 fuzz_objects = $(patsubst %,$(B)/obj/$(1)/%.o,$(2)) $(B)/obj/$(1)/image.pb-c.c.o
 
-# Deterministic, by any compiler.
-SANITIZED := $(call fuzz_objects,sanitized,$(FUZZ_SRCS) test/image/fuzz_driver.cpp)
-$(B)/obj/sanitized/%.cpp.o: %.cpp | $(GEN)
+# By clang where it has libFuzzer, whose runtime is a package of its own (libclang-rt-*-dev); else
+# by any compiler, and without libFuzzer.
+LIBFUZZER := $(firstword $(wildcard $(foreach name,fuzzer-x86_64 fuzzer,\
+               $(shell $(CLANG) -print-file-name=libclang_rt.$(name).a 2>/dev/null))))
+FUZZ_OBJ := $(if $(LIBFUZZER),fuzzed,sanitized)
+FUZZ_CC  := $(if $(LIBFUZZER),$(CLANG),$(CC))
+FUZZ_CXX := $(if $(LIBFUZZER),$(CLANG)++,$(CXX))
+FUZZ_COMPILE := $(FUZZ_FLAGS) $(if $(LIBFUZZER),-fsanitize=fuzzer-no-link,$(WARN))
+FUZZED := $(call fuzz_objects,$(FUZZ_OBJ),$(FUZZ_SRCS))
+FUZZ_DRIVER := $(B)/obj/$(FUZZ_OBJ)/test/image/fuzz_driver.cpp.o
+$(B)/obj/$(FUZZ_OBJ)/%.cpp.o: %.cpp | $(GEN)
 	$(say) ASAN $<
 	@mkdir -p $(@D)
-	$(Q)$(CXX) $(CPPFLAGS) -std=c++20 $(WARN) $(FUZZ_FLAGS) $(DEPFLAGS) -c $< -o $@
-$(B)/obj/sanitized/image.pb-c.c.o: $(B)/gen/gpu-tracker/abi/image.pb-c.c
+	$(Q)$(FUZZ_CXX) $(CPPFLAGS) -std=c++20 $(FUZZ_COMPILE) $(DEPFLAGS) -c $< -o $@
+$(B)/obj/$(FUZZ_OBJ)/image.pb-c.c.o: $(B)/gen/gpu-tracker/abi/image.pb-c.c
 	@mkdir -p $(@D)
-	$(Q)$(CC) $(CPPFLAGS) $(FUZZ_FLAGS) $(DEPFLAGS) -c $< -o $@
-$(B)/test/fuzz_images: $(SANITIZED)
+	$(Q)$(FUZZ_CC) $(CPPFLAGS) $(FUZZ_COMPILE) $(DEPFLAGS) -c $< -o $@
+OBJS += $(FUZZED) $(FUZZ_DRIVER)
+
+# Inputs of its own making.
+$(B)/test/fuzz_images: $(FUZZED) $(FUZZ_DRIVER)
 	$(say) LD $@
 	@mkdir -p $(@D)
-	$(Q)$(CXX) $(FUZZ_FLAGS) $(LDFLAGS) -o $@ $^ $(IMAGE_LIBS)
-OBJS += $(SANITIZED)
+	$(Q)$(FUZZ_CXX) $(FUZZ_FLAGS) $(LDFLAGS) -o $@ $^ $(IMAGE_LIBS)
 all: $(B)/test/fuzz_images
 
-# libFuzzer, as long as wanted. clang's runtime for it is a package of its own (libclang-rt-*-dev).
+# libFuzzer's, which are made of those that reached something new.
 FUZZ_SECONDS ?= 300
-FUZZED := $(call fuzz_objects,fuzzed,$(FUZZ_SRCS))
-$(B)/obj/fuzzed/%.cpp.o: %.cpp | $(GEN)
-	$(say) CLANG $<
-	@mkdir -p $(@D)
-	$(Q)$(CLANG) $(CPPFLAGS) -std=c++20 $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link $(DEPFLAGS) -c $< -o $@
-$(B)/obj/fuzzed/image.pb-c.c.o: $(B)/gen/gpu-tracker/abi/image.pb-c.c
-	@mkdir -p $(@D)
-	$(Q)$(CLANG) $(CPPFLAGS) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link $(DEPFLAGS) -c $< -o $@
+ifneq (,$(LIBFUZZER))
 $(B)/test/fuzz_images_clang: $(FUZZED)
 	$(say) LD $@
 	@mkdir -p $(@D)
-	$(Q)$(CLANG)++ $(FUZZ_FLAGS) -fsanitize=fuzzer -o $@ $^ $(IMAGE_LIBS) || { \
-	  echo "fuzz: clang has no libFuzzer? Debian: apt install libclang-rt-dev"; exit 1; }
-OBJS += $(FUZZED)
+	$(Q)$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer $(LDFLAGS) -o $@ $^ $(IMAGE_LIBS)
+all: $(B)/test/fuzz_images_clang
+else
+.PHONY: $(B)/test/fuzz_images_clang
+$(B)/test/fuzz_images_clang:
+	@echo "fuzz: clang has no libFuzzer here; Debian: apt install libclang-rt-dev"; exit 1
+endif
 
 # What test_reader.py compares image_reader.py with.
 $(eval $(call program,test/image_tool,test/image/image_tool.cpp,lib/libphos.a,$(IMAGE_LIBS) -lpthread))

@@ -117,6 +117,84 @@ TEST_F(MemoryLoaderTest, PrefetchLeavesBuffersToOthers) {
   ASSERT_NO_FATAL_FAILURE(expect_all_there());
 }
 
+// Where there is no room for all, there is what the load begins with.
+TEST_F(MemoryLoaderTest, PrefetchReadsInTheOrderOfTheLoad) {
+  ASSERT_NO_FATAL_FAILURE(make_saved_and_spoilt());
+  loader_.reset();
+  chain_.reset();
+  make_engines(6);  // two of them are for others
+  ASSERT_NO_FATAL_FAILURE(open_chain(1));
+  phos::PagePrefetch prefetch(*chain_, *engines_, key_);
+  prefetch.begin();
+  while (prefetch.so_far().host_bytes < 8 * kMiB) std::this_thread::yield();
+  std::vector<std::pair<size_t, uint32_t>> read, expected;  // allocation, page
+  const auto all = prefetch.take();
+  for (const phos::LoadBatch& batch : all) {
+    for (const phos::LoadPiece& p : batch.pieces) {
+      for (uint32_t i = 0; i < p.run.pages; i++) {
+        read.emplace_back(p.allocation, p.run.first_page + i);
+      }
+    }
+  }
+  // Several threads end their batches in any order.
+  std::sort(read.begin(), read.end());
+  for (size_t i = 0; i < chain_->image().allocations.size(); i++) {
+    for (const phos::PageRun& run : chain_->runs(i)) {
+      for (uint32_t k = 0; k < run.pages && !run.is_zero(); k++) {
+        expected.emplace_back(i, run.first_page + k);
+      }
+    }
+  }
+  ASSERT_GT(expected.size(), 8 * kMiB / kPage);
+  expected.resize(8 * kMiB / kPage);
+  EXPECT_EQ(read, expected);
+}
+
+// Of two processes the one that is loaded first, and the other as soon as that needs no more.
+TEST_F(MemoryLoaderTest, PrefetchOfTwoProcessesInTurn) {
+  ASSERT_NO_FATAL_FAILURE(make_saved_and_spoilt());
+  loader_.reset();
+  chain_.reset();
+  make_engines(6);
+  ASSERT_NO_FATAL_FAILURE(open_chain(1));
+  auto first = phos::MemoryLoader::create(*chain_, *engines_);
+  ASSERT_OK(first);
+  const auto turns = std::make_shared<phos::ReadTurns>();
+  (*first)->prefetch(turns);
+  loader_->prefetch(turns);
+  while ((*first)->read_ahead().host_bytes < 8 * kMiB) std::this_thread::yield();
+  EXPECT_EQ(loader_->read_ahead().host_bytes, 0u);
+  auto report = (*first)->load(exported());
+  ASSERT_OK(report);
+  EXPECT_EQ(report->warm_bytes, 8 * kMiB);
+  ASSERT_NO_FATAL_FAILURE(expect_all_there());
+  while (loader_->read_ahead().host_bytes < 8 * kMiB) std::this_thread::yield();
+  ASSERT_NO_FATAL_FAILURE(spoil());
+  report = loader_->load(exported());
+  ASSERT_OK(report);
+  EXPECT_EQ(report->warm_bytes, 8 * kMiB);
+  ASSERT_NO_FATAL_FAILURE(expect_all_there());
+}
+
+// It does not wait for its turn to be loaded.
+TEST_F(MemoryLoaderTest, LoadOfAProcessWhoseTurnHasNotCome) {
+  ASSERT_NO_FATAL_FAILURE(make_saved_and_spoilt());
+  loader_.reset();
+  chain_.reset();
+  make_engines(6);
+  ASSERT_NO_FATAL_FAILURE(open_chain(1));
+  auto first = phos::MemoryLoader::create(*chain_, *engines_);
+  ASSERT_OK(first);
+  const auto turns = std::make_shared<phos::ReadTurns>();
+  (*first)->prefetch(turns);
+  loader_->prefetch(turns);
+  while ((*first)->read_ahead().host_bytes < 8 * kMiB) std::this_thread::yield();
+  auto report = loader_->load(exported());
+  ASSERT_OK(report);
+  EXPECT_EQ(report->warm_bytes, 0u);
+  ASSERT_NO_FATAL_FAILURE(expect_all_there());
+}
+
 // Two buffers, for two sessions at once.
 TEST_F(MemoryLoaderTest, SmallestPool) {
   ASSERT_NO_FATAL_FAILURE(make_saved_and_spoilt());

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 // Format version 2 against files that phos's code did not make: test/golden/2.
-#include <memory>
+#include "test/unit/image_golden2.h"
 
 #include "gpu-tracker/image/chain.h"
-#include "gpu-tracker/image/image_key.h"
-#include "test/unit/image_fixture.h"
 
 namespace phos::image_test {
 namespace {
@@ -31,28 +29,8 @@ SavedHash hash(const char* text) {
   return bytes;
 }
 
-class ImageGolden2 : public testing::Test {
+class ImageGolden2 : public Golden2 {
  protected:
-  // The checkout may belong to anyone and have any mode: the reader is given copies.
-  void SetUp() override {
-    namespace fs = std::filesystem;
-    for (const std::string name : {"parent", "dump"}) {
-      ASSERT_EQ(mkdir(dir_.path(name).c_str(), 0700), 0);
-      for (const auto& entry :
-           fs::directory_iterator(std::string(PHOS_GOLDEN_DIR) + "/2/" + name)) {
-        if (entry.path().extension() != ".img") continue;
-        write_bytes(dir_.path(name + "/" + entry.path().filename().string()),
-                    read_bytes(entry.path()));
-      }
-    }
-    fs::create_directory_symlink("../parent", dir_.path("dump/parent"));
-    parent_.reset(open(dir_.path("parent").c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    dump_.reset(open(dir_.path("dump").c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    SecretKey secret;
-    for (size_t i = 0; i < 32; i++) secret.data()[i] = static_cast<uint8_t>(i + 1);
-    add_image_key(std::make_shared<const ImageKey>(*ImageKey::make(secret)));
-  }
-
   static ProcessImage expected_parent() {
     ProcessImage p;
     p.dump_id = kParent;
@@ -78,9 +56,6 @@ class ImageGolden2 : public testing::Test {
     p.allocations = {a};
     return p;
   }
-
-  TempDir dir_;
-  UniqueFd parent_, dump_;
 };
 
 TEST_F(ImageGolden2, ReaderAndWriterOfTheImage) {

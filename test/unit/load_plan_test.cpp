@@ -33,11 +33,12 @@ class LoadPlanTest : public ChainTest {
     chain_.emplace(std::move(*chain));
   }
 
-  // Which pages they hold; checks that none is there twice, that all are of their kind, and that no
-  // batch but the last is half empty.
-  std::set<std::pair<size_t, uint32_t>> contents(const std::vector<LoadBatch>& batches, bool zero,
-                                                 uint32_t batch_pages) {
-    std::set<std::pair<size_t, uint32_t>> seen;
+  using Pages = std::vector<std::pair<size_t, uint32_t>>;  // allocation, page
+
+  // Which pages they hold, in order; checks that all are of their kind and read as they should, and
+  // that no batch but the last is half empty.
+  Pages contents(const std::vector<LoadBatch>& batches, bool zero, uint32_t batch_pages) {
+    Pages seen;
     for (const LoadBatch& batch : batches) {
       EXPECT_EQ(batch.zero, zero);
       const bool last = &batch == &batches.back();
@@ -50,30 +51,52 @@ class LoadPlanTest : public ChainTest {
         const uint64_t address = chain_->image().allocations[piece.allocation].address;
         for (uint32_t i = 0; i < piece.run.pages; i++) {
           const uint32_t page = piece.run.first_page + i;
-          EXPECT_TRUE(seen.insert({piece.allocation, page}).second) << page << " is there twice";
+          seen.emplace_back(piece.allocation, page);
           const uint8_t* expected = memories_[address].bytes.data() + page * kPage;
           EXPECT_EQ(memcmp(bytes[i], expected, kPage), 0) << page;
-          EXPECT_EQ(zero, std::all_of(expected, expected + kPage, [](uint8_t b) { return !b; }));
         }
       }
       EXPECT_EQ(n, batch.pages);
     }
     return seen;
   }
+  // Those of an allocation that are zero, or not, by its bytes; ascending.
+  Pages expected(size_t allocation, bool zero, const std::vector<PageInterval>& except = {}) {
+    Pages pages;
+    const Bytes& bytes = memories_[allocation ? kB : kA].bytes;
+    for (uint32_t page = 0; page < bytes.size() / kPage; page++) {
+      const auto begin = bytes.begin() + page * kPage;
+      const bool is_zero = std::all_of(begin, begin + kPage, [](uint8_t b) { return !b; });
+      const bool out = std::any_of(except.begin(), except.end(), [&](const PageInterval& i) {
+        return page >= i.first && page < i.end;
+      });
+      if (is_zero == zero && !out) pages.emplace_back(allocation, page);
+    }
+    return pages;
+  }
 
   Memories memories_;
   std::optional<PageChain> chain_;
 };
 
-TEST_F(LoadPlanTest, EveryPageOnce) {
+// As they were added, and in each from its first page on.
+TEST_F(LoadPlanTest, EveryPageOnceAndInOrder) {
   for (uint32_t batch_pages : {1u, 2u, 5u, 16u, 100u}) {
-    LoadPlan plan(batch_pages);
-    for (size_t i = 0; i < 2; i++) {
-      ASSERT_TRUE(check_saved(*chain_, i));
-      plan.add(*chain_, i);
+    for (const auto& order : {std::vector<size_t>{0, 1}, std::vector<size_t>{1, 0}}) {
+      LoadPlan plan(batch_pages);
+      Pages saved, zeros;
+      for (size_t i : order) {
+        ASSERT_TRUE(check_saved(*chain_, i));
+        plan.add(*chain_, i);
+        for (auto [all, zero] : {std::pair(&saved, false), std::pair(&zeros, true)}) {
+          const Pages of_it = expected(i, zero);
+          all->insert(all->end(), of_it.begin(), of_it.end());
+        }
+      }
+      ASSERT_EQ(saved.size(), 23u + 9 - 5);
+      EXPECT_EQ(contents(plan.take_saved(), false, batch_pages), saved);
+      EXPECT_EQ(contents(plan.take_zeros(), true, batch_pages), zeros);
     }
-    EXPECT_EQ(contents(plan.take_saved(), false, batch_pages).size(), 23u + 9 - 5);
-    EXPECT_EQ(contents(plan.take_zeros(), true, batch_pages).size(), 5u);
   }
 }
 
@@ -89,15 +112,8 @@ TEST_F(LoadPlanTest, WhatIsThereAlreadyIsLeftOut) {
   for (const auto& except : all) {
     LoadPlan plan(4);
     plan.add(*chain_, 0, except);
-    auto seen = contents(plan.take_saved(), false, 4);
-    const auto zeros = contents(plan.take_zeros(), true, 4);
-    seen.insert(zeros.begin(), zeros.end());
-    for (uint32_t page = 0; page < 23; page++) {
-      const bool out = std::any_of(except.begin(), except.end(), [&](const PageInterval& i) {
-        return page >= i.first && page < i.end;
-      });
-      EXPECT_EQ(seen.count({0, page}), out ? 0u : 1u) << page;
-    }
+    EXPECT_EQ(contents(plan.take_saved(), false, 4), expected(0, false, except));
+    EXPECT_EQ(contents(plan.take_zeros(), true, 4), expected(0, true, except));
   }
 }
 

@@ -15,7 +15,7 @@
 
 #include "gpu-tracker/base/unique_fd.h"
 #include "gpu-tracker/image/chain.h"
-#include "tools/phos/criu_fields.h"
+#include "gpu-tracker/image/criu_fields.h"
 #include "tools/phos/image_dir.h"
 
 namespace phos::cli {

@@ -9,7 +9,7 @@
 #include <cstring>
 
 #include "gpu-tracker/base/unique_fd.h"
-#include "tools/phos/criu_fields.h"
+#include "gpu-tracker/image/criu_fields.h"
 
 namespace phos::cli {
 namespace {

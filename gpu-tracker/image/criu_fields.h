@@ -7,7 +7,7 @@
 #include <optional>
 #include <utility>
 
-namespace phos::cli {
+namespace phos {
 
 class Fields {
  public:
@@ -40,4 +40,4 @@ class Fields {
   bool ok_ = true;
 };
 
-}  // namespace phos::cli
+}  // namespace phos
