@@ -7,8 +7,10 @@ import hashlib
 import os
 import re
 import signal
+import subprocess
 
 from harness import BUILD, REPO, Target, children, wait_until
+from test_released import PHOS
 from test_released_killed import Steps
 
 # Where a restore is in some call of the driver, which the process that is restored makes, or phosd.
@@ -20,6 +22,11 @@ STEPS = {
     'import': 'cuIpcOpenMemHandle * phosd',
     'load': 'cuMemcpyHtoDAsync * phosd',
     'hash': 'cuLaunchKernel * phosd',
+}
+# The same of one with managed memory, which the agent loads.
+MANAGED_STEPS = {
+    'allocate': 'cuMemAllocManaged 2',
+    'load': 'cuMemcpyHtoDAsync 2',
 }
 LET_GO = 'cuIpcCloseMemHandle * phosd'  # once the process is back
 # Where CRIU runs a script: it restores the rest, and phosd has read ahead; all is back, and frozen.
@@ -34,7 +41,7 @@ class RestoreTest(Steps):
 
     def tree(self):
         """A shell and two counters. Faults of the driver are the second one's, and phosd's."""
-        counter = f'{BUILD}/test/counter --mib 4 --interval-ms 20 --check-every 1'
+        counter = f'{BUILD}/test/counter --mib 4 --interval-ms 5 --check-every 1'
         first, second = (os.path.join(self.directory, name) for name in ('first', 'second'))
         script = (f'PHOS_SIM_FAULTS={self.faults}-not {counter} > {first} & {counter} > {second} & '
                   'wait; while :; do sleep 1; done')
@@ -49,6 +56,10 @@ class RestoreTest(Steps):
 
     def one(self):
         target = self.counter()
+        return target, target
+
+    def managed(self):
+        target = self.counter('--managed-mib', '8')
         return target, target
 
     def dump_all(self, root, *counters):
@@ -140,9 +151,9 @@ class RestoreKilledAt(RestoreTest):
         self.let_driver_go()
         self.assert_failed(criu, '')
 
-    def walk(self, who, *targets):
+    def walk(self, who, steps, *targets):
         self.dump_all(*targets)
-        for step, call in STEPS.items():
+        for step, call in steps.items():
             try:
                 getattr(self, f'{who}_killed_at')(call)
                 self.restore_again()
@@ -225,9 +236,44 @@ class RestoreKilled(RestoreTest):
 
     def test_phosd_while_it_lets_go_of_the_memory(self):
         self.dump_all(*self.one())
-        criu = self.restore_until(LET_GO)
+        criu = self.restore_until(STEPS['driver_restore'])
+        self.hold_in_driver(LET_GO)
+        wait_until(lambda: self.is_held(LET_GO), LET_GO)  # CRIU need not wait for that
         self.kill_phosd_for_good()
         self.assert_succeeds_without_phosd(criu)
+
+    def phos_restore(self, *args):
+        process = subprocess.Popen([PHOS, 'restore', '-D', self.images, *args], text=True,
+                                   stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   env=self.env({'PHOS_CRIU': self.criu}))
+        self.addCleanup(process.stderr.close)
+        return process
+
+    def assert_phos_failed(self, command, why):
+        _, errors = command.communicate(timeout=30)
+        self.assertEqual(command.returncode, 1, errors)
+        self.assertIn(why, errors)
+        self.assert_nothing_left()
+        self.ok('restore', '-D', self.images)
+        self.assert_goes_on()
+
+    def test_criu_before(self):
+        """It leaves processes that wait for it, of which phos knows nothing yet; phos restore does."""
+        self.dump_all(*self.tree())
+        command = self.phos_restore('--', '--action-script', self.script(BEFORE))
+        self.wait_in_script(command)
+        os.kill(children(command.pid)[0], signal.SIGKILL)
+        self.assert_phos_failed(command, 'criu was ended by Killed')
+
+    def test_phosd_under_phos_restore(self):
+        self.dump_all(*self.one())
+        call = STEPS['driver_restore']
+        self.hold_in_driver(call)
+        command = self.phos_restore()
+        self.wait_held(call, self.root, command, 'restore.log')
+        self.kill_phosd_for_good()
+        self.let_driver_go()
+        self.assert_phos_failed(command, 'phosd has died')
 
 
 class DriverFailsInRestore(RestoreTest):
@@ -236,7 +282,7 @@ class DriverFailsInRestore(RestoreTest):
     def one(self):
         """With faults of its own."""
         self.own_faults = self.faults + '-own'
-        target = self.counter(env={'PHOS_SIM_FAULTS': self.own_faults})
+        target = self.counter('--interval-ms', '5', env={'PHOS_SIM_FAULTS': self.own_faults})
         return target, target
 
     def heal(self):
@@ -287,10 +333,13 @@ class DriverFailsInRestore(RestoreTest):
 
 
 def add_tests():
-    for who, make in (('criu', 'tree'), ('phosd', 'tree'), ('both', 'tree'), ('target', 'tree'),
-                      ('phosd', 'one'), ('target', 'one')):
+    for who, make, steps in (('criu', 'tree', STEPS), ('phosd', 'tree', STEPS),
+                             ('both', 'tree', STEPS), ('target', 'tree', STEPS),
+                             ('criu', 'managed', MANAGED_STEPS),
+                             ('phosd', 'managed', MANAGED_STEPS),
+                             ('target', 'managed', MANAGED_STEPS)):
         setattr(RestoreKilledAt, f'test_{who}_{make}',
-                lambda self, w=who, m=make: self.walk(w, *getattr(self, m)()))
+                lambda self, w=who, m=make, s=steps: self.walk(w, s, *getattr(self, m)()))
 
 
 add_tests()
