@@ -3,6 +3,7 @@
 whose driver fails. Nothing is left of it, and the next restore of the same images succeeds; or it has
 succeeded all the same."""
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -241,6 +242,21 @@ class RestoreKilled(RestoreTest):
         wait_until(lambda: self.is_held(LET_GO), LET_GO)  # CRIU need not wait for that
         self.kill_phosd_for_good()
         self.assert_succeeds_without_phosd(criu)
+
+    def test_no_room_to_note_what_is_restored(self):
+        """For the next phosd: /run is full."""
+        self.dump_all(*self.one())
+        locks = os.path.join(self.run_dir, 'lock')
+        wait_until(lambda: not os.listdir(locks), 'phosd to let go of the dumped process')
+        if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4k,mode=700', 'phos', locks]).returncode:
+            self.skipTest('cannot mount a tmpfs')
+        with open(os.path.join(locks, 'other'), 'wb') as f:
+            f.write(bytes(4096))
+        try:
+            self.assert_failed(self.restore(wait=False), os.strerror(errno.ENOSPC))
+        finally:
+            subprocess.run(['umount', '-l', locks], check=True)
+        self.restore_again()
 
     def phos_restore(self, *args):
         process = subprocess.Popen([PHOS, 'restore', '-D', self.images, *args], text=True,
