@@ -48,6 +48,9 @@ static bool root_seen;
 static bool pre_dump;
 /* Restore of an image that may or may not have needed us (see claim_image). */
 static bool unclaimed;
+/* The tree that is restored, once it is seen; killed: the restore has failed. */
+static int restored_root;
+static bool killed;
 
 /* ---- which processes ---- */
 
@@ -148,9 +151,9 @@ static int note_managed(const struct phosd_process *process)
 	return 0;
 }
 
-static int say_yes(int pid)
+static int uses_cuda(int pid)
 {
-	return 1;
+	return may_use_cuda(pid);
 }
 
 static int ignore_found(const struct phosd_process *process)
@@ -185,7 +188,7 @@ int phos_plugin_pause_devices(int pid)
 	 * The first task is the root, and the only time that all of the tree runs: phosd locks all
 	 * of it then, because processes that work together cannot be locked one after the other.
 	 */
-	if (root_seen ? !may_use_cuda(pid) : !visit_cuda_tree(pid, say_yes)) {
+	if (root_seen ? !may_use_cuda(pid) : !visit_tree(pid, uses_cuda)) {
 		root_seen = true;
 		return -ENOTSUP;
 	}
@@ -378,7 +381,8 @@ CR_PLUGIN_REGISTER_HOOK(CR_PLUGIN_HOOK__UPDATE_VMA_MAP, phos_plugin_update_vma_m
 
 /*
  * CRIU swallows errors of this hook and would let the task go on without its GPU. It does notice a
- * task that is gone when it detaches from it, and then fails and kills the rest.
+ * task that is gone when it detaches from it, and then fails and kills the rest: but those that
+ * came before have run. So all go at once.
  */
 int phos_plugin_resume_devices_late(int pid)
 {
@@ -395,22 +399,22 @@ int phos_plugin_resume_devices_late(int pid)
 				pid);
 		return -ENOTSUP;
 	}
+	if (killed)
+		return -1;
 	if (!phosd_started() && !may_use_cuda(pid))
 		return -ENOTSUP;
 	/*
-	 * Should criu die, the kernel would let all of the tree go, also tasks that wait for their
-	 * turn, without their GPU. The first task is the root.
+	 * Should criu die, the kernel would let all of the tree go: tasks that wait for their turn
+	 * without their GPU, and others without those. The first task is the root.
 	 */
-	if (!root_seen)
-		ret = visit_cuda_tree(pid, die_with_criu);
-	root_seen = true;
+	if (!restored_root) {
+		restored_root = pid;
+		ret = visit_tree(pid, die_with_criu);
+	}
 	if (!ret)
 		ret = phosd_find_restored(pid, &process);
 	if (!ret && !process.pid)
 		return -ENOTSUP;
-	/* If its threads have other names than we know. */
-	if (!ret)
-		ret = die_with_criu(pid);
 	if (!ret)
 		ret = service_threads_resume(&threads, pid, process.restore_tid);
 	if (!ret) {
@@ -422,10 +426,11 @@ int phos_plugin_resume_devices_late(int pid)
 	if (!ret && !remaining)
 		phosd_stop();
 	if (ret) {
-		phos_err("process %d cannot go on without its GPU; it is killed and the restore "
-			 "fails",
+		phos_err("process %d cannot go on without its GPU; it is killed with all of its "
+			 "tree, and the restore fails",
 			 pid);
-		kill_task(pid);
+		kill_tree(restored_root);
+		killed = true;
 		return -1;
 	}
 	return 0;
@@ -507,7 +512,8 @@ static bool have_nvidia_driver(void)
 
 static int phos_plugin_init(int stage)
 {
-	root_seen = false;
+	root_seen = killed = false;
+	restored_root = 0;
 	pre_dump = stage == CR_PLUGIN_STAGE__PRE_DUMP;
 	enabled = pre_dump || stage == CR_PLUGIN_STAGE__DUMP || stage == CR_PLUGIN_STAGE__RESTORE;
 	if (!enabled)

@@ -187,7 +187,10 @@ static Phos__Wire__Reply *exchange(const Phos__Wire__Request *request, int fd, i
 static Phos__Wire__Reply *judge(Phos__Wire__Reply *reply, int *error)
 {
 	if (!reply) {
-		phos_err("phosd does not answer: %s", strerror(-*error));
+		if (*error == -EPIPE || *error == -ECONNRESET)
+			phos_err("phosd has died before it answered");
+		else
+			phos_err("phosd does not answer: %s", strerror(-*error));
 		phosd_stop();
 		return NULL;
 	}

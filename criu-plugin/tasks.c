@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define KILL_TIMEOUT_MS 5000
@@ -82,14 +83,14 @@ int find_thread(int pid, const char *name)
 }
 
 /* CRIU reads the tree from the same files (parse_children). */
-int visit_cuda_tree(int pid, int (*visit)(int pid))
+int visit_tree(int pid, int (*visit)(int pid))
 {
 	char path[64 + NAME_MAX];
 	struct dirent *entry;
 	DIR *dir;
 	int ret;
 
-	ret = may_use_cuda(pid) ? visit(pid) : 0;
+	ret = visit(pid);
 	if (ret)
 		return ret;
 	snprintf(path, sizeof(path), "/proc/%d/task", pid);
@@ -103,7 +104,7 @@ int visit_cuda_tree(int pid, int (*visit)(int pid))
 		snprintf(path, sizeof(path), "/proc/%d/task/%s/children", pid, entry->d_name);
 		f = fopen(path, "re");
 		while (f && !ret && fscanf(f, "%d", &child) == 1)
-			ret = visit_cuda_tree(child, visit);
+			ret = visit_tree(child, visit);
 		if (f)
 			fclose(f);
 	}
@@ -134,29 +135,11 @@ bool has_device_files(int pid)
 	return found;
 }
 
-static bool thread_runs(int pid, const char *tid)
-{
-	char path[64 + NAME_MAX], stat[128];
-	const char *state;
-	ssize_t n;
-	int fd;
-
-	snprintf(path, sizeof(path), "/proc/%d/task/%s/stat", pid, tid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return false;
-	n = read(fd, stat, sizeof(stat) - 1);
-	close(fd);
-	stat[n > 0 ? n : 0] = '\0';
-	state = strrchr(stat, ')');
-	return state && state[1] && state[2] != 'Z' && state[2] != 'X';
-}
-
-/* Threads that CRIU traces stay as zombies until it asks for them, and so does the process. */
-static bool any_thread_runs(int pid)
+/* Waits for its threads that are dead. Are there others that this process has to wait for? */
+static bool reap_threads(int pid)
 {
 	struct dirent *entry;
-	bool runs = false;
+	bool more = false;
 	char path[64];
 	DIR *dir;
 
@@ -164,17 +147,51 @@ static bool any_thread_runs(int pid)
 	dir = opendir(path);
 	if (!dir)
 		return false;
-	while (!runs && (entry = readdir(dir)))
-		runs = isdigit((unsigned char)entry->d_name[0]) && thread_runs(pid, entry->d_name);
+	while ((entry = readdir(dir))) {
+		int tid = atoi(entry->d_name);
+
+		/* The first thread is dead to us only when the others are gone. */
+		if (tid > 0 && waitpid(tid, NULL, __WALL | WNOHANG) >= 0)
+			more = true;
+	}
 	closedir(dir);
-	return runs;
+	return more;
 }
 
-void kill_task(int pid)
-{
-	int waited;
+static struct {
+	int *pids;
+	size_t n;
+} tree;
 
-	kill(pid, SIGKILL);
-	for (waited = 0; waited < KILL_TIMEOUT_MS && any_thread_runs(pid); waited++)
-		poll(NULL, 0, 1);
+static int add_to_tree(int pid)
+{
+	int *pids = realloc(tree.pids, (tree.n + 1) * sizeof(*pids));
+
+	if (!pids)
+		return -1;
+	tree.pids = pids;
+	tree.pids[tree.n++] = pid;
+	return 0;
+}
+
+void kill_tree(int root)
+{
+	bool more = true;
+	int waited;
+	size_t i;
+
+	/* Of a process that is dead nobody can tell its children. */
+	visit_tree(root, add_to_tree);
+	for (i = 0; i < tree.n; i++)
+		kill(tree.pids[i], SIGKILL);
+	for (waited = 0; more && waited < KILL_TIMEOUT_MS; waited++) {
+		more = false;
+		for (i = 0; i < tree.n; i++)
+			more |= reap_threads(tree.pids[i]);
+		if (more)
+			poll(NULL, 0, 1);
+	}
+	free(tree.pids);
+	tree.pids = NULL;
+	tree.n = 0;
 }

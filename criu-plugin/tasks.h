@@ -12,10 +12,10 @@
 bool may_use_cuda(int pid);
 
 /*
- * Calls visit() for each process of the tree that may use CUDA, `pid` and its descendants, until it
- * returns other than 0. Returns what it returned last; 0: there is none.
+ * Calls visit() for each process of the tree, `pid` and its descendants, until it returns other
+ * than 0. Returns what it returned last.
  */
-int visit_cuda_tree(int pid, int (*visit)(int pid));
+int visit_tree(int pid, int (*visit)(int pid));
 
 /* The thread of `pid` with this name; 0: there is none. */
 int find_thread(int pid, const char *name);
@@ -23,7 +23,11 @@ int find_thread(int pid, const char *name);
 /* Has a file under /dev/nvidia* open. */
 bool has_device_files(int pid);
 
-/* Kills the process and waits until it is dead, for a few seconds at the most. */
-void kill_task(int pid);
+/*
+ * Kills `root` and its descendants, all traced by this process, and waits until they are dead, for
+ * a few seconds at the most. They are waited for thread by thread, which is the tracer's to do:
+ * CRIU only waits for the init of a pid namespace, and init for all that is in there.
+ */
+void kill_tree(int root);
 
 #endif

@@ -104,6 +104,20 @@ bool is_ending(int pid) {
   return status->killed || status->state == 'Z' || status->state == 'X' || flags & kExiting;
 }
 
+bool any_thread_lives(int pid) {
+  const std::string tasks = "/proc/" + std::to_string(pid) + "/task";
+  std::error_code error;
+  for (std::filesystem::directory_iterator it(tasks, error), end; !error && it != end;
+       it.increment(error)) {
+    auto text = read_stat(atoi(it->path().filename().c_str()));
+    char state = 'X';  // field 3
+    if (text && sscanf(text->c_str(), " %c", &state) == 1 && state != 'Z' && state != 'X') {
+      return true;
+    }
+  }
+  return false;
+}
+
 // Not by a stream: of a task that has ended since the file was opened, reading fails with ESRCH,
 // and an istreambuf_iterator throws then.
 std::string read_proc_text(const std::string& path) {

@@ -144,7 +144,11 @@ Result<bool> Mailbox::wait(uint32_t* word, milliseconds timeout, Done done) cons
     if (left <= milliseconds(0)) return false;
     const auto ms = std::min(left, kSlice).count();
     timespec wait = {0, static_cast<long>(ms * 1000000)};
-    syscall(SYS_futex, word, FUTEX_WAIT, value, &wait, nullptr, 0);
+    const bool silent =
+        syscall(SYS_futex, word, FUTEX_WAIT, value, &wait, nullptr, 0) < 0 && errno == ETIMEDOUT;
+    // One that was killed in CRIU's hands: its pidfd says nothing until CRIU has waited for all of
+    // its threads, and CRIU may be waiting for us.
+    if (silent && !any_thread_lives(pid_)) return process_error(pid_, ESRCH, "it has ended");
   }
 }
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import unittest
 
-from harness import (BUILD, REAL_GPU, CriuTest, Target, alive, children, status_field, wait_until,
-                     wait_untouched)
+from harness import (BUILD, REAL_GPU, CriuTest, Target, alive, children, ended, status_field,
+                     wait_until, wait_untouched)
 
 PHOS = os.path.join(BUILD, 'bin', 'phos')
 COUNTER = os.path.join(BUILD, 'test', 'counter')
@@ -216,12 +216,17 @@ class InContainer(NamespaceTest):
             self.assertIn(' /opt/cuda/libcuda.so.1', f.read())
         return target
 
-    def restored(self, target, *others):
-        """As restored; its memory's bytes are checked by itself at each tick."""
-        mount = self.path('mount')  # CRIU wants the root to be a mount point
+    def mounted_root(self):
+        """CRIU wants the root to be a mount point."""
+        mount = self.path('mount')
         os.makedirs(mount, exist_ok=True)
         subprocess.run(['mount', '--bind', self.root, mount], check=True)
         self.addCleanup(subprocess.run, ['umount', '-l', mount])
+        return mount
+
+    def restored(self, target, *others):
+        """As restored; its memory's bytes are checked by itself at each tick."""
+        mount = self.mounted_root()
         ticks = [t.last_tick() for t in (target, *others)]
         pidfile = self.path('pidfile')
         self.restore_ok('--root', mount, '--pidfile', pidfile)
@@ -261,10 +266,34 @@ class InContainer(NamespaceTest):
     def test_dump_and_restore_with_a_user_namespace(self):
         self.dump_and_restore(*USER)
 
-    def test_two_processes(self):
+    def two_processes(self):
         first = self.container(env={'PHOS_TEST_TWO': '1'})
         second = first.other(children(first.pid)[0], os.path.join(self.root, 'output-2'))
         second.wait_tick(3)
+        return first, second
+
+    def test_driver_fails_in_a_restore(self):
+        """CRIU waits for init, which waits for all that CRIU traces."""
+        first, second = self.two_processes()
+        self.dump_ok(first, '--root', self.root)
+        wait_until(lambda: not alive(first.pid) and not alive(second.pid), 'both to be gone')
+        faults = os.path.join(self.root, 'run/phos-sim/faults')
+        os.makedirs(os.path.dirname(faults))
+        with open(faults, 'w') as f:
+            f.write('cuCheckpointProcessRestore * 999\n')
+        pidfile = self.path('pidfile-of-init')
+        criu = self.restore('--root', self.mounted_root(), '--pidfile', pidfile, wait=False)
+        criu.communicate(timeout=30)
+        self.assertEqual(criu.returncode, 1, self.log_tail('restore.log'))
+        self.assertTrue(any('999' in e for e in self.errors('restore.log')))
+        with open(pidfile) as f:
+            pid = int(f.read())
+        wait_until(lambda: ended(pid), 'no process to be left')
+        os.unlink(faults)
+        self.restored(first, second)
+
+    def test_two_processes(self):
+        first, second = self.two_processes()
         self.assertEqual(status_field(second.pid, 'NSpid').split(), [str(second.pid), '2'])
         addresses = [self.memory(t)[0] for t in (first, second)]
         previous = self.path('1')

@@ -218,6 +218,38 @@ class KilledAt(Steps):
         self.assertEqual(self.released_bytes(), 16 * MIB)
 
 
+class DriverFailsOnTheWayBack(Steps):
+    """Of a process that was to go on: it goes on when the driver does, not before."""
+
+    FAULTS = {
+        'state': ['cuCheckpointProcessGetState'],
+        'driver_restore': ['cuCheckpointProcessRestore'],
+        'driver_unlock': ['cuCheckpointProcessUnlock'],
+        'map_back': ['cuMemAlloc', 'cuMemCreate'],  # one takes the place of the other
+        'export': ['cuIpcGetMemHandle'],
+        'import': ['cuIpcOpenMemHandle'],
+        'load': ['cuMemcpyHtoDAsync'],
+        'hash': ['cuLaunchKernel'],
+    }
+
+    def test_at_each_step(self):
+        checkpoint = 'cuCheckpointProcessCheckpoint *'
+        target = self.counter()
+        for step, calls in self.FAULTS.items():
+            self.images_in(step)
+            self.hold_in_driver(checkpoint)
+            criu = self.dump(target, '--leave-running', wait=False)
+            self.wait_held(checkpoint, target, criu)
+            self.fail_in_driver(*(f'{call} * 999' for call in calls))
+            criu.communicate(timeout=60)
+            # The images are complete.
+            self.assertEqual(criu.returncode, 0, step)
+            self.ok('verify', self.images)
+            self.assertTrue(any('phosd goes on trying' in e for e in self.errors()), step)
+            self.let_driver_go()
+            self.assert_left_alone(target)
+
+
 def add_tests():
     for who in ('criu', 'phosd', 'both', 'target'):
         for step in STEPS:

@@ -7,10 +7,15 @@
 #include <gtest/gtest.h>
 #include <linux/futex.h>
 #include <sys/mman.h>
+#include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <string>
 #include <thread>
 
 namespace phos {
@@ -120,6 +125,35 @@ TEST_F(MailboxTest, SilentAgentCostsTheTimeoutOnly) {
   ASSERT_TRUE(done);
   EXPECT_FALSE(*done);
   EXPECT_FALSE((*found)->idle());
+}
+
+// As CRIU has those that it restores: it waits for none of their threads, and its answer for us.
+TEST_F(MailboxTest, ProcessThatDiesInATracersHandsHasEnded) {
+  make();
+  const pid_t child = fork();
+  if (child == 0) {
+    std::thread([] { pause(); }).detach();
+    pause();
+  }
+  std::string thread;
+  while (thread.empty()) {
+    for (const auto& entry :
+         std::filesystem::directory_iterator("/proc/" + std::to_string(child) + "/task")) {
+      if (entry.path().filename() != std::to_string(child)) thread = entry.path().filename();
+    }
+  }
+  ASSERT_EQ(ptrace(PTRACE_SEIZE, stoi(thread), nullptr, nullptr), 0);
+  auto found = Mailbox::find(child);
+  ASSERT_TRUE(found && *found);
+  (*found)->start(PHOS_COMMAND_CLOSE, 0);
+  kill(child, SIGKILL);
+  const auto start = std::chrono::steady_clock::now();
+  auto done = (*found)->wait_idle(milliseconds(60000));
+  EXPECT_LT(std::chrono::steady_clock::now() - start, milliseconds(10000));
+  ASSERT_FALSE(done);
+  EXPECT_EQ(done.error().code(), ESRCH);
+  EXPECT_EQ(waitpid(stoi(thread), nullptr, __WALL), stoi(thread));
+  EXPECT_EQ(waitpid(child, nullptr, 0), child);
 }
 
 TEST_F(MailboxTest, UnsealedFileIsRefused) {

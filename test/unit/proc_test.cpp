@@ -225,10 +225,12 @@ TEST(IsEnding, OnlyOfWhatHasEndedOrIsAboutTo) {
   const pid_t child = fork();
   if (child == 0) pause();
   EXPECT_FALSE(is_ending(child));
+  EXPECT_TRUE(any_thread_lives(child));
   kill(child, SIGKILL);
   siginfo_t info;
   ASSERT_EQ(waitid(P_PID, static_cast<id_t>(child), &info, WEXITED | WNOWAIT), 0);
   EXPECT_TRUE(is_ending(child));  // a zombie
+  EXPECT_FALSE(any_thread_lives(child));
   waitpid(child, nullptr, 0);
   EXPECT_TRUE(is_ending(child));
 }

@@ -23,6 +23,7 @@
 #include "tools/phos/command.h"
 #include "tools/phos/criu_run.h"
 #include "tools/phos/gpu_images.h"
+#include "tools/phos/half_restored.h"
 #include "tools/phos/image_dir.h"
 #include "tools/phos/page_hasher.h"
 #include "tools/phos/processes.h"
@@ -166,8 +167,11 @@ int run_and_verify(const Parsed& options, const std::string& dir, const ImageSet
   auto start = prepare_criu(run);
   if (!start) return fail(kName, start.error().message());
   unlink(log.c_str());  // the reason of an earlier failure must not be taken for this one's
+  adopt_orphans();
   auto exit = run_criu(run, *start);
   if (!exit) return fail(kName, exit.error().message());
+  // In the foreground it may have been waiting for processes that run.
+  if (exit->code < 0 && (!foreground || !pid_file.read())) kill_half_restored();
   if (exit->code != 0) {
     report_failure(kName, "restoring from " + dir, run, *exit);
     return kExitFailed;
