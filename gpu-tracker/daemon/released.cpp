@@ -24,7 +24,8 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-// How often threads are let finish the call they are in, until none is.
+// How often threads are let finish the call they are in, until none is. Each time they have twice
+// as long: one that waits for a processor may need it.
 constexpr int kQuietAttempts = 5;
 constexpr milliseconds kBetweenAttempts{5};
 // The same with the gate open in between, of a process that has no other path.
@@ -229,7 +230,7 @@ Result<bool> Session::lock_behind_closed_gates(const std::vector<int>& pids,
       break;
     }
     if (auto r = unlock_all(pids); !r) return r.error();
-    std::this_thread::sleep_for(kBetweenAttempts);
+    std::this_thread::sleep_for(kBetweenAttempts * (1 << (attempt - 1)));
   }
   for (int pid : pids) {
     auto it = held_.find(pid);
