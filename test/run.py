@@ -304,8 +304,10 @@ def make_stages(options):
          Tier("criu", [scripts("criu", jobs=options.jobs, which=f"(?!{busy})")], sim, no_root)],
         [Tier("criu", [scripts("criu", which=busy)], sim, no_root)],
         [Tier("uvm", [program("uvm")], {}, no_root or uvm_missing())],
-        # One case is a guest's whole life, on a processor that QEMU emulates: slow enough.
-        [Tier("vm", [scripts("vm", 3 * options.timeout)], {}, no_root)],
+        # One case is a guest's whole life, on a processor that QEMU emulates: slow enough. Each
+        # keeps one processor here busy.
+        [Tier("vm", [scripts("vm", 3 * options.timeout, min(2, options.jobs, os.cpu_count() or 1))],
+              {}, no_root)],
         [Tier("gpu", [program("contract"), program("agent"), program("track"), program("live"),
                       program("gate"), scripts("criu", jobs=min(4, options.jobs),
                                                which=f"(?!{alone})"),

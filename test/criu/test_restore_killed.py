@@ -295,6 +295,10 @@ class RestoreKilled(RestoreTest):
 class DriverFailsInRestore(RestoreTest):
     """Any call, whoever makes it."""
 
+    def setUp(self):
+        super().setUp()
+        self.fail_in_driver()  # skips where it does not on request
+
     def one(self):
         """With faults of its own."""
         self.own_faults = self.faults + '-own'

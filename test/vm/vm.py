@@ -10,12 +10,14 @@ as root, runs COMMAND in a shell in the guest, in the current directory, and exi
 """
 
 import argparse
+import fcntl
 import lzma
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 
 import kernels
@@ -92,7 +94,6 @@ def copy_module(source, target):
 def initramfs(directory, kernel, command, modules):
     release = kernel.release
     tree = f'{directory}/initramfs'
-    shutil.rmtree(tree, ignore_errors=True)
     for d in ('bin', 'proc', 'sys', 'dev', f'lib/modules/{release}'):
         os.makedirs(f'{tree}/{d}')
     busybox = next((p for p in ('/bin/busybox', '/usr/bin/busybox') if os.path.exists(p)), None)
@@ -128,8 +129,16 @@ def run_in_guest(command, build, timeout, suite='trixie', out=sys.stdout, module
     for program in ('qemu-system-x86_64', 'cpio', 'depmod'):
         if not shutil.which(program):
             raise Missing(f'{program} is not installed')
-    kernel = kernels.kernel(f'{build}/vm', suite)
-    image = initramfs(os.path.abspath(f'{build}/vm'), kernel, command, tuple(modules))
+    os.makedirs(f'{build}/vm', exist_ok=True)
+    with open(f'{build}/vm/lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another guest may be about to start
+        kernel = kernels.kernel(f'{build}/vm', suite)
+    with tempfile.TemporaryDirectory(prefix='guest-', dir=os.path.abspath(f'{build}/vm')) as own:
+        image = initramfs(own, kernel, command, tuple(modules))
+        return run_qemu(kernel, image, command, timeout, out, options)
+
+
+def run_qemu(kernel, image, command, timeout, out, options):
     # One after the other: emulated in parallel, a processor may execute half of what another one has
     # patched (int3 in the kernel's __schedule, an Oops).
     qemu = subprocess.Popen(
