@@ -135,8 +135,28 @@ bool has_device_files(int pid)
 	return found;
 }
 
-/* Waits for its threads that are dead. Are there others that this process has to wait for? */
-static bool reap_threads(int pid)
+/* Is `pid`, a process that is restored, in a pid namespace other than criu's? */
+static bool in_other_pidns(int pid)
+{
+	char line[256], path[64];
+	bool other = false;
+	int first, second;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/%d/status", pid);
+	f = fopen(path, "re");
+	while (f && fgets(line, sizeof(line), f))
+		other |= sscanf(line, "NSpid: %d %d", &first, &second) == 2;
+	if (f)
+		fclose(f);
+	return other;
+}
+
+/*
+ * Is there a thread of `pid` that is not dead, and that this process has to wait for? Waits for
+ * those that are dead; not for the first one if `keep`, whose number CRIU is about to kill.
+ */
+static bool reap_threads(int pid, bool keep)
 {
 	struct dirent *entry;
 	bool more = false;
@@ -149,9 +169,16 @@ static bool reap_threads(int pid)
 		return false;
 	while ((entry = readdir(dir))) {
 		int tid = atoi(entry->d_name);
+		int options = WEXITED | WNOHANG | __WALL;
+		siginfo_t info;
 
+		if (tid <= 0)
+			continue;
+		memset(&info, 0, sizeof(info));
+		if (keep && tid == pid)
+			options |= WNOWAIT;
 		/* The first thread is dead to us only when the others are gone. */
-		if (tid > 0 && waitpid(tid, NULL, __WALL | WNOHANG) >= 0)
+		if (waitid(P_PID, tid, &info, options) == 0 && (!info.si_pid || tid != pid))
 			more = true;
 	}
 	closedir(dir);
@@ -176,6 +203,7 @@ static int add_to_tree(int pid)
 
 void kill_tree(int root)
 {
+	bool keep = !in_other_pidns(root);
 	bool more = true;
 	int waited;
 	size_t i;
@@ -187,7 +215,7 @@ void kill_tree(int root)
 	for (waited = 0; more && waited < KILL_TIMEOUT_MS; waited++) {
 		more = false;
 		for (i = 0; i < tree.n; i++)
-			more |= reap_threads(tree.pids[i]);
+			more |= reap_threads(tree.pids[i], keep);
 		if (more)
 			poll(NULL, 0, 1);
 	}

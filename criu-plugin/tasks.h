@@ -26,7 +26,8 @@ bool has_device_files(int pid);
 /*
  * Kills `root` and its descendants, all traced by this process, and waits until they are dead, for
  * a few seconds at the most. They are waited for thread by thread, which is the tracer's to do:
- * CRIU only waits for the init of a pid namespace, and init for all that is in there.
+ * in a pid namespace CRIU only waits for init, and init for all that is in there. Elsewhere it
+ * kills them itself, too, so that their pids are to stay theirs until then.
  */
 void kill_tree(int root);
 

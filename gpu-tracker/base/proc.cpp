@@ -110,12 +110,13 @@ bool any_thread_lives(int pid) {
   for (std::filesystem::directory_iterator it(tasks, error), end; !error && it != end;
        it.increment(error)) {
     auto text = read_stat(atoi(it->path().filename().c_str()));
+    if (!text && text.error().code() != ESRCH && text.error().code() != ENOENT) return true;
     char state = 'X';  // field 3
     if (text && sscanf(text->c_str(), " %c", &state) == 1 && state != 'Z' && state != 'X') {
       return true;
     }
   }
-  return false;
+  return error && error.value() != ESRCH && error.value() != ENOENT;
 }
 
 // Not by a stream: of a task that has ended since the file was opened, reading fails with ESRCH,

@@ -31,8 +31,8 @@ Result<uint64_t> read_start_time(int pid);
 // state tells.
 bool is_ending(int pid);
 
-// False: all of its threads have ended, also where their tracer has not waited for them yet,
-// without which the process does not count as ended for anybody else (a pidfd, for one).
+// False: all of its threads are known to have ended, also where their tracer has not waited for
+// them yet, without which the process does not count as ended for anybody else (a pidfd, for one).
 bool any_thread_lives(int pid);
 
 // What a file below /proc says; empty if it cannot be read, as that of a task which has just ended.

@@ -25,6 +25,13 @@ struct Query {
   uint64_t memory_type = 0;
 };
 
+Result<RemoteThread> attach(int pid, int restore_tid) {
+  auto thread = attach_restore_thread(pid, restore_tid);
+  if (thread || thread.error().code() != EBUSY) return thread;
+  // It may wait for work in another way than the drivers that are known.
+  return RemoteThread::attach(pid, restore_tid);
+}
+
 }  // namespace
 
 Result<uint64_t> find_virtual_host_memory(int pid, int restore_tid) {
@@ -41,7 +48,7 @@ Result<uint64_t> find_virtual_host_memory(int pid, int restore_tid) {
 
   auto function = find_remote_symbol(pid, "libcuda.so", "cuPointerGetAttributes");
   if (!function) return function.error();
-  auto thread = attach_restore_thread(pid, restore_tid);
+  auto thread = attach(pid, restore_tid);
   if (!thread) return thread.error();
   const uint64_t at = thread->scratch();
   uint64_t total = 0;

@@ -106,6 +106,7 @@ class PageChain::Builder {
         parent.image_.hash_key != chain_.image_.hash_key) {
       return broken(path + " does not build on dump " + format_dump_id(parent.image_.dump_id));
     }
+    if (auto ok = check_still_there(parent, dir_fd); !ok) return ok;
     std::vector<Adopted> adopted;
     for (const File& file : parent.files_) {
       auto number = adopt(file, path);
@@ -159,6 +160,26 @@ class PageChain::Builder {
                        describe_file(dir_fd, name()) +
                            " and another image say different things of how a file's pages are "
                            "stored");
+  }
+
+  // What is open may have been removed since, or have been moved, perhaps by another dump: it can
+  // be read all the same, but not by a restore.
+  Result<void> check_still_there(const PageChain& parent, int dir_fd) const {
+    auto dir = open_parent(dir_fd);
+    if (!dir) return dir.error();
+    const std::string gone = describe_file(dir_fd, name()) + " needs ";
+    struct stat st;
+    if (fstatat(dir->get(), name().c_str(), &st, AT_SYMLINK_NOFOLLOW) != 0) {
+      return broken(gone + describe_file(dir->get(), name()) + ", which has been removed");
+    }
+    for (const File& file : parent.files_) {
+      const std::string file_name = page_file_name(file.ref.pid, file.ref.gpu);
+      if (!file.pages->is_named() ||
+          (file.level == 0 && !file.pages->is_named_in(dir->get(), file_name))) {
+        return broken(gone + file.pages->path() + ", which has been removed or replaced");
+      }
+    }
+    return {};
   }
 
   // `path`: of the image, for the message.

@@ -2,6 +2,7 @@
 #include "gpu-tracker/image/page_file.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -330,6 +331,18 @@ Result<std::unique_ptr<PageFile>> PageFile::open(int dir_fd, int pid, int gpu, c
   }
   return std::unique_ptr<PageFile>(
       new PageFile(std::move(*fd), std::move(path), format_of(*header), header->slots, direct));
+}
+
+bool PageFile::is_named() const {
+  struct stat st;
+  return fstat(fd_.get(), &st) == 0 && st.st_nlink > 0;
+}
+
+bool PageFile::is_named_in(int dir_fd, const std::string& name) const {
+  struct stat st, there;
+  return fstat(fd_.get(), &st) == 0 &&
+         fstatat(dir_fd, name.c_str(), &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+         there.st_dev == st.st_dev && there.st_ino == st.st_ino;
 }
 
 std::optional<PageFile::Range> PageFile::direct_range(uint64_t slot, uint64_t slots) const {

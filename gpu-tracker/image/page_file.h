@@ -102,6 +102,10 @@ class PageFile {
   const PageFileFormat& format() const { return format_; }
   uint64_t slots() const { return slots_; }
   const std::string& path() const { return path_; }  // for messages
+  // Has it a name still? And is that file, of a directory, this one? False also if it cannot be
+  // told.
+  bool is_named() const;
+  bool is_named_in(int dir_fd, const std::string& name) const;
 
   // Reads `slots` slots from `slot` on into `data`, aligned to kPageIoAlignment, as they are
   // stored.

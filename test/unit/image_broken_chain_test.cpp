@@ -99,6 +99,30 @@ TEST_F(BrokenChain, OpenedParentIsAnother) {
   refused(*second, image);
 }
 
+// It could be read all the same, as long as it is open: but not by a restore.
+TEST_F(BrokenChain, OpenedParentIsRemovedMeanwhile) {
+  auto parent = open_chain(2);
+  ASSERT_TRUE(parent) << parent.error().message();
+  auto with = [&](const std::string& file, const char* what) {
+    const std::string aside = dir_.path("aside");
+    ASSERT_EQ(rename(file.c_str(), aside.c_str()), 0);
+    auto chain = PageChain::open_on(*parent, fd(3), images_[3], PageIo::kCached);
+    EXPECT_EQ(image_error_of(chain), ImageError::kBrokenChain);
+    EXPECT_NE(chain.error().message().find(what), std::string::npos) << chain.error().message();
+    ASSERT_EQ(rename(aside.c_str(), file.c_str()), 0);
+    EXPECT_TRUE(PageChain::open_on(*parent, fd(3), images_[3], PageIo::kCached));
+  };
+  with(path(2, "phos-7.img"), "which has been removed");
+  with(path(2, "phos-pages-7-0.img"), "which has been removed or replaced");
+  relink(3, "../1");
+  EXPECT_FALSE(PageChain::open_on(*parent, fd(3), images_[3], PageIo::kCached));
+  relink(3, "../2");
+  // Of a parent further down a file that has no name any more.
+  ASSERT_EQ(unlink(path(1, "phos-pages-7-0.img").c_str()), 0);
+  auto chain = PageChain::open_on(*parent, fd(3), images_[3], PageIo::kCached);
+  EXPECT_EQ(image_error_of(chain), ImageError::kBrokenChain);
+}
+
 TEST_F(BrokenChain, Circle) {
   ProcessImage image = images_[1];
   image.parent_dump_id = dump_id(3);

@@ -167,11 +167,12 @@ int run_and_verify(const Parsed& options, const std::string& dir, const ImageSet
   auto start = prepare_criu(run);
   if (!start) return fail(kName, start.error().message());
   unlink(log.c_str());  // the reason of an earlier failure must not be taken for this one's
-  adopt_orphans();
+  // In the foreground this waits as long as the processes run, and their orphans are none of its.
+  std::optional<HalfRestored> half_restored;
+  if (!foreground) half_restored.emplace();
   auto exit = run_criu(run, *start);
   if (!exit) return fail(kName, exit.error().message());
-  // In the foreground it may have been waiting for processes that run.
-  if (exit->code < 0 && (!foreground || !pid_file.read())) kill_half_restored();
+  if (exit->code < 0 && half_restored) half_restored->kill(log);
   if (exit->code != 0) {
     report_failure(kName, "restoring from " + dir, run, *exit);
     return kExitFailed;

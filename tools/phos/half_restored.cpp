@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <csignal>
+#include <fstream>
 #include <thread>
 
 #include "tools/phos/processes.h"
@@ -22,13 +23,28 @@ bool is_left(int pid) {
   return pid != getpid() && status && status->state != 'Z' && status->comm != "phosd";
 }
 
-}  // namespace
-
-void adopt_orphans() {
-  prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+// CRIU's last word before it lets go of the processes is in the log at once.
+bool may_run(const std::string& log) {
+  std::ifstream in(log);
+  if (!in) return true;
+  for (std::string line; std::getline(in, line);) {
+    if (line.find("Restore finished successfully") != std::string::npos) return true;
+  }
+  return in.bad();
 }
 
-void kill_half_restored() {
+}  // namespace
+
+HalfRestored::HalfRestored() : alone_(getpid() != 1 && process_tree(getpid()).size() == 1) {
+  if (alone_) prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+}
+
+HalfRestored::~HalfRestored() {
+  if (alone_) prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0);
+}
+
+void HalfRestored::kill(const std::string& log) const {
+  if (!alone_ || may_run(log)) return;
   const auto deadline = std::chrono::steady_clock::now() + kPatience;
   for (bool any = true; any && std::chrono::steady_clock::now() < deadline;) {
     any = false;
@@ -36,7 +52,7 @@ void kill_half_restored() {
     for (int pid : process_tree(getpid())) {
       if (!is_left(pid)) continue;
       any = true;
-      kill(pid, SIGKILL);
+      ::kill(pid, SIGKILL);
     }
     while (waitpid(-1, nullptr, WNOHANG) > 0) {
     }
