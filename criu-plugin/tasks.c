@@ -194,8 +194,12 @@ static int add_to_tree(int pid)
 {
 	int *pids = realloc(tree.pids, (tree.n + 1) * sizeof(*pids));
 
-	if (!pids)
-		return -1;
+	/* At least it does not go on; EXITKILL or CRIU, which misses this one, ends its children.
+	 */
+	if (!pids) {
+		kill(pid, SIGKILL);
+		return 0;
+	}
 	tree.pids = pids;
 	tree.pids[tree.n++] = pid;
 	return 0;

@@ -8,6 +8,7 @@
 #include "test/image/wire.h"
 #include "test/unit/heap_meter.h"
 #include "test/unit/image_chain_fixture.h"
+#include "test/unit/image_mutations.h"
 
 namespace phos::image_test {
 namespace {
@@ -134,17 +135,6 @@ TEST_F(HostileImages, GarbageOfManyLengths) {
   }
 }
 
-constexpr uint64_t kExtremes[] = {0,
-                                  1,
-                                  0x7fffffff,
-                                  0x80000000,
-                                  0xffffffff,
-                                  0x100000000,
-                                  0x7fffffffffffffff,
-                                  0x8000000000000000,
-                                  0xffffffffffff0000,
-                                  0xffffffffffffffff};
-
 // Every number of every message at its extremes, every length a lie or the truth of another
 // content, every field there twice or not at all; with the checksums that belong to it.
 TEST_F(HostileImages, EveryFieldAtItsExtremesBehindRightChecksums) {
@@ -159,31 +149,7 @@ TEST_F(HostileImages, EveryFieldAtItsExtremesBehindRightChecksums) {
       ASSERT_FALSE(HasFailure()) << file.name << ", field " << number;
     };
     ASSERT_EQ(seal_payload(serialise(message), file.kind), whole);
-    for_each_field(message, [&](WireField& field) {
-      const WireField good = field;
-      for (uint64_t value : kExtremes) {
-        if (field.kind == WireField::Kind::kNumber) {
-          field.value = value;
-        } else {
-          field.lie = value ? value : UINT64_MAX;
-        }
-        seal_and_read(field.number);
-        field = good;
-      }
-      field.number = 19;  // none of ours
-      seal_and_read(good.number);
-      field = good;
-      if (field.kind == WireField::Kind::kNumber) return;
-      for (int times = 0; times < 3; times++) {
-        field.children.insert(field.children.end(), good.children.begin(), good.children.end());
-        field.data.insert(field.data.end(), good.data.begin(), good.data.end());
-        seal_and_read(field.number);
-      }
-      field.children.clear();
-      field.data.clear();
-      seal_and_read(field.number);
-      field = good;
-    });
+    for_each_mutation(message, seal_and_read);
     put_file(file, whole);
   }
   EXPECT_GT(refused, 800);
